@@ -1,0 +1,113 @@
+"""Rewards -> group-relative advantages: how much better was this completion than its siblings?
+
+Reading order: ... -> reward_model.py -> [grpo/advantages.py] -> grpo/logprobs.py -> ...
+
+GRPO has no critic. The G completions of one prompt are each other's baseline: a completion is reinforced by how far
+its reward lies above the mean of its group. Letters: P prompts, G completions each.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BASELINES = ("group", "leave_one_out", "batch", "none")
+SCALES = ("group", "batch", "none")
+
+
+def group_advantages(rewards: Tensor, *, baseline: str = "group", scale: str = "group", eps: float = 1e-4) -> Tensor:
+    """Advantage of every completion: its reward minus a baseline, divided by a scale.
+
+        baseline  group          mean of the prompt's G rewards                   GRPO, Dr. GRPO
+                  leave_one_out  mean of the other G - 1: A = G/(G-1) (R - mean)  RLOO
+                  batch          mean of all P * G rewards                        REINFORCE with a baseline
+                  none           0                                                REINFORCE
+        scale     group          std of the prompt's rewards + eps                GRPO
+                  batch          std of all rewards + eps                         Lite PPO
+                  none           1                                                Dr. GRPO, RLOO
+
+    Standard deviations are unbiased (n - 1). A group without spread teaches nothing: where all its rewards agree
+    (max - min <= 1e-6 * max(1, max|R|)) its advantages are exactly 0, because rounding noise divided by a tiny std is
+    not a signal. Rewards that are NaN ("no reward applies") get advantage 0 and count in no mean and no std.
+
+    Args:
+        rewards: (P, G) floating point, any unit; row p holds the completions of prompt p. Not modified.
+        baseline, scale: see above.
+        eps: added to the standard deviation, in units of the reward.
+
+    Returns:
+        (P, G), the dtype of `rewards`. With baseline group, each row sums to 0.
+
+    Raises:
+        ValueError: rewards are not (P, G); an unknown baseline or scale; G = 1 with a baseline that compares
+            siblings; scale group with a baseline that does not.
+
+    Paper: "DeepSeekMath" (2402.03300) section 4.1.2; "Understanding R1-Zero-Like Training" (2503.20783) for scale none;
+    "Back to Basics" (2402.14740) for leave_one_out; "Lite PPO" (2508.08221) for scale batch.
+    Differs from the paper: a group without spread gives exactly 0 instead of noise / eps; a batch without spread is
+    left unscaled.
+
+    >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]]))
+    tensor([[ 1.1545, -0.5773, -0.5773],
+            [ 0.0000,  0.0000,  0.0000]])
+    """
+    if rewards.dim() != 2:
+        raise ValueError(f"rewards: got shape {tuple(rewards.shape)}, expected (P, G)")
+    if baseline not in BASELINES:
+        raise ValueError(f"baseline: got {baseline!r}, allowed: {', '.join(BASELINES)}")
+    if scale not in SCALES:
+        raise ValueError(f"scale: got {scale!r}, allowed: {', '.join(SCALES)}")
+    compares_siblings = baseline in ("group", "leave_one_out")
+    if compares_siblings and rewards.shape[1] < 2:
+        raise ValueError(f"group_size: got 1, but baseline {baseline} compares completions of one prompt: at least 2")
+    if scale == "group" and not compares_siblings:
+        raise ValueError(f"scale: got group with baseline {baseline}, allowed with it: batch, none")
+
+    is_valid = ~rewards.isnan()  # (P, G)
+    group = _statistics(rewards)  # each (P, 1)
+    batch = _statistics(rewards.reshape(1, -1))  # each (1, 1)
+
+    if baseline == "group":
+        advantages = rewards - group.mean
+    elif baseline == "leave_one_out":
+        # R_i - (sum - R_i) / (n - 1) = n / (n - 1) * (R_i - mean)
+        advantages = (rewards - group.mean) * group.count / (group.count - 1).clamp(min=1)
+    elif baseline == "batch":
+        advantages = torch.where(batch.is_constant, 0.0, rewards - batch.mean)
+    else:
+        advantages = rewards
+
+    if scale == "group":
+        advantages = advantages / (group.std + eps)
+    elif scale == "batch":
+        advantages = torch.where(batch.is_constant, advantages, advantages / (batch.std + eps))
+
+    has_signal = is_valid & ~group.is_constant if compares_siblings else is_valid  # (P, G)
+    return torch.where(has_signal, advantages, 0.0)  # (P, G)
+
+
+def groups_without_spread(rewards: Tensor) -> Tensor:
+    """(P, G) -> (P,) bool: fewer than two valid rewards, or all alike; such a group has nothing to compare."""
+    return _statistics(rewards).is_constant.squeeze(-1)
+
+
+class _Statistics(NamedTuple):
+    """Of the valid rewards along the last dimension; each (rows, 1)."""
+
+    count: Tensor
+    mean: Tensor
+    std: Tensor  # unbiased
+    is_constant: Tensor  # fewer than two rewards, or no spread beyond rounding
+
+
+def _statistics(rewards: Tensor) -> _Statistics:
+    is_valid = ~rewards.isnan()
+    values = torch.where(is_valid, rewards, 0.0)
+    count = is_valid.sum(-1, keepdim=True)
+    mean = values.sum(-1, keepdim=True) / count.clamp(min=1)
+    squares = torch.where(is_valid, rewards - mean, 0.0).square()
+    std = (squares.sum(-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+    highest = torch.where(is_valid, rewards, -torch.inf).amax(-1, keepdim=True)
+    lowest = torch.where(is_valid, rewards, torch.inf).amin(-1, keepdim=True)
+    is_constant = (count < 2) | (highest - lowest <= 1e-6 * values.abs().amax(-1, keepdim=True).clamp(min=1))
+    return _Statistics(count, mean, std, is_constant)

@@ -1,0 +1,162 @@
+"""The tiny base model of the default run: tokenizer, model and a short supervised warm-up. No download.
+
+GRPO amplifies what a base model already does now and then; it cannot reward what is never sampled. So the warm-up
+shows two styles of answer to the same problems:
+
+    quick    "85"                    most often, and wrong in half of the cases
+    worked   "7+8=15 4+3+1=8 85"     rarely: column arithmetic from the ones up, carries included, then the answer
+
+After it the model blurts out an answer most of the time and works the problem out now and then, mostly correctly.
+Everything that decides the result is in this file and in the training problems: both, with `base_seed`, are the key
+of the cache, so a changed recipe never meets an old model.
+"""
+
+import hashlib
+import math
+import os
+import random
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from grpo.checkpoint import save_model
+from grpo.data import JSONLinesDataset, Sample
+from grpo.logprobs import compute_logprobs
+from grpo.loss import loss_weights
+
+TRAIN_FILE = Path(__file__).resolve().parent.parent / "data" / "math_tasks_train.jsonl"
+
+# The model: a standard Llama of about 0.15 M weights.
+HIDDEN_SIZE = 64
+NUM_LAYERS = 2
+NUM_HEADS = 4
+INTERMEDIATE_SIZE = 256
+INITIALIZER_RANGE = 0.05  # the usual 0.02 learns far more slowly at this width
+
+# The warm-up.
+NUM_STEPS = 500
+BATCH_SIZE = 128
+LEARNING_RATE = 5e-3
+SKILL_PHASE = 0.85  # the first part of the steps teaches the arithmetic, the rest sets the habits
+WORKED_SHARE_SKILL = 0.8  # share of worked answers in the first part
+WORKED_SHARE_HABIT = 0.1  # and in the rest
+QUICK_ERROR_SHARE = 0.5  # share of quick answers that are off by 1 or by 10
+
+# Every message is its content; an assistant's ends with eos. A single user message is the plain prompt.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def tiny_base_model(base_seed: int) -> Path:
+    """The folder of the tiny base model for `base_seed`; built on first use, with a progress bar."""
+    recipe = Path(__file__).read_bytes() + TRAIN_FILE.read_bytes() + str(base_seed).encode()
+    cache = Path(os.environ.get("GRPO_CACHE") or Path.home() / ".cache" / "grpo")
+    folder = cache / f"tiny-{base_seed}-{hashlib.sha256(recipe).hexdigest()[:12]}"
+    if not folder.is_dir():
+        dataset = JSONLinesDataset(TRAIN_FILE)
+        tokenizer = train_tokenizer([sample["prompt"] for sample in dataset])
+        save_model(warm_up(dataset, tokenizer, base_seed), tokenizer, folder)
+    return folder
+
+
+def train_tokenizer(prompts: list[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE learned from the prompts: every digit is one token, any text can be encoded, pad is not eos."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<pad>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(prompts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", chat_template=CHAT_TEMPLATE
+    )
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast, base_seed: int) -> LlamaForCausalLM:
+    """A standard Llama with random weights, a function of `base_seed`."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=HIDDEN_SIZE,
+        intermediate_size=INTERMEDIATE_SIZE,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=NUM_HEADS,
+        max_position_embeddings=256,
+        initializer_range=INITIALIZER_RANGE,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(base_seed)
+        model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None
+    )
+    return model
+
+
+def warm_up(dataset: JSONLinesDataset, tokenizer: PreTrainedTokenizerFast, base_seed: int) -> LlamaForCausalLM:
+    """Supervised next-token training on the training problems, answered in the two styles."""
+    model = build_model(tokenizer, base_seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / 20, 0.5 * (1 + math.cos(math.pi * step / NUM_STEPS)))
+    )
+    rng = random.Random(base_seed)
+    for step in tqdm(range(NUM_STEPS), desc=f"building the tiny base model (base_seed {base_seed})", unit="step"):
+        worked_share = WORKED_SHARE_SKILL if step < SKILL_PHASE * NUM_STEPS else WORKED_SHARE_HABIT
+        samples = [dataset[rng.randrange(len(dataset))] for _ in range(BATCH_SIZE)]
+        answers = [styled_answer(sample, worked_share, rng) for sample in samples]
+        prompts = tokenizer([sample["prompt"] for sample in samples], padding=True, padding_side="left", return_tensors="pt")
+        targets = tokenizer(
+            [answer + tokenizer.eos_token for answer in answers], padding=True, padding_side="right", return_tensors="pt"
+        )
+        logps, _ = compute_logprobs(
+            model, prompts["input_ids"], prompts["attention_mask"], targets["input_ids"], targets["attention_mask"]
+        )
+        weights = loss_weights(targets["attention_mask"], "token", max_completion_length=1)
+        (-logps * weights).sum().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def styled_answer(sample: Sample, worked_share: float, rng: random.Random) -> str:
+    """One answer to a sample, in a style drawn at random."""
+    _, _, a, operator, b, *_ = sample["prompt"].replace("?", " ").split()
+    if rng.random() < worked_share:
+        return worked_answer(int(a), operator, int(b))
+    error = rng.choice([-10, -1, 1, 10]) if rng.random() < QUICK_ERROR_SHARE else 0
+    return str(abs(int(sample["answer"]) + error))
+
+
+def worked_answer(a: int, operator: str, b: int) -> str:
+    """Column arithmetic, ones first; a carry is added and a borrow taken in the next column.
+
+    >>> worked_answer(47, "+", 38), worked_answer(52, "-", 27)
+    ('7+8=15 4+3+1=8 85', '12-7=5 5-2-1=2 25')
+    """
+    (a_tens, a_ones), (b_tens, b_ones) = divmod(a, 10), divmod(b, 10)
+    if operator == "+":
+        carry = int(a_ones + b_ones > 9)
+        ones = f"{a_ones}+{b_ones}={a_ones + b_ones}"
+        tens = f"{a_tens}+{b_tens}{'+1' if carry else ''}={a_tens + b_tens + carry}"
+        return f"{ones} {tens} {a + b}"
+    borrow = int(a_ones < b_ones)
+    ones = f"{a_ones + 10 * borrow}-{b_ones}={a_ones + 10 * borrow - b_ones}"
+    tens = f"{a_tens}-{b_tens}{'-1' if borrow else ''}={a_tens - b_tens - borrow}"
+    return f"{ones} {tens} {a - b}"

@@ -1,0 +1,242 @@
+"""Settings: config.yaml < --config file < flags, checked once, frozen.
+
+config.yaml holds every key with its default and a comment; `Config` has the same keys and no defaults. Nothing here
+imports torch, so `--help` and a misspelt flag answer at once.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+DEFAULTS_FILE = Path(__file__).resolve().parent.parent / "config.yaml"
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong: the message is one line for people, the exit status 2."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. config.yaml says what each key means."""
+
+    model_name: str
+    base_seed: int
+    train_file: str
+    eval_file: str
+    rewards: list[Any]
+    max_prompt_length: int
+
+    batch_size: int
+    group_size: int
+    max_completion_length: int
+    temperature: float
+    top_p: float
+    top_k: int
+
+    advantage_baseline: Literal["group", "leave_one_out", "batch", "none"]
+    advantage_scale: Literal["group", "batch", "none"]
+    clip_range: float
+    clip_range_high: float | None
+    kl_coeff: float
+    kl_estimator: Literal["k1", "k2", "k3", "k3_corrected"]
+    ref_update_every: int
+    loss_aggregation: Literal["sequence", "token", "constant"]
+    mask_truncated_completions: bool
+    gamma: float
+
+    num_train_steps: int
+    num_iterations: int
+    num_minibatches: int
+    micro_batch_size: int
+    learning_rate: float
+    lr_schedule: Literal["cosine", "linear", "constant"]
+    warmup_steps: int
+    max_grad_norm: float
+    weight_decay: float
+    adam_beta1: float
+    adam_beta2: float
+
+    seed: int
+    eval_every: int
+    output_dir: str
+    device: Literal["auto", "cpu", "cuda", "mps"]
+    dtype: Literal["auto", "float32", "bfloat16"]
+
+
+TYPES: dict[str, Any] = typing.get_type_hints(Config)
+
+# What a value of the right type must satisfy: key -> (test, how to say it).
+Rule = tuple[Callable[[Any], bool], str]
+_AT_LEAST_0: Rule = (lambda value: value >= 0, ">= 0")
+_AT_LEAST_1: Rule = (lambda value: value >= 1, ">= 1")
+_POSITIVE: Rule = (lambda value: value > 0, "> 0")
+_BETA: Rule = (lambda value: 0 <= value < 1, "in [0, 1)")
+RULES: dict[str, Rule] = {
+    "base_seed": _AT_LEAST_0,
+    "rewards": (lambda value: len(value) > 0, "a list of at least one reward"),
+    "max_prompt_length": _AT_LEAST_1,
+    "batch_size": _AT_LEAST_1,
+    "group_size": _AT_LEAST_1,
+    "max_completion_length": _AT_LEAST_1,
+    "temperature": (lambda value: value > 0, "> 0 (greedy samples are all alike: nothing to compare in a group)"),
+    "top_p": (lambda value: 0 < value <= 1, "in (0, 1]"),
+    "top_k": _AT_LEAST_0,
+    "clip_range": (lambda value: 0 < value < 1, "in (0, 1)"),
+    "clip_range_high": _POSITIVE,
+    "kl_coeff": _AT_LEAST_0,
+    "ref_update_every": _AT_LEAST_0,
+    "gamma": (lambda value: value == 1, "1.0: GRPO gives every token of a completion the same advantage"),
+    "num_train_steps": _AT_LEAST_0,
+    "num_iterations": _AT_LEAST_1,
+    "num_minibatches": _AT_LEAST_1,
+    "micro_batch_size": _AT_LEAST_1,
+    "learning_rate": _AT_LEAST_0,
+    "warmup_steps": _AT_LEAST_0,
+    "max_grad_norm": _POSITIVE,
+    "weight_decay": _AT_LEAST_0,
+    "adam_beta1": _BETA,
+    "adam_beta2": _BETA,
+    "seed": _AT_LEAST_0,
+    "eval_every": _AT_LEAST_1,
+}
+
+
+def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
+    """config.yaml, then the file at `path`, then `overrides` such as "learning_rate=1e-4"; each may change any key.
+
+    Raises:
+        InputError: an unknown key, a wrong type or value, a contradiction; named with what is allowed.
+    """
+    settings = _read_yaml(DEFAULTS_FILE)
+    if path is not None:
+        settings |= _known(_read_yaml(Path(path)), where=str(path))
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator:
+            raise InputError(f"override {override!r}: expected key=value")
+        settings |= _known({key: _parse_yaml(text, where=key)}, where="command line")
+    values = {key: _checked(key, settings[key]) for key in TYPES}
+    _check_contradictions(values)
+    return Config(**values)
+
+
+def parse_command_line(description: str, arguments: list[str] | None = None) -> Config:
+    """The Config of a command line. --help lists every key; wrong input ends the process with status 2."""
+    parser = argparse.ArgumentParser(
+        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file with the settings that differ from config.yaml")
+    for key, (default, comment) in documented_defaults().items():
+        # argparse expands % in help texts
+        parser.add_argument(f"--{key}", metavar="X", help=f"{comment} (default: {default})".replace("%", "%%"))
+    known, unknown = parser.parse_known_args(arguments)
+    try:
+        if unknown:
+            key = unknown[0].lstrip("-").partition("=")[0]
+            raise InputError(f"{unknown[0]}: not a setting{_nearest(key, prefix='--')}; --help lists them all")
+        flags = {key: text for key, text in vars(known).items() if key != "config" and text is not None}
+        return load_config(known.config, [f"{key}={text}" for key, text in flags.items()])
+    except InputError as error:
+        exit_with(error)
+
+
+def exit_with(error: InputError) -> typing.NoReturn:
+    """One line for people, exit status 2."""
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+def documented_defaults() -> dict[str, tuple[str, str]]:
+    """key -> (default, comment), read from the lines of config.yaml."""
+    lines = re.findall(r"^(\w+):[ ]*(.*?)[ ]+# (.*)$", DEFAULTS_FILE.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {key: (default, comment) for key, default, comment in lines}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-5 is a number, as everybody expects; YAML 1.1 wants 1.0e-5."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        raise InputError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+    settings = _parse_yaml(text, where=str(path))
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise InputError(f"{path}: got {type(settings).__name__}, expected lines of key: value")
+    return settings
+
+
+def _known(settings: dict[str, Any], where: str) -> dict[str, Any]:
+    for key in settings:
+        if key not in TYPES:
+            raise InputError(f"{where}: {key}: not a setting{_nearest(str(key))}")
+    return settings
+
+
+def _nearest(key: str, prefix: str = "") -> str:
+    names = difflib.get_close_matches(key, TYPES, n=1, cutoff=0.5)
+    return f"; did you mean {prefix}{names[0]}?" if names else ""
+
+
+def _checked(key: str, value: Any) -> Any:
+    """The value in its declared type, or an InputError. An int is a fine float; a bool is never a number."""
+    expected = TYPES[key]
+    options = typing.get_args(expected)
+    if typing.get_origin(expected) is Literal:
+        # YAML reads a bare `none` as text but `null`, `off` or `1` as something else: compare as given.
+        if value not in options:
+            raise InputError(f"{key}: got {value!r}, allowed: {' | '.join(options)}")
+        return value
+    if isinstance(expected, types.UnionType):
+        if value is None:
+            return None
+        expected = options[0]
+    expected = typing.get_origin(expected) or expected
+    if expected is float and type(value) is int:
+        value = float(value)
+    if type(value) is not expected or (expected is float and value != value):
+        raise InputError(f"{key}: got {value!r}, expected {_TYPE_NAMES[expected]}")
+    if key in RULES and not RULES[key][0](value):
+        raise InputError(f"{key}: got {value!r}, allowed: {RULES[key][1]}")
+    return value
+
+
+_TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", list: "a list"}
+
+
+def _check_contradictions(settings: dict[str, Any]) -> None:
+    """What no key is wrong about alone."""
+    baseline, scale = settings["advantage_baseline"], settings["advantage_scale"]
+    if baseline in ("group", "leave_one_out") and settings["group_size"] < 2:
+        raise InputError(f"group_size: got 1, allowed with advantage_baseline {baseline}: >= 2 (siblings to compare)")
+    if scale == "group" and baseline in ("batch", "none"):
+        raise InputError(f"advantage_scale: got group, allowed with advantage_baseline {baseline}: batch | none")
+    if settings["batch_size"] % settings["num_minibatches"]:
+        raise InputError(
+            f"num_minibatches: got {settings['num_minibatches']}, must divide batch_size {settings['batch_size']}"
+        )

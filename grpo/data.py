@@ -1,0 +1,86 @@
+"""Datasets -> prompts: which samples a training step sees, as a pure function of (seed, step).
+
+Reading order: config.yaml -> train_grpo.py -> [grpo/data.py] -> grpo/rollout.py -> ...
+"""
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from grpo.config import InputError
+
+Sample = dict[str, Any]
+
+
+class JSONLinesDataset(Sequence[Sample]):
+    """A file with one JSON object a line, as a sequence of dicts.
+
+    Only "prompt" is required; what else a line must have is up to the rewards, which name the columns they need.
+    Blank lines are passed over. Wrong input is an InputError that names the file and the line.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.samples: list[Sample] = []
+        self.line_numbers: list[int] = []  # of each sample, for error messages
+        try:
+            text = self.path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: cannot be read: {error}") from error
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                self.samples.append(self._parse(line, number))
+                self.line_numbers.append(number)
+        if not self.samples:
+            raise InputError(f"{path}: has no samples, expected one JSON object a line")
+
+    def _parse(self, line: str, number: int) -> Sample:
+        try:
+            sample = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{self.path}, line {number}: not JSON: {error}") from error
+        if not isinstance(sample, dict):
+            raise InputError(f"{self.path}, line {number}: got {type(sample).__name__}, expected a JSON object")
+        if not isinstance(sample.get("prompt"), str) or not sample["prompt"]:
+            raise InputError(f'{self.path}, line {number}: "prompt" must be a text that is not empty')
+        return sample
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.samples[index]
+
+    def place(self, index: int) -> str:
+        """Where sample `index` stands, for error messages: "data/x.jsonl, line 7"."""
+        return f"{self.path}, line {self.line_numbers[index]}"
+
+
+def check_prompt_lengths(dataset: JSONLinesDataset, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int) -> None:
+    """Every prompt must fit before the run starts: cutting it silently would ask another question."""
+    lengths = [len(ids) for ids in tokenizer([sample["prompt"] for sample in dataset])["input_ids"]]
+    longest = int(np.argmax(lengths))
+    if lengths[longest] > max_prompt_length:
+        raise InputError(
+            f"{dataset.place(longest)}: the prompt has {lengths[longest]} tokens, max_prompt_length is {max_prompt_length}"
+        )
+
+
+def samples_for_step(dataset: Sequence[Sample], *, step: int, batch_size: int, seed: int) -> list[Sample]:
+    """The `batch_size` samples of training step `step` (1, 2, ...).
+
+    The data is read in epochs, each a fresh permutation by (seed, epoch); a step may span two of them. Nothing is
+    remembered between calls, so a resumed run goes on exactly where it would have been.
+    """
+    places = range((step - 1) * batch_size, step * batch_size)
+    return [dataset[_epoch_order(seed, place // len(dataset), len(dataset))[place % len(dataset)]] for place in places]
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(seed: int, epoch: int, size: int) -> list[int]:
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(size).tolist()

@@ -1,0 +1,105 @@
+"""Load policy and tokenizer, copy the frozen reference, make the optimizer and its schedule."""
+
+import copy
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from grpo.base_model import tiny_base_model
+from grpo.config import Config, InputError
+
+
+def load_policy(
+    model_name: str, *, base_seed: int, device: torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model in float32 with dropout off, and its tokenizer. `tiny` is built here, anything else is loaded.
+
+    float32 is asked for explicitly: transformers 5 loads the file's dtype, often bfloat16, in which a step of 1e-6
+    rounds to nothing.
+    """
+    source = str(tiny_base_model(base_seed)) if model_name == "tiny" else model_name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"model_name: {model_name!r} cannot be loaded: {reason}") from error
+    disable_dropout(model)
+    return model.to(device), tokenizer
+
+
+def disable_dropout(model: PreTrainedModel) -> None:
+    """Dropout would make two scoring passes differ, and the ratio of the first update must be exactly 1.
+
+    It lives in modules and, for the attention of a Llama, in plain floats read from the config at every forward.
+    """
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    for name, value in vars(model.config).items():
+        if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float):
+            setattr(model.config, name, 0.0)
+
+
+def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """The reference of the KL: the same weights, never trained."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def make_optimizer(model: PreTrainedModel, config: Config) -> torch.optim.AdamW:
+    """AdamW; weight decay only on matrices, never on biases and norms (which are 1-D)."""
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    return torch.optim.AdamW(
+        [
+            {"params": [weight for weight in weights if weight.dim() >= 2], "weight_decay": config.weight_decay},
+            {"params": [weight for weight in weights if weight.dim() < 2], "weight_decay": 0.0},
+        ],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        fused=True,
+    )
+
+
+# Factor on the learning rate against progress in [0, 1] after the warm-up; cosine and linear reach 0 at the end.
+LR_SCHEDULES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
+    "linear": lambda progress: 1 - progress,
+    "constant": lambda progress: 1.0,
+}
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, config: Config) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear warm-up, then `lr_schedule`. Counted in optimizer steps, of which a rollout may give several."""
+    num_steps = config.num_train_steps * config.num_iterations * config.num_minibatches
+
+    def factor(step: int) -> float:  # optimizer steps already taken
+        if step < config.warmup_steps:
+            return (step + 1) / (config.warmup_steps + 1)
+        progress = (step - config.warmup_steps) / max(num_steps - config.warmup_steps, 1)
+        return LR_SCHEDULES[config.lr_schedule](min(progress, 1.0))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def choose_device(name: str) -> torch.device:
+    """auto = CUDA, else MPS, else CPU."""
+    is_available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
+    if name == "auto":
+        return torch.device(next(kind for kind, available in is_available.items() if available()))
+    if not is_available[name]():
+        raise InputError(f"device: got {name}, which this machine or this build of torch does not have")
+    return torch.device(name)
+
+
+def make_autocast(dtype: str, device: torch.device) -> Callable[[], AbstractContextManager]:
+    """A context for forward passes: matrix products in `dtype`, weights and softmax in float32."""
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    return lambda: torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")

@@ -1,0 +1,95 @@
+"""What a run writes down: run.json, metrics.jsonl, samples.jsonl."""
+
+import dataclasses
+import json
+import math
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from grpo.config import Config, InputError
+
+
+def start_run(config: Config) -> Path:
+    """Make the output folder and its run.json. A folder that holds an earlier run is moved aside, never mixed into."""
+    folder = Path(config.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output_dir: {folder} is a file")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not (folder / "run.json").is_file():
+            raise InputError(f"output_dir: {folder} is not empty and holds no run; choose another folder")
+        started = json.loads((folder / "run.json").read_text())["started"].replace(":", "-")
+        aside = folder.with_name(f"{folder.name}-{started}")
+        folder.rename(aside)
+        print(f"The earlier run in {folder} now lies in {aside}")
+    folder.mkdir(parents=True, exist_ok=True)
+    run = {
+        "started": datetime.now().isoformat(timespec="seconds"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "commit": _commit(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "settings": dataclasses.asdict(config),
+    }
+    (folder / "run.json").write_text(json.dumps(run, indent=2) + "\n")
+    return folder
+
+
+def _commit() -> str | None:
+    """The commit of this project's checkout; None outside of one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def append_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """One JSON object a line; NaN becomes null, which is JSON."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(_without_nan(row), ensure_ascii=False) + "\n" for row in rows)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@dataclass
+class TokenMeans:
+    """Means over unmasked tokens, across micro-batches: sums and counts, divided once at the end.
+
+    A mean of micro-batch means would weigh tokens by the length of their neighbours. Everything stays on the device
+    until `row()`, so adding waits for nothing.
+    """
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, Tensor] = field(default_factory=dict)
+    maxima: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, mask: Tensor, **values: Tensor) -> None:
+        """values: (b, C) each; mask: (b, C) bool."""
+        for name, value in values.items():
+            kept = torch.where(mask, value.detach().float(), 0.0)
+            self.sums[name] = self.sums.get(name, 0) + kept.sum()
+            self.counts[name] = self.counts.get(name, 0) + mask.sum()
+            self.maxima[name] = torch.maximum(self.maxima.get(name, kept.max()), kept.max())
+
+    def mean(self, name: str) -> float:
+        return (self.sums[name] / self.counts[name].clamp(min=1)).item()
+
+    def max(self, name: str) -> float:
+        return self.maxima[name].item()

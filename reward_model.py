@@ -1,0 +1,234 @@
+"""What a completion is worth. Change this file to change what the model learns.
+
+Reading order: ... -> grpo/rollout.py -> [reward_model.py] -> grpo/advantages.py -> ...
+
+A reward function has TRL's signature: it takes all completions of a step at once and returns one value each,
+
+    fn(prompts, completions, completion_ids=..., **columns) -> list[float | None]
+
+with the columns of the data set repeated per completion, and None for "does not apply here". The columns it needs are
+the parameters it names. `REWARDS` maps a name to a factory, `factory(**arguments) -> fn`; in the config:
+
+    rewards: [math]
+    rewards: [{name: math, weight: 1.0, correct_reward: 1.0}, {name: my_module:my_fn, weight: 0.5}]
+"""
+
+import functools
+import importlib
+import inspect
+import math
+import numbers
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo.config import InputError
+
+RewardFn = Callable[..., list[float | None]]
+
+# A run of ASCII digits with the commas and points inside it, an optional minus (ASCII or U+2212) before it. After a
+# digit a minus is an operator. One run never overlaps the next, so the search is linear in the text.
+_NUMBER = re.compile(r"(?P<minus>(?<![0-9])[-\u2212])?(?P<point>(?<!\.)\.)?(?P<digits>[0-9]+(?:[.,][0-9]+)*)")
+_INTEGER = re.compile(r"(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)(?:\.0+)?")
+
+
+def last_integer(text: str) -> str | None:
+    """The last number of a text, if it is an integer: canonical digits, or None.
+
+    Canonical text instead of an int: a model may well write ten thousand digits, which int() refuses.
+
+    >>> [last_integer(text) for text in ["5 or 6", "1,234", "\u22127", "12-7", "5.0", "3.5", "007", "", "x=5 y"]]
+    ['6', '1234', '-7', '7', '5', None, '7', None, '5']
+    """
+    last = None
+    for last in _NUMBER.finditer(text):
+        pass
+    if last is None:
+        return None
+    digits, minus = last["digits"], last["minus"]
+    if last["point"]:  # ".5"
+        return None
+    if not _INTEGER.fullmatch(digits) and "," in digits:
+        digits, minus = digits.rpartition(",")[2], None  # "7,8" and "1,2345" are lists: their last entry counts
+    if not _INTEGER.fullmatch(digits):
+        return None  # "3.5"
+    canonical = digits.partition(".")[0].replace(",", "").lstrip("0") or "0"
+    return f"-{canonical}" if minus and canonical != "0" else canonical
+
+
+class MathRewardModel:
+    """Right or wrong: the last number of the completion against the sample's "answer", strictly."""
+
+    def __init__(self, correct_reward: float = 1.0, wrong_reward: float = 0.0) -> None:
+        self.correct_reward = correct_reward
+        self.wrong_reward = wrong_reward
+
+    def compute_reward(self, sample: dict[str, Any], completion: str) -> float:
+        """`correct_reward` if the completion's last number is the sample's answer, else `wrong_reward`.
+
+        >>> MathRewardModel().compute_reward({"answer": "5"}, "12-7=5 5")
+        1.0
+        """
+        answer = last_integer(str(sample["answer"]))
+        if answer is None:
+            raise ValueError(f'the sample\'s "answer" must be an integer, got {sample["answer"]!r}')
+        return self.correct_reward if last_integer(completion) == answer else self.wrong_reward
+
+
+def math_reward(correct_reward: float = 1.0, wrong_reward: float = 0.0) -> RewardFn:
+    """MathRewardModel as a reward function."""
+    model = MathRewardModel(correct_reward, wrong_reward)
+
+    def math_fn(prompts: list, completions: list, answer: list, **_: Any) -> list[float | None]:
+        samples = ({"answer": value} for value in answer)
+        return [model.compute_reward(*pair) for pair in zip(samples, completions, strict=True)]
+
+    math_fn.full_mark = correct_reward  # type: ignore[attr-defined]
+    return math_fn
+
+
+REWARDS: dict[str, Callable[..., RewardFn]] = {"math": math_reward}
+
+
+@dataclass(frozen=True)
+class Reward:
+    """One entry of the config's list."""
+
+    name: str
+    fn: RewardFn
+    weight: float
+    full_mark: float  # the value of a right completion
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The rewards of B completions; NaN = not applicable."""
+
+    by_name: dict[str, Tensor]  # each (B,)
+    combined: Tensor  # (B,) sum of weight * value over the applicable rewards of non-zero weight
+    is_right: Tensor  # (B,) 1.0 right, 0.0 wrong: the first reward of the list gives its full mark
+
+    def metrics(self) -> dict[str, float]:
+        """Means and unbiased standard deviations over the batch, of the combined reward and of each one."""
+        row = {"reward": self.combined.nanmean().item(), "reward_std": nan_std(self.combined)}
+        for name, values in self.by_name.items():
+            row |= {f"rewards/{name}/mean": values.nanmean().item(), f"rewards/{name}/std": nan_std(values)}
+        return row
+
+
+def nan_std(values: Tensor) -> float:
+    """Unbiased standard deviation of the values that are not NaN; 0.0 for fewer than two."""
+    valid = values[~values.isnan()]
+    return valid.std().item() if len(valid) > 1 else 0.0
+
+
+class RewardError(RuntimeError):
+    """A reward function raised, or returned something that is no list of rewards."""
+
+
+def load_rewards(specs: Sequence[str | dict[str, Any]]) -> list[Reward]:
+    """The config's `rewards` as functions; an InputError names the entry that is wrong."""
+    rewards = [_load_reward(spec) for spec in specs]
+    names = [reward.name for reward in rewards]
+    if len(set(names)) < len(names):
+        raise InputError(f"rewards: got {', '.join(names)}; every reward may stand there once")
+    if not any(reward.weight for reward in rewards):
+        raise InputError("rewards: got weight 0 everywhere, at least one must count")
+    return rewards
+
+
+def _load_reward(spec: str | dict[str, Any]) -> Reward:
+    arguments = {"name": spec} if isinstance(spec, str) else dict(spec) if isinstance(spec, dict) else {}
+    name, weight = arguments.pop("name", None), arguments.pop("weight", 1.0)
+    if not isinstance(name, str):
+        raise InputError(f"rewards: got {spec!r}, expected a name or {{name: …, weight: …}}")
+    if type(weight) not in (int, float) or not math.isfinite(weight):
+        raise InputError(f"rewards: {name}: weight: got {weight!r}, expected a number")
+    if name in REWARDS:
+        try:
+            fn = REWARDS[name](**arguments)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"rewards: {name}: {error}") from error
+    elif ":" in name:
+        fn = _import_function(name)
+        full_mark = getattr(fn, "full_mark", 1.0)
+        fn = functools.partial(fn, **arguments) if arguments else fn
+        return Reward(name, fn, weight, full_mark)
+    else:
+        raise InputError(f"rewards: got {name!r}, allowed: {', '.join(REWARDS)}, or module:function")
+    return Reward(name, fn, weight, getattr(fn, "full_mark", 1.0))
+
+
+def _import_function(name: str) -> RewardFn:
+    module_name, _, function_name = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"rewards: {name}: cannot be imported: {error}") from error
+
+
+def required_columns(reward: Reward) -> set[str]:
+    """The columns a reward needs: the parameters it names, without a default."""
+    given = {"prompts", "completions", "completion_ids"}
+    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    parameters = inspect.signature(reward.fn).parameters.values()
+    return {p.name for p in parameters if p.default is p.empty and p.kind not in variadic} - given
+
+
+def check_columns(rewards: Sequence[Reward], samples: Sequence[dict[str, Any]], place: Callable[[int], str]) -> None:
+    """Every sample must have the columns that the rewards name; `place(i)` says where sample i stands."""
+    for reward in rewards:
+        for column in sorted(required_columns(reward)):
+            for index, sample in enumerate(samples):
+                if column not in sample:
+                    raise InputError(f'{place(index)}: has no "{column}", which reward {reward.name} needs')
+
+
+def score_completions(
+    rewards: Sequence[Reward],
+    samples: Sequence[dict[str, Any]],
+    completions: Sequence[str],
+    completion_ids: Sequence[Sequence[int]],
+) -> Scores:
+    """Score B completions, each with its sample.
+
+    Raises:
+        RewardError: a function raised, returned the wrong number of values, or a value that is neither a finite
+            number nor None; names the function and the sample.
+    """
+    keys = {key for sample in samples for key in sample} - {"prompt"}  # the union: rows of a mixture differ
+    columns = {key: [sample.get(key) for sample in samples] for key in sorted(keys)}
+    prompts = [sample["prompt"] for sample in samples]
+    by_name = {}
+    for reward in rewards:
+        try:
+            values = reward.fn(prompts=prompts, completions=list(completions), completion_ids=completion_ids, **columns)
+        except Exception as error:  # a user's function may raise anything; it must stop the run, by name
+            raise RewardError(f"reward {reward.name} raised {type(error).__name__}: {error}") from error
+        by_name[reward.name] = _as_tensor(reward.name, values, prompts)
+    values = torch.stack(list(by_name.values()))  # (F, B)
+    weights = torch.tensor([reward.weight for reward in rewards], dtype=values.dtype).unsqueeze(1)  # (F, 1)
+    applies = ~values.isnan() & (weights != 0)  # (F, B)
+    combined = torch.where(applies, weights * values, 0.0).sum(0)  # (B,)
+    first = values[0]
+    is_right = ((first - rewards[0].full_mark).abs() <= 1e-6).to(first.dtype)
+    return Scores(
+        by_name=by_name,
+        combined=combined.masked_fill(~applies.any(0), torch.nan),
+        is_right=is_right.masked_fill(first.isnan(), torch.nan),
+    )
+
+
+def _as_tensor(name: str, values: Any, prompts: Sequence[str]) -> Tensor:
+    if not isinstance(values, (list, tuple)) or len(values) != len(prompts):
+        got = f"{len(values)} values" if isinstance(values, (list, tuple)) else type(values).__name__
+        raise RewardError(f"reward {name} returned {got} for {len(prompts)} completions, expected a list of as many")
+    for value, prompt in zip(values, prompts, strict=True):
+        is_number = isinstance(value, numbers.Real) and math.isfinite(value)
+        if value is not None and not is_number:
+            raise RewardError(f"reward {name} returned {value!r} for {prompt!r}, expected a finite number or None")
+    return torch.tensor([math.nan if value is None else float(value) for value in values])

@@ -1,0 +1,261 @@
+"""GRPO on one screen: sample a group of answers, reinforce those that beat their siblings, repeat.
+
+    python train_grpo.py                                   a tiny model learns to work arithmetic out, about a minute
+    python train_grpo.py --learning_rate 1e-4 --seed 3     every key of config.yaml is a flag
+
+Reading order: config.yaml -> [train_grpo.py] (skim the seven steps) -> grpo/data.py -> grpo/rollout.py ->
+reward_model.py -> grpo/advantages.py -> grpo/logprobs.py -> grpo/loss.py -> [train_grpo.py] again.
+
+Letters: P prompts a step, G = group_size, B = P * G completions, C padded completion length.
+
+Differs from the paper ("DeepSeekMath", 2402.03300, algorithm 1):
+  - the loss is a mean over all tokens of the step (DAPO's aggregation); loss_aggregation: sequence is the paper's
+  - the KL estimator k3 is corrected, so that its gradient is that of KL(policy || reference)
+  - a group whose rewards are all alike contributes exactly nothing, instead of rounding noise
+  - the reference is the base model throughout (ref_update_every: 0)
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from grpo.config import Config, InputError, exit_with, parse_command_line
+
+if __name__ == "__main__":  # before the slow imports: --help and a misspelt flag answer at once
+    CONFIG = parse_command_line(__doc__)
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from grpo.advantages import group_advantages, groups_without_spread
+from grpo.checkpoint import save_model
+from grpo.data import JSONLinesDataset, Sample, check_prompt_lengths, samples_for_step
+from grpo.evaluation import Evaluation, evaluate_greedy
+from grpo.logprobs import compute_logprobs
+from grpo.loss import clipped_surrogate, clipped_tokens, kl_divergence, loss_weights
+from grpo.policy import choose_device, frozen_copy, load_policy, make_autocast, make_optimizer, make_schedule
+from grpo.records import TokenMeans, append_jsonl, start_run
+from grpo.rollout import Rollout, generate_completions, step_seed
+from reward_model import RewardError, Scores, check_columns, load_rewards, score_completions
+
+
+def train(config: Config) -> None:
+    """One run: everything it leaves behind is in `config.output_dir`."""
+    device = choose_device(config.device)
+    autocast = make_autocast(config.dtype, device)
+    rewards = load_rewards(config.rewards)
+    train_set, eval_set = JSONLinesDataset(config.train_file), JSONLinesDataset(config.eval_file)
+    for dataset in (train_set, eval_set):
+        check_columns(rewards, dataset, dataset.place)
+    policy, tokenizer = load_policy(config.model_name, base_seed=config.base_seed, device=device)
+    for dataset in (train_set, eval_set):
+        check_prompt_lengths(dataset, tokenizer, config.max_prompt_length)
+    reference = frozen_copy(policy) if config.kl_coeff > 0 else None
+    optimizer = make_optimizer(policy, config)
+    schedule = make_schedule(optimizer, config)
+    folder = start_run(config)
+
+    num_groups, num_rows = config.batch_size, config.batch_size * config.group_size  # P, B
+    minibatches = split_rows(slice(0, num_rows), num_rows // config.num_minibatches)  # one optimizer step each
+    num_updates = config.num_iterations * config.num_minibatches  # optimizer steps a rollout
+
+    def score(samples: Sequence[Sample], rollout: Rollout) -> Scores:
+        return score_completions(rewards, samples, rollout.completions, rollout.token_lists())
+
+    def evaluate() -> Evaluation:
+        return evaluate_greedy(
+            policy,
+            tokenizer,
+            eval_set,
+            score,
+            max_completion_length=config.max_completion_length,
+            batch_rows=num_rows,
+            autocast=autocast,
+        )
+
+    @torch.no_grad()
+    def logps_of(model: torch.nn.Module, rollout: Rollout) -> Tensor:
+        """(B, C) of a model that is not being trained right now, in the update's own micro-batches."""
+        logps = []
+        for minibatch in minibatches:
+            for rows in split_rows(minibatch, config.micro_batch_size):
+                with autocast():
+                    logps.append(compute_logprobs(model, *rollout.tokens(rows), temperature=config.temperature)[0])
+        return torch.cat(logps)
+
+    evaluation = evaluate()
+    append_jsonl(folder / "metrics.jsonl", [{"step": 0} | evaluation.metrics()])
+    tqdm.write(f"step    0  {evaluation}")
+    num_tokens = 0
+    progress = tqdm(range(1, config.num_train_steps + 1), desc="training", unit="step")
+    for step in progress:
+        step_start = time.perf_counter()
+
+        # [1] Prompts: a pure function of (seed, step).
+        samples = samples_for_step(train_set, step=step, batch_size=config.batch_size, seed=config.seed)
+
+        # [2] Rollout: a group of completions for every prompt, from the policy as it is now.
+        with autocast():
+            rollout = generate_completions(
+                policy,
+                tokenizer,
+                [sample["prompt"] for sample in samples],
+                group_size=config.group_size,
+                max_completion_length=config.max_completion_length,
+                temperature=config.temperature,
+                top_p=config.top_p,
+                top_k=config.top_k,
+                seed=step_seed(config.seed, step),
+            )
+        rollout_time = time.perf_counter() - step_start
+
+        # [3] Rewards: what each completion is worth; row p * G + g belongs to prompt p.
+        row_samples = [sample for sample in samples for _ in range(config.group_size)]  # B
+        scores = score(row_samples, rollout)
+        grouped_rewards = scores.combined.view(num_groups, config.group_size)  # (P, G)
+
+        # [4] Fixed terms: log-probs of the reference, and of the policy before its first optimizer step. Where there is
+        # one optimizer step, the latter are the update's own, detached: the ratio is exactly 1 and no pass is needed.
+        update_start = time.perf_counter()
+        ref_logps = logps_of(reference, rollout) if reference is not None else None  # (B, C)
+        all_old_logps = logps_of(policy, rollout) if num_updates > 1 else None  # (B, C)
+
+        # [5] Advantages: how much better than its siblings.
+        advantages = group_advantages(
+            grouped_rewards, baseline=config.advantage_baseline, scale=config.advantage_scale
+        )  # (P, G)
+        advantages = advantages.view(num_rows, 1).to(device)  # (B, 1)
+
+        # [6] Update. The weights of a whole optimizer step come first, so that its micro-batches just add gradients up.
+        mask = rollout.completion_mask  # (B, C)
+        if config.mask_truncated_completions:
+            mask = mask & ~rollout.is_truncated.unsqueeze(1)
+        weights = torch.cat(
+            [
+                loss_weights(
+                    mask[rows], config.loss_aggregation, max_completion_length=config.max_completion_length
+                )
+                for rows in minibatches
+            ]
+        )  # (B, C)
+        clip = {"clip_range": config.clip_range, "clip_range_high": config.clip_range_high}
+        loss_sum = torch.zeros((), device=device)
+        means = TokenMeans()
+        policy.train()
+        for minibatch in minibatches * config.num_iterations:
+            for rows in split_rows(minibatch, config.micro_batch_size):
+                with autocast():
+                    logps, entropies = compute_logprobs(
+                        policy, *rollout.tokens(rows), temperature=config.temperature
+                    )  # (b, C)
+                old_logps = logps.detach() if all_old_logps is None else all_old_logps[rows]
+                per_token_loss = clipped_surrogate(logps, old_logps, advantages[rows], mask[rows], **clip)
+                if ref_logps is not None:
+                    kl = kl_divergence(
+                        logps,
+                        ref_logps[rows],
+                        estimator=config.kl_estimator,
+                        old_logps=old_logps,
+                        completion_mask=mask[rows],
+                    )
+                    per_token_loss = per_token_loss + config.kl_coeff * kl
+                    means.add(mask[rows], kl=kl)
+                loss = (per_token_loss * weights[rows]).sum()
+                loss.backward()
+
+                loss_sum += loss.detach()
+                low, high = clipped_tokens(logps, old_logps, advantages[rows], mask[rows], **clip)
+                drift = (rollout.sampling_logps[rows] - old_logps).abs()  # sampler against scorer: rounding, unless a bug
+                means.add(mask[rows], entropy=entropies, low=low, high=high, drift=drift)
+            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+            if not grad_norm.isfinite():
+                raise RunError(f"step {step}: the gradient norm is {grad_norm.item()}; try a lower learning_rate")
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        if reference is not None and config.ref_update_every and step % config.ref_update_every == 0:
+            reference.load_state_dict(policy.state_dict())
+        now = time.perf_counter()
+
+        # [7] Record: one row a step, every completion, and now and then the held-out problems.
+        num_tokens += int(rollout.prompt_mask.sum() + rollout.completion_mask.sum())
+        row = {
+            "step": step,
+            "loss": loss_sum.item() / num_updates,
+            **scores.metrics(),
+            "frac_reward_zero_std": groups_without_spread(grouped_rewards).float().mean().item(),
+            "completions/mean_length": rollout.completion_mask.sum(1).float().mean().item(),
+            "completions/clipped_ratio": rollout.is_truncated.float().mean().item(),
+            "entropy": means.mean("entropy"),
+            "clip_ratio/low_mean": means.mean("low"),
+            "clip_ratio/high_mean": means.mean("high"),
+            "sampling/logp_difference/mean": means.mean("drift"),
+            "sampling/logp_difference/max": means.max("drift"),
+            "grad_norm": grad_norm.item(),
+            "learning_rate": schedule.get_last_lr()[0],
+            "num_tokens": num_tokens,
+            "step_time": now - step_start,
+            "rollout_time": rollout_time,
+            "update_time": now - update_start,
+        }
+        if reference is not None:
+            row["kl"] = means.mean("kl")
+        if step % config.eval_every == 0 or step == config.num_train_steps:
+            evaluation = evaluate()
+            row |= evaluation.metrics()
+            tqdm.write(f"step {step:4d}  {evaluation}")
+        append_jsonl(folder / "metrics.jsonl", [row])
+        append_jsonl(folder / "samples.jsonl", sample_rows(step, row_samples, rollout, scores, advantages))
+        progress.set_postfix(reward=f"{row['reward']:.2f}", length=f"{row['completions/mean_length']:.1f}")
+
+    save_model(policy, tokenizer, folder / "final")
+    print(f"The trained model lies in {folder / 'final'}")
+
+
+class RunError(RuntimeError):
+    """The run itself failed: one line for people, exit status 1."""
+
+
+def split_rows(rows: slice, size: int) -> list[slice]:
+    """Consecutive slices of at most `size` rows."""
+    return [slice(start, min(start + size, rows.stop)) for start in range(rows.start, rows.stop, size)]
+
+
+def sample_rows(
+    step: int, samples: Sequence[Sample], rollout: Rollout, scores: Scores, advantages: Tensor
+) -> list[dict[str, object]]:
+    """The lines of samples.jsonl for one step."""
+    columns = {name: values.tolist() for name, values in scores.by_name.items()}
+    return [
+        {
+            "step": step,
+            "prompt": sample["prompt"],
+            "completion": completion,
+            "answer": sample.get("answer"),
+            "reward": reward,
+            "rewards": {name: values[index] for name, values in columns.items()},
+            "advantage": advantage,
+            "is_truncated": is_truncated,
+        }
+        for index, (sample, completion, reward, advantage, is_truncated) in enumerate(
+            zip(
+                samples,
+                rollout.completions,
+                scores.combined.tolist(),
+                advantages.squeeze(1).tolist(),
+                rollout.is_truncated.tolist(),
+                strict=True,
+            )
+        )
+    ]
+
+
+if __name__ == "__main__":
+    try:
+        train(CONFIG)
+    except InputError as error:
+        exit_with(error)
+    except (RunError, RewardError) as error:
+        sys.exit(f"error: {error}")
