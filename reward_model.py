@@ -44,9 +44,7 @@ def last_integer(text: str) -> str | None:
     >>> [last_integer(text) for text in ["5 or 6", "1,234", "\u22127", "12-7", "5.0", "3.5", "007", "", "x=5 y"]]
     ['6', '1234', '-7', '7', '5', None, '7', None, '5']
     """
-    last = None
-    for last in _NUMBER.finditer(text):
-        pass
+    last = max(_NUMBER.finditer(text), key=re.Match.start, default=None)
     if last is None:
         return None
     digits, minus = last["digits"], last["minus"]
@@ -142,7 +140,9 @@ def load_rewards(specs: Sequence[str | dict[str, Any]]) -> list[Reward]:
 
 
 def _load_reward(spec: str | dict[str, Any]) -> Reward:
-    arguments = {"name": spec} if isinstance(spec, str) else dict(spec) if isinstance(spec, dict) else {}
+    arguments: dict[str, Any] = (
+        {"name": spec} if isinstance(spec, str) else dict(spec) if isinstance(spec, dict) else {}
+    )
     name, weight = arguments.pop("name", None), arguments.pop("weight", 1.0)
     if not isinstance(name, str):
         raise InputError(f"rewards: got {spec!r}, expected a name or {{name: …, weight: …}}")
@@ -206,10 +206,12 @@ def score_completions(
     by_name = {}
     for reward in rewards:
         try:
-            values = reward.fn(prompts=prompts, completions=list(completions), completion_ids=completion_ids, **columns)
+            returned = reward.fn(
+                prompts=prompts, completions=list(completions), completion_ids=completion_ids, **columns
+            )
         except Exception as error:  # a user's function may raise anything; it must stop the run, by name
             raise RewardError(f"reward {reward.name} raised {type(error).__name__}: {error}") from error
-        by_name[reward.name] = _as_tensor(reward.name, values, prompts)
+        by_name[reward.name] = _as_tensor(reward.name, returned, prompts)
     values = torch.stack(list(by_name.values()))  # (F, B)
     weights = torch.tensor([reward.weight for reward in rewards], dtype=values.dtype).unsqueeze(1)  # (F, 1)
     applies = ~values.isnan() & (weights != 0)  # (F, B)

@@ -18,9 +18,9 @@ Differs from the paper ("DeepSeekMath", 2402.03300, algorithm 1):
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from typing import Any
 
-from grpo.config import Config, InputError, exit_with, parse_command_line
+from grpo.config import Config, InputError, exit_with, parse_command_line, warnings_about
 
 if __name__ == "__main__":  # before the slow imports: --help and a misspelt flag answer at once
     CONFIG = parse_command_line(__doc__)
@@ -28,6 +28,7 @@ if __name__ == "__main__":  # before the slow imports: --help and a misspelt fla
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from grpo.advantages import group_advantages, groups_without_spread
 from grpo.checkpoint import save_model
@@ -43,6 +44,8 @@ from reward_model import RewardError, Scores, check_columns, load_rewards, score
 
 def train(config: Config) -> None:
     """One run: everything it leaves behind is in `config.output_dir`."""
+    for warning in warnings_about(config):
+        print(f"warning: {warning}", file=sys.stderr)
     device = choose_device(config.device)
     autocast = make_autocast(config.dtype, device)
     rewards = load_rewards(config.rewards)
@@ -76,7 +79,7 @@ def train(config: Config) -> None:
         )
 
     @torch.no_grad()
-    def logps_of(model: torch.nn.Module, rollout: Rollout) -> Tensor:
+    def logps_of(model: PreTrainedModel, rollout: Rollout) -> Tensor:
         """(B, C) of a model that is not being trained right now, in the update's own micro-batches."""
         logps = []
         for minibatch in minibatches:
@@ -134,13 +137,11 @@ def train(config: Config) -> None:
             mask = mask & ~rollout.is_truncated.unsqueeze(1)
         weights = torch.cat(
             [
-                loss_weights(
-                    mask[rows], config.loss_aggregation, max_completion_length=config.max_completion_length
-                )
+                loss_weights(mask[rows], config.loss_aggregation, max_completion_length=config.max_completion_length)
                 for rows in minibatches
             ]
         )  # (B, C)
-        clip = {"clip_range": config.clip_range, "clip_range_high": config.clip_range_high}
+        clip: dict[str, Any] = {"clip_range": config.clip_range, "clip_range_high": config.clip_range_high}
         loss_sum = torch.zeros((), device=device)
         means = TokenMeans()
         policy.train()
@@ -167,7 +168,9 @@ def train(config: Config) -> None:
 
                 loss_sum += loss.detach()
                 low, high = clipped_tokens(logps, old_logps, advantages[rows], mask[rows], **clip)
-                drift = (rollout.sampling_logps[rows] - old_logps).abs()  # sampler against scorer: rounding, unless a bug
+                drift = (
+                    rollout.sampling_logps[rows] - old_logps
+                ).abs()  # sampler against scorer: rounding, unless a bug
                 means.add(mask[rows], entropy=entropies, low=low, high=high, drift=drift)
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
             if not grad_norm.isfinite():

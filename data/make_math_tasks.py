@@ -1,4 +1,4 @@
-"""Write the arithmetic problems of the default run: math_tasks_{train,eval,test}.jsonl, byte for byte the same every time.
+"""Write the arithmetic problems of the default run, math_tasks_{train,eval,test}.jsonl, the same bytes every time.
 
     python data/make_math_tasks.py            # rewrites the three files beside this script
 

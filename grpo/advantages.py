@@ -71,7 +71,7 @@ def group_advantages(rewards: Tensor, *, baseline: str = "group", scale: str = "
         advantages = rewards - group.mean
     elif baseline == "leave_one_out":
         # R_i - (sum - R_i) / (n - 1) = n / (n - 1) * (R_i - mean)
-        advantages = (rewards - group.mean) * group.count / (group.count - 1).clamp(min=1)
+        advantages = (rewards - group.mean) * group.num_valid / (group.num_valid - 1).clamp(min=1)
     elif baseline == "batch":
         advantages = torch.where(batch.is_constant, 0.0, rewards - batch.mean)
     else:
@@ -94,7 +94,7 @@ def groups_without_spread(rewards: Tensor) -> Tensor:
 class _Statistics(NamedTuple):
     """Of the valid rewards along the last dimension; each (rows, 1)."""
 
-    count: Tensor
+    num_valid: Tensor
     mean: Tensor
     std: Tensor  # unbiased
     is_constant: Tensor  # fewer than two rewards, or no spread beyond rounding
@@ -103,11 +103,11 @@ class _Statistics(NamedTuple):
 def _statistics(rewards: Tensor) -> _Statistics:
     is_valid = ~rewards.isnan()
     values = torch.where(is_valid, rewards, 0.0)
-    count = is_valid.sum(-1, keepdim=True)
-    mean = values.sum(-1, keepdim=True) / count.clamp(min=1)
+    num_valid = is_valid.sum(-1, keepdim=True)
+    mean = values.sum(-1, keepdim=True) / num_valid.clamp(min=1)
     squares = torch.where(is_valid, rewards - mean, 0.0).square()
-    std = (squares.sum(-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+    std = (squares.sum(-1, keepdim=True) / (num_valid - 1).clamp(min=1)).sqrt()
     highest = torch.where(is_valid, rewards, -torch.inf).amax(-1, keepdim=True)
     lowest = torch.where(is_valid, rewards, torch.inf).amin(-1, keepdim=True)
-    is_constant = (count < 2) | (highest - lowest <= 1e-6 * values.abs().amax(-1, keepdim=True).clamp(min=1))
-    return _Statistics(count, mean, std, is_constant)
+    is_constant = (num_valid < 2) | (highest - lowest <= 1e-6 * values.abs().amax(-1, keepdim=True).clamp(min=1))
+    return _Statistics(num_valid, mean, std, is_constant)

@@ -68,7 +68,10 @@ def train_tokenizer(prompts: list[str]) -> PreTrainedTokenizerFast:
     """Byte-level BPE learned from the prompts: every digit is one token, any text can be encoded, pad is not eos."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -119,9 +122,14 @@ def warm_up(dataset: JSONLinesDataset, tokenizer: PreTrainedTokenizerFast, base_
         worked_share = WORKED_SHARE_SKILL if step < SKILL_PHASE * NUM_STEPS else WORKED_SHARE_HABIT
         samples = [dataset[rng.randrange(len(dataset))] for _ in range(BATCH_SIZE)]
         answers = [styled_answer(sample, worked_share, rng) for sample in samples]
-        prompts = tokenizer([sample["prompt"] for sample in samples], padding=True, padding_side="left", return_tensors="pt")
+        prompts = tokenizer(
+            [sample["prompt"] for sample in samples], padding=True, padding_side="left", return_tensors="pt"
+        )
         targets = tokenizer(
-            [answer + tokenizer.eos_token for answer in answers], padding=True, padding_side="right", return_tensors="pt"
+            [answer + tokenizer.eos_token for answer in answers],
+            padding=True,
+            padding_side="right",
+            return_tensors="pt",
         )
         logps, _ = compute_logprobs(
             model, prompts["input_ids"], prompts["attention_mask"], targets["input_ids"], targets["attention_mask"]
@@ -145,10 +153,10 @@ def styled_answer(sample: Sample, worked_share: float, rng: random.Random) -> st
 
 
 def worked_answer(a: int, operator: str, b: int) -> str:
-    """Column arithmetic, ones first; a carry is added and a borrow taken in the next column.
+    """Column arithmetic, ones first; a carry is added to the tens, a borrow taken from the upper ten.
 
     >>> worked_answer(47, "+", 38), worked_answer(52, "-", 27)
-    ('7+8=15 4+3+1=8 85', '12-7=5 5-2-1=2 25')
+    ('7+8=15 4+3+1=8 85', '12-7=5 4-2=2 25')
     """
     (a_tens, a_ones), (b_tens, b_ones) = divmod(a, 10), divmod(b, 10)
     if operator == "+":
@@ -158,5 +166,5 @@ def worked_answer(a: int, operator: str, b: int) -> str:
         return f"{ones} {tens} {a + b}"
     borrow = int(a_ones < b_ones)
     ones = f"{a_ones + 10 * borrow}-{b_ones}={a_ones + 10 * borrow - b_ones}"
-    tens = f"{a_tens}-{b_tens}{'-1' if borrow else ''}={a_tens - b_tens - borrow}"
+    tens = f"{a_tens - borrow}-{b_tens}={a_tens - borrow - b_tens}"
     return f"{ones} {tens} {a - b}"

@@ -5,7 +5,6 @@ imports torch, so `--help` and a misspelt flag answer at once.
 """
 
 import argparse
-import dataclasses
 import difflib
 import re
 import sys
@@ -23,6 +22,11 @@ DEFAULTS_FILE = Path(__file__).resolve().parent.parent / "config.yaml"
 
 class InputError(ValueError):
     """Something the user gave is wrong: the message is one line for people, the exit status 2."""
+
+
+def unreadable(path: str | Path, error: OSError | UnicodeDecodeError) -> InputError:
+    """The InputError for a file that cannot be read as text."""
+    return InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}")
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,22 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
     return Config(**values)
 
 
+def warnings_about(config: Config) -> list[str]:
+    """What is allowed, but seldom meant."""
+    warnings = []
+    if config.temperature != 1:
+        warnings.append(f"temperature {config.temperature}: the policy is trained as it samples, at this temperature")
+    for key, off in (("top_p", 1.0), ("top_k", 0)):
+        if getattr(config, key) != off:
+            warnings.append(
+                f"{key} {getattr(config, key)}: completions come from another distribution than the one that is "
+                "trained; sampling/logp_difference shows by how much"
+            )
+    if config.kl_coeff > 0 and config.kl_estimator == "k1":
+        warnings.append("kl_estimator k1: as a loss its expected gradient is 0, so it holds nothing back")
+    return warnings
+
+
 def parse_command_line(description: str, arguments: list[str] | None = None) -> Config:
     """The Config of a command line. --help lists every key; wrong input ends the process with status 2."""
     parser = argparse.ArgumentParser(
@@ -182,7 +202,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
+        raise unreadable(path, error) from error
     settings = _parse_yaml(text, where=str(path))
     if settings is None:
         return {}

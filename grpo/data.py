@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from grpo.config import InputError
+from grpo.config import InputError, unreadable
 
 Sample = dict[str, Any]
 
@@ -31,7 +31,7 @@ class JSONLinesDataset(Sequence[Sample]):
         try:
             text = self.path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: cannot be read: {error}") from error
+            raise unreadable(path, error) from error
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
                 self.samples.append(self._parse(line, number))
@@ -67,7 +67,8 @@ def check_prompt_lengths(dataset: JSONLinesDataset, tokenizer: PreTrainedTokeniz
     longest = int(np.argmax(lengths))
     if lengths[longest] > max_prompt_length:
         raise InputError(
-            f"{dataset.place(longest)}: the prompt has {lengths[longest]} tokens, max_prompt_length is {max_prompt_length}"
+            f"{dataset.place(longest)}: the prompt has {lengths[longest]} tokens, "
+            f"max_prompt_length allows {max_prompt_length}"
         )
 
 

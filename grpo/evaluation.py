@@ -19,8 +19,13 @@ Z_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 class Scored(Protocol):
     """What a score function returns for b completions; NaN = not applicable."""
 
-    combined: Tensor  # (b,) combined reward
-    is_right: Tensor  # (b,) 1.0 right, 0.0 wrong
+    @property
+    def combined(self) -> Tensor:
+        """(b,) the combined reward."""
+
+    @property
+    def is_right(self) -> Tensor:
+        """(b,) 1.0 right, 0.0 wrong."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,9 @@ def evaluate_greedy(
 
     `score_fn(samples, rollout)` is the training run's own, so held-out problems are judged by the same rewards.
     """
-    rollouts, rewards, rights = [], [], []
+    rollouts: list[Rollout] = []
+    rewards: list[Tensor] = []
+    rights: list[bool | None] = []
     for start in range(0, len(samples), batch_rows):
         batch = samples[start : start + batch_rows]
         with autocast():

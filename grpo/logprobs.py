@@ -70,7 +70,7 @@ def compute_logprobs(
         use_cache=False,
         logits_to_keep=length + 1,  # the LM head is the dearest layer of a small model: no logits for the prompt
     )
-    # The shift: position t - 1 predicts token t, so the last prompt position is kept and the last completion one dropped.
+    # The shift: position t - 1 predicts token t. Keep from the last prompt position on, drop the last completion one.
     logits = output.logits[:, -(length + 1) : -1]  # (B, C, V)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     all_logps = torch.log_softmax(logits, dim=-1)  # (B, C, V)

@@ -52,8 +52,8 @@ def clipped_surrogate(
 
     Paper: "Proximal Policy Optimization Algorithms" (1707.06347) eq. 7; in GRPO, "DeepSeekMath" (2402.03300) eq. 3.
 
-    >>> ones = torch.ones(2, 3)
-    >>> clipped_surrogate(0.5 * ones, 0 * ones, torch.tensor([[1.0], [-1.0]]), torch.tensor([[1, 1, 0]] * 2), clip_range=0.2)
+    >>> ones, mask = torch.ones(2, 3), torch.tensor([[1, 1, 0], [1, 1, 0]])
+    >>> clipped_surrogate(0.5 * ones, 0 * ones, torch.tensor([[1.0], [-1.0]]), mask, clip_range=0.2)
     tensor([[-1.2000, -1.2000,  0.0000],
             [ 1.6487,  1.6487,  0.0000]])
     """

@@ -29,7 +29,8 @@ def load_policy(
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"model_name: {model_name!r} cannot be loaded: {reason}") from error
     disable_dropout(model)
-    return model.to(device), tokenizer
+    model.to(device)  # type: ignore[arg-type]  # transformers wraps nn.Module.to
+    return model, tokenizer
 
 
 def disable_dropout(model: PreTrainedModel) -> None:
@@ -90,10 +91,10 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: Config) -> torch.opt
 
 def choose_device(name: str) -> torch.device:
     """auto = CUDA, else MPS, else CPU."""
-    is_available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
+    is_available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        return torch.device(next(kind for kind, available in is_available.items() if available()))
-    if not is_available[name]():
+        return torch.device(next(kind for kind, available in is_available.items() if available))
+    if not is_available[name]:
         raise InputError(f"device: got {name}, which this machine or this build of torch does not have")
     return torch.device(name)
 

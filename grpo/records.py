@@ -29,6 +29,8 @@ def start_run(config: Config) -> Path:
             raise InputError(f"output_dir: {folder} is not empty and holds no run; choose another folder")
         started = json.loads((folder / "run.json").read_text())["started"].replace(":", "-")
         aside = folder.with_name(f"{folder.name}-{started}")
+        while aside.exists():  # several runs within a second
+            aside = aside.with_name(f"{aside.name}+")
         folder.rename(aside)
         print(f"The earlier run in {folder} now lies in {aside}")
     folder.mkdir(parents=True, exist_ok=True)

@@ -42,7 +42,9 @@ class Rollout:
 
     def token_lists(self) -> list[list[int]]:
         """B lists of the sampled ids, the stop token included, without padding."""
-        return [ids[kept].tolist() for ids, kept in zip(self.completion_ids.cpu(), self.completion_mask.cpu(), strict=True)]
+        return [
+            ids[kept].tolist() for ids, kept in zip(self.completion_ids.cpu(), self.completion_mask.cpu(), strict=True)
+        ]
 
     def select(self, rows: Tensor) -> Self:
         """The rollout of these rows alone. `rows`: (b,) indices; padding stays as wide as it was."""
@@ -260,7 +262,8 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str] | Sequence[list[int]]) -> list[list[int]]:
-    prompt_ids = tokenizer(list(prompts))["input_ids"] if isinstance(prompts[0], str) else [list(ids) for ids in prompts]
+    is_text = isinstance(prompts[0], str)
+    prompt_ids: list[list[int]] = tokenizer(prompts)["input_ids"] if is_text else [list(ids) for ids in prompts]  # type: ignore[arg-type]
     for number, ids in enumerate(prompt_ids):
         if not ids:
             raise ValueError(f"prompts[{number}]: got {prompts[number]!r}, which has no tokens; at least one is needed")

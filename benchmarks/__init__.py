@@ -1,0 +1,1 @@
+"""Scripts that measure learning, speed and memory, and the results they wrote."""

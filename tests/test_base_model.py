@@ -1,0 +1,150 @@
+"""The tiny base model: its tokenizer, its two styles of answer, its cache."""
+
+import random
+import re
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from grpo import base_model
+from grpo.base_model import build_model, styled_answer, tiny_base_model, train_tokenizer, worked_answer
+from grpo.data import JSONLinesDataset
+from reward_model import last_integer
+
+PROMPT = "What is 12 - 7? Answer with an integer."
+
+
+@pytest.fixture(scope="module")
+def dataset() -> JSONLinesDataset:
+    return JSONLinesDataset(base_model.TRAIN_FILE)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(dataset: JSONLinesDataset):
+    return train_tokenizer([sample["prompt"] for sample in dataset])
+
+
+@pytest.fixture
+def quick_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Two warm-up steps, into a cache of its own."""
+    monkeypatch.setattr(base_model, "NUM_STEPS", 2)
+    monkeypatch.setenv("GRPO_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def test_digits_are_single_tokens_and_pad_is_not_eos(tokenizer) -> None:
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    for digit in "0123456789":
+        assert len(tokenizer(digit)["input_ids"]) == 1
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer("99+89=188 1")["input_ids"])
+    assert [token for token in tokens if any(map(str.isdigit, token))] == list("99891881")
+
+
+@pytest.mark.parametrize("text", [PROMPT, "7+8=15 4+3+1=8 85", "é — 東京 \U0001f600\n\ttabs", "  two  spaces  ", "<eos"])
+def test_any_text_survives_the_tokenizer(tokenizer, text: str) -> None:
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_a_single_user_message_renders_as_the_plain_prompt(tokenizer) -> None:
+    message = {"role": "user", "content": PROMPT}
+    assert tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True) == PROMPT
+    answered = tokenizer.apply_chat_template([message, {"role": "assistant", "content": "5"}], tokenize=False)
+    assert answered == PROMPT + "5" + tokenizer.eos_token
+
+
+def all_problems() -> list[tuple[int, str, int]]:
+    sums = [(a, "+", b) for a in range(100) for b in range(100)]
+    return sums + [(a, "-", b) for a in range(100) for b in range(a + 1)]
+
+
+def test_worked_answers_are_right_in_every_step() -> None:
+    for a, operator, b in all_problems():
+        text = worked_answer(a, operator, b)
+        assert last_integer(text) == str(a + b if operator == "+" else a - b)
+        steps = re.findall(r"(\d+)([+-])(\d+)(?:\+(\d+))?=(\d+)", text)
+        assert len(steps) == 2
+        for left, sign, right, carry, result in steps:
+            total = int(left) + (int(right) if sign == "+" else -int(right)) + int(carry or 0)
+            assert total == int(result)
+
+
+def test_every_worked_answer_fits_the_default_length(tokenizer) -> None:
+    texts = [worked_answer(*problem) for problem in all_problems()]
+    longest = max(map(len, tokenizer(texts)["input_ids"])) + 1  # and eos
+    assert longest <= 28
+
+
+def test_styles_come_in_the_shares_asked_for(dataset: JSONLinesDataset) -> None:
+    rng = random.Random(0)
+    sample = {"prompt": "What is 47 + 38? Answer with an integer.", "answer": "85"}
+    answers = [styled_answer(sample, 0.1, rng) for _ in range(4000)]
+    worked = sum("=" in answer for answer in answers)
+    assert set(answers) == {"7+8=15 4+3+1=8 85", "85", "84", "86", "75", "95"}
+    assert abs(worked / 4000 - 0.1) < 4 * (0.09 / 4000) ** 0.5
+    assert abs(answers.count("85") / (4000 - worked) - 0.5) < 4 * (0.25 / 3600) ** 0.5
+
+
+def test_the_model_is_an_ordinary_folder_of_the_stated_size(quick_recipe: Path) -> None:
+    folder = tiny_base_model(0)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert 100_000 <= model.num_parameters() <= 200_000
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert model.generation_config.pad_token_id == tokenizer.pad_token_id
+    assert list(folder.glob("*.safetensors"))
+
+
+def test_the_second_run_starts_at_once_and_another_seed_is_another_model(
+    quick_recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_base_model(0)
+    weights = (folder / "model.safetensors").read_bytes()
+    assert (tiny_base_model(1) / "model.safetensors").read_bytes() != weights
+
+    def fail(*_: object) -> None:
+        raise AssertionError("built again")
+
+    monkeypatch.setattr(base_model, "warm_up", fail)
+    assert tiny_base_model(0) == folder
+
+
+def test_the_same_seed_builds_the_same_weights(quick_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = (tiny_base_model(3) / "model.safetensors").read_bytes()
+    monkeypatch.setenv("GRPO_CACHE", str(quick_recipe / "other"))
+    assert (tiny_base_model(3) / "model.safetensors").read_bytes() == first
+
+
+def test_a_half_written_cache_is_never_used(quick_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    saved = AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", killed)  # after the weights are written
+    with pytest.raises(KeyboardInterrupt):
+        tiny_base_model(0)
+    assert not list(quick_recipe.iterdir())
+    monkeypatch.undo()
+    monkeypatch.setattr(base_model, "NUM_STEPS", 2)
+    monkeypatch.setenv("GRPO_CACHE", str(quick_recipe))
+    assert saved(tiny_base_model(0)).num_parameters() > 0
+
+
+def test_a_changed_recipe_is_another_model(
+    quick_recipe: Path, monkeypatch: pytest.MonkeyPatch, dataset: JSONLinesDataset
+) -> None:
+    folder = tiny_base_model(0)
+    changed = quick_recipe / "train.jsonl"
+    changed.write_bytes(base_model.TRAIN_FILE.read_bytes() + b"\n")
+    monkeypatch.setattr(base_model, "TRAIN_FILE", changed)
+    assert tiny_base_model(0) != folder
+
+
+def test_building_does_not_touch_the_callers_random_state(tokenizer) -> None:
+    import torch
+
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    build_model(tokenizer, base_seed=0)
+    assert torch.equal(torch.rand(3), expected)

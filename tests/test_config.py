@@ -1,0 +1,157 @@
+"""Settings: one place of defaults, precedence, types, and errors that help."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from grpo.config import (
+    DEFAULTS_FILE,
+    TYPES,
+    Config,
+    InputError,
+    documented_defaults,
+    load_config,
+    parse_command_line,
+    warnings_about,
+)
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_config_yaml_and_the_dataclass_have_the_same_keys_and_no_second_defaults() -> None:
+    defaults = yaml.safe_load(DEFAULTS_FILE.read_text())
+    assert list(defaults) == [field.name for field in dataclasses.fields(Config)]
+    assert all(field.default is dataclasses.MISSING for field in dataclasses.fields(Config))
+
+
+def test_every_key_has_a_comment_and_stands_in_help() -> None:
+    documented = documented_defaults()
+    assert list(documented) == list(TYPES)
+    assert all(comment for _, comment in documented.values())
+    run = subprocess.run([sys.executable, ROOT / "train_grpo.py", "--help"], capture_output=True, text=True, check=True)
+    text = " ".join(run.stdout.split())
+    for key, (default, comment) in documented.items():
+        assert f"--{key} X" in text
+        assert f"{comment} (default: {default})" in text
+
+
+def test_help_and_a_misspelt_flag_do_not_import_torch() -> None:
+    code = "import sys; import grpo.config; assert not {'torch', 'transformers'} & set(sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_precedence_is_defaults_then_file_then_flags(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("group_size: 4\nlearning_rate: 1e-5\n")
+    assert load_config().group_size == 16
+    assert load_config(file).group_size == 4
+    assert load_config(file).learning_rate == 1e-5  # YAML 1.1 would read a text
+    assert load_config(file, ["group_size=8"]).group_size == 8
+    parsed = parse_command_line("", ["--config", str(file), "--group_size=2", "--rewards", "[math]"])
+    assert (parsed.group_size, parsed.learning_rate, parsed.rewards) == (2, 1e-5, ["math"])
+
+
+@pytest.mark.parametrize(("text", "number"), [("1e-5", 1e-5), ("1E3", 1000.0), ("-2e+1", -20.0), ("1.5e-3", 1.5e-3)])
+def test_scientific_notation_is_a_number(text: str, number: float) -> None:
+    if number < 0:
+        with pytest.raises(InputError, match=r"learning_rate: got -20.0, allowed: >= 0"):
+            load_config(None, [f"learning_rate={text}"])
+    else:
+        assert load_config(None, [f"learning_rate={text}"]).learning_rate == number
+
+
+def test_a_file_may_be_empty(tmp_path: Path) -> None:
+    file = tmp_path / "empty.yaml"
+    file.write_text("# nothing differs\n")
+    assert load_config(file) == load_config()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("group_sise=4", "group_sise: not a setting; did you mean group_size?"),
+        ("lr=1", "lr: not a setting"),
+        ("group_size=many", "group_size: got 'many', expected a whole number"),
+        ("group_size=2.5", "group_size: got 2.5, expected a whole number"),
+        ("group_size=true", "group_size: got True, expected a whole number"),
+        ("group_size=", "group_size: got None, expected a whole number"),
+        ("group_size=0", "group_size: got 0, allowed: >= 1"),
+        ("group_size=1", "group_size: got 1, allowed with advantage_baseline group: >= 2"),
+        ("batch_size=0", "batch_size: got 0, allowed: >= 1"),
+        ("temperature=0", "temperature: got 0.0, allowed: > 0"),
+        ("top_p=0", r"top_p: got 0.0, allowed: in (0, 1]"),
+        ("top_p=1.1", r"top_p: got 1.1, allowed: in (0, 1]"),
+        ("top_k=-1", "top_k: got -1, allowed: >= 0"),
+        ("clip_range=1", r"clip_range: got 1.0, allowed: in (0, 1)"),
+        ("kl_coeff=-1", "kl_coeff: got -1.0, allowed: >= 0"),
+        ("kl_coeff=.nan", "kl_coeff: got nan, expected a number"),
+        ("kl_estimator=k4", "kl_estimator: got 'k4', allowed: k1 | k2 | k3 | k3_corrected"),
+        ("loss_aggregation=mean", "loss_aggregation: got 'mean', allowed: sequence | token | constant"),
+        ("gamma=0.99", "gamma: got 0.99, allowed: 1.0"),
+        ("advantage_baseline=none", "advantage_scale: got group, allowed with advantage_baseline none: batch | none"),
+        ("num_minibatches=3", "num_minibatches: got 3, must divide batch_size 16"),
+        ("rewards=math", "rewards: got 'math', expected a list"),
+        ("rewards=[]", "rewards: got [], allowed: a list of at least one reward"),
+        ("rewards=[math", "rewards: not YAML"),
+        ("mask_truncated_completions=1", "mask_truncated_completions: got 1, expected true or false"),
+        ("train_file=7", "train_file: got 7, expected a text"),
+        ("group_size", "override 'group_size': expected key=value"),
+    ],
+)
+def test_wrong_input_names_key_got_and_allowed(override: str, message: str) -> None:
+    with pytest.raises(InputError) as raised:
+        load_config(None, [override])
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_group_of_one_is_allowed_without_siblings_to_compare() -> None:
+    config = load_config(None, ["group_size=1", "advantage_baseline=batch", "advantage_scale=none"])
+    assert config.group_size == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("group_sise: 4", "mine.yaml: group_sise: not a setting; did you mean group_size?"),
+        ("- 1", "mine.yaml: got list, expected lines of key: value"),
+        ("a: [", "mine.yaml: not YAML"),
+        ("1: 2", "mine.yaml: 1: not a setting"),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(content)
+    with pytest.raises(InputError) as raised:
+        load_config(file)
+    assert message in str(raised.value)
+
+
+def test_a_wrong_flag_ends_with_status_2_and_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in [
+        (["--learning_rat", "1"], "error: --learning_rat: not a setting; did you mean --learning_rate?"),
+        (["--config", "missing.yaml"], "error: missing.yaml: cannot be read: No such file or directory"),
+        (["surplus"], "error: surplus: not a setting"),
+    ]:
+        with pytest.raises(SystemExit) as raised:
+            parse_command_line("", arguments)
+        assert raised.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_what_is_seldom_meant_is_warned_about() -> None:
+    assert warnings_about(load_config()) == []
+    for override, word in [
+        ("top_k=2", "top_k 2"),
+        ("top_p=0.9", "top_p 0.9"),
+        ("temperature=0.7", "temperature 0.7"),
+        ("kl_estimator=k1", "expected gradient is 0"),
+    ]:
+        (warning,) = warnings_about(load_config(None, [override]))
+        assert word in warning
+    assert warnings_about(load_config(None, ["kl_estimator=k1", "kl_coeff=0"])) == []

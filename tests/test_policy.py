@@ -1,0 +1,167 @@
+"""Loading, the frozen reference, the optimizer and its schedule."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from grpo.base_model import build_model, train_tokenizer
+from grpo.checkpoint import save_model
+from grpo.config import InputError, load_config
+from grpo.policy import (
+    choose_device,
+    disable_dropout,
+    frozen_copy,
+    load_policy,
+    make_autocast,
+    make_optimizer,
+    make_schedule,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["What is 1 + 2?"])
+
+
+def rates(schedule_name: str, *, steps: int, warmup: int, iterations: int = 1, minibatches: int = 1) -> list[float]:
+    """The learning rate of every optimizer step, and the one after the last."""
+    config = load_config(
+        None,
+        [
+            f"num_train_steps={steps}",
+            f"warmup_steps={warmup}",
+            f"lr_schedule={schedule_name}",
+            f"num_iterations={iterations}",
+            f"num_minibatches={minibatches}",
+            "learning_rate=1.0",
+        ],
+    )
+    optimizer = make_optimizer(torch.nn.Linear(1, 1), config)
+    schedule = make_schedule(optimizer, config)
+    found = [schedule.get_last_lr()[0]]
+    for _ in range(steps * iterations * minibatches):
+        optimizer.step()
+        schedule.step()
+        found.append(schedule.get_last_lr()[0])
+    return found
+
+
+def test_schedules_by_hand() -> None:
+    assert rates("cosine", steps=4, warmup=0) == pytest.approx([1, 0.8535534, 0.5, 0.1464466, 0], abs=1e-7)
+    assert rates("linear", steps=4, warmup=0) == pytest.approx([1, 0.75, 0.5, 0.25, 0])
+    assert rates("constant", steps=3, warmup=2) == pytest.approx([1 / 3, 2 / 3, 1, 1])
+    assert rates("cosine", steps=4, warmup=2) == pytest.approx([1 / 3, 2 / 3, 1, 0.5, 0])
+
+
+def test_the_schedule_counts_optimizer_steps_not_rollouts() -> None:
+    found = rates("linear", steps=2, warmup=0, iterations=2, minibatches=2)
+    assert found == pytest.approx([1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8, 0])
+
+
+def test_warm_up_longer_than_the_run_never_reaches_the_peak() -> None:
+    assert max(rates("cosine", steps=3, warmup=10)) < 0.5
+
+
+def test_biases_and_norms_do_not_decay(tokenizer) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
+    optimizer = make_optimizer(model, load_config(None, ["weight_decay=0.1"]))
+    decay = {id(weight): group["weight_decay"] for group in optimizer.param_groups for weight in group["params"]}
+    assert [decay[id(weight)] for weight in model.parameters()] == [0.1, 0.0, 0.0, 0.0]
+
+
+def test_a_bf16_checkpoint_is_trained_in_float32(tokenizer, tmp_path: Path) -> None:
+    save_model(build_model(tokenizer, 0).to(torch.bfloat16), tokenizer, tmp_path / "model")
+    as_stored = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert next(as_stored.parameters()).dtype == torch.bfloat16  # what transformers 5 does unless told
+    model, _ = load_policy(str(tmp_path / "model"), base_seed=0, device=CPU)
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_saved_and_loaded_logits_are_equal(tokenizer, tmp_path: Path, tied: bool) -> None:
+    config = build_model(tokenizer, 0).config
+    config.tie_word_embeddings = tied
+    model = LlamaForCausalLM(config).eval()
+    save_model(model, tokenizer, tmp_path / "model")
+    loaded, loaded_tokenizer = load_policy(str(tmp_path / "model"), base_seed=0, device=CPU)
+    ids = torch.tensor([tokenizer("What is 1 + 2?")["input_ids"]])
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert loaded_tokenizer.get_vocab() == tokenizer.get_vocab()
+    assert loaded.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert loaded.generation_config.pad_token_id == tokenizer.pad_token_id
+
+
+def test_dropout_is_off_in_modules_and_in_plain_floats(tokenizer) -> None:
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        attention_dropout=0.5,
+    )
+    model = LlamaForCausalLM(config).train()
+    ids = torch.arange(20).unsqueeze(0)
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    disable_dropout(model)
+    assert torch.equal(model(ids).logits, model(ids).logits)
+    assert model.config.attention_dropout == 0.0
+    wrapped = torch.nn.Dropout(0.3)
+    model.extra = wrapped
+    disable_dropout(model)
+    assert wrapped.p == 0.0
+
+
+def test_the_reference_is_a_frozen_copy(tokenizer) -> None:
+    policy = build_model(tokenizer, 0).train()
+    reference = frozen_copy(policy)
+    assert not any(weight.requires_grad for weight in reference.parameters())
+    assert all(weight.requires_grad for weight in policy.parameters())
+    assert not reference.training
+    assert policy.training
+    with torch.no_grad():
+        next(policy.parameters()).add_(1.0)
+    assert not torch.equal(next(policy.parameters()), next(reference.parameters()))
+
+
+def test_a_model_that_cannot_be_loaded_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(InputError, match=r"model_name: '.*nothing-here' cannot be loaded") as raised:
+        load_policy(str(tmp_path / "nothing-here"), base_seed=0, device=CPU)
+    assert "\n" not in str(raised.value)
+
+
+def test_devices_and_dtypes() -> None:
+    assert choose_device("cpu") == CPU
+    assert choose_device("auto").type in ("cpu", "cuda", "mps")
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="device: got cuda"):
+            choose_device("cuda")
+    a = torch.ones(2, 2)
+    for dtype, expected in [("auto", torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16)]:
+        with make_autocast(dtype, CPU)():
+            assert (a @ a).dtype == expected
+
+
+def test_a_model_folder_appears_whole_or_not_at_all(tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_model(tokenizer, 0)
+
+    def full_disk(*_: object, **__: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_model(model, tokenizer, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_another_process_was_faster_its_folder_stays(tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "marker").write_text("theirs")
+    save_model(build_model(tokenizer, 0), tokenizer, tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (tmp_path / "model" / "marker").read_text() == "theirs"
