@@ -175,6 +175,7 @@ def train(config: Config) -> None:
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
             if not grad_norm.isfinite():
                 raise RunError(f"step {step}: the gradient norm is {grad_norm.item()}; try a lower learning_rate")
+            learning_rate = schedule.get_last_lr()[0]
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
@@ -197,7 +198,7 @@ def train(config: Config) -> None:
             "sampling/logp_difference/mean": means.mean("drift"),
             "sampling/logp_difference/max": means.max("drift"),
             "grad_norm": grad_norm.item(),
-            "learning_rate": schedule.get_last_lr()[0],
+            "learning_rate": learning_rate,
             "num_tokens": num_tokens,
             "step_time": now - step_start,
             "rollout_time": rollout_time,
@@ -262,3 +263,6 @@ if __name__ == "__main__":
         exit_with(error)
     except (RunError, RewardError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print(f"interrupted; what was recorded so far lies in {CONFIG.output_dir}", file=sys.stderr)
+        sys.exit(130)

@@ -15,17 +15,24 @@ import hashlib
 import math
 import os
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from grpo.checkpoint import save_model
 from grpo.data import JSONLinesDataset, Sample
 from grpo.logprobs import compute_logprobs
-from grpo.loss import loss_weights
 
 TRAIN_FILE = Path(__file__).resolve().parent.parent / "data" / "math_tasks_train.jsonl"
 
@@ -34,12 +41,14 @@ HIDDEN_SIZE = 64
 NUM_LAYERS = 2
 NUM_HEADS = 4
 INTERMEDIATE_SIZE = 256
-INITIALIZER_RANGE = 0.05  # the usual 0.02 learns far more slowly at this width
+ROPE_THETA = 10000.0
+BETA2 = 0.999
+INITIALIZER_RANGE = 0.08  # the usual 0.02 learns far more slowly at this width
 
 # The warm-up.
-NUM_STEPS = 500
-BATCH_SIZE = 128
-LEARNING_RATE = 5e-3
+NUM_STEPS = 950
+BATCH_SIZE = 64
+LEARNING_RATE = 4e-3
 SKILL_PHASE = 0.85  # the first part of the steps teaches the arithmetic, the rest sets the habits
 WORKED_SHARE_SKILL = 0.8  # share of worked answers in the first part
 WORKED_SHARE_HABIT = 0.1  # and in the rest
@@ -95,6 +104,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, base_seed: int) -> LlamaForC
         num_hidden_layers=NUM_LAYERS,
         num_attention_heads=NUM_HEADS,
         max_position_embeddings=256,
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
         initializer_range=INITIALIZER_RANGE,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -113,7 +123,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, base_seed: int) -> LlamaForC
 def warm_up(dataset: JSONLinesDataset, tokenizer: PreTrainedTokenizerFast, base_seed: int) -> LlamaForCausalLM:
     """Supervised next-token training on the training problems, answered in the two styles."""
     model = build_model(tokenizer, base_seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, BETA2), weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 20, 0.5 * (1 + math.cos(math.pi * step / NUM_STEPS)))
     )
@@ -121,21 +131,8 @@ def warm_up(dataset: JSONLinesDataset, tokenizer: PreTrainedTokenizerFast, base_
     for step in tqdm(range(NUM_STEPS), desc=f"building the tiny base model (base_seed {base_seed})", unit="step"):
         worked_share = WORKED_SHARE_SKILL if step < SKILL_PHASE * NUM_STEPS else WORKED_SHARE_HABIT
         samples = [dataset[rng.randrange(len(dataset))] for _ in range(BATCH_SIZE)]
-        answers = [styled_answer(sample, worked_share, rng) for sample in samples]
-        prompts = tokenizer(
-            [sample["prompt"] for sample in samples], padding=True, padding_side="left", return_tensors="pt"
-        )
-        targets = tokenizer(
-            [answer + tokenizer.eos_token for answer in answers],
-            padding=True,
-            padding_side="right",
-            return_tensors="pt",
-        )
-        logps, _ = compute_logprobs(
-            model, prompts["input_ids"], prompts["attention_mask"], targets["input_ids"], targets["attention_mask"]
-        )
-        weights = loss_weights(targets["attention_mask"], "token", max_completion_length=1)
-        (-logps * weights).sum().backward()
+        pairs = [(sample["prompt"], styled_answer(sample, worked_share, rng)) for sample in samples]
+        supervised_loss(model, tokenizer, pairs).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -143,13 +140,31 @@ def warm_up(dataset: JSONLinesDataset, tokenizer: PreTrainedTokenizerFast, base_
     return model.eval()
 
 
+def supervised_loss(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]
+) -> torch.Tensor:
+    """Mean negative log-likelihood of the answers' tokens, eos included, given their prompts."""
+    prompts = tokenizer([prompt for prompt, _ in pairs], padding=True, padding_side="left", return_tensors="pt")
+    texts = [answer + tokenizer.eos_token for _, answer in pairs]
+    answers = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+    logps, _ = compute_logprobs(
+        model, prompts["input_ids"], prompts["attention_mask"], answers["input_ids"], answers["attention_mask"]
+    )
+    return -logps.sum() / answers["attention_mask"].sum()
+
+
 def styled_answer(sample: Sample, worked_share: float, rng: random.Random) -> str:
     """One answer to a sample, in a style drawn at random."""
-    _, _, a, operator, b, *_ = sample["prompt"].replace("?", " ").split()
     if rng.random() < worked_share:
-        return worked_answer(int(a), operator, int(b))
+        return worked_answer(*parse_problem(sample["prompt"]))
     error = rng.choice([-10, -1, 1, 10]) if rng.random() < QUICK_ERROR_SHARE else 0
     return str(abs(int(sample["answer"]) + error))
+
+
+def parse_problem(prompt: str) -> tuple[int, str, int]:
+    """ "What is 12 - 7? Answer with an integer." -> (12, "-", 7)."""
+    _, _, a, operator, b, *_ = prompt.replace("?", " ").split()
+    return int(a), operator, int(b)
 
 
 def worked_answer(a: int, operator: str, b: int) -> str:

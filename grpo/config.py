@@ -163,7 +163,9 @@ def parse_command_line(description: str, arguments: list[str] | None = None) -> 
     try:
         if unknown:
             key = unknown[0].lstrip("-").partition("=")[0]
-            raise InputError(f"{unknown[0]}: not a setting{_nearest(key, prefix='--')}; --help lists them all")
+            raise InputError(
+                f"{unknown[0].partition('=')[0]}: not a setting{_nearest(key, prefix='--')}; --help lists them all"
+            )
         flags = {key: text for key, text in vars(known).items() if key != "config" and text is not None}
         return load_config(known.config, [f"{key}={text}" for key, text in flags.items()])
     except InputError as error:

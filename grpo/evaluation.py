@@ -1,6 +1,7 @@
 """Greedy accuracy on held-out problems, its interval, and pass@k."""
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ class Evaluation:
     reward: float
     mean_length: float  # tokens, the stop token included
     clipped_ratio: float  # share of completions cut off at max_completion_length
+    seconds: float
 
     @property
     def num_right(self) -> int:
@@ -52,6 +54,7 @@ class Evaluation:
             "eval/reward": self.reward,
             "eval/mean_length": self.mean_length,
             "eval/clipped_ratio": self.clipped_ratio,
+            "eval/time": self.seconds,
         }
         if self.num_scored:
             low, high = wilson_interval(self.num_right, self.num_scored)
@@ -82,6 +85,7 @@ def evaluate_greedy(
 
     `score_fn(samples, rollout)` is the training run's own, so held-out problems are judged by the same rewards.
     """
+    start_time = time.perf_counter()
     rollouts: list[Rollout] = []
     rewards: list[Tensor] = []
     rights: list[bool | None] = []
@@ -106,6 +110,7 @@ def evaluate_greedy(
         reward=torch.cat(rewards).nanmean().item(),
         mean_length=sum(int(rollout.completion_mask.sum()) for rollout in rollouts) / len(samples),
         clipped_ratio=sum(int(rollout.is_truncated.sum()) for rollout in rollouts) / len(samples),
+        seconds=time.perf_counter() - start_time,
     )
 
 

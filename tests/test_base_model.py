@@ -41,7 +41,9 @@ def test_digits_are_single_tokens_and_pad_is_not_eos(tokenizer) -> None:
     assert [token for token in tokens if any(map(str.isdigit, token))] == list("99891881")
 
 
-@pytest.mark.parametrize("text", [PROMPT, "7+8=15 4+3+1=8 85", "é — 東京 \U0001f600\n\ttabs", "  two  spaces  ", "<eos"])
+@pytest.mark.parametrize(
+    "text", [PROMPT, "7+8=15 4+3+1=8 85", "é — 東京 \U0001f600\n\ttabs", "  two  spaces  ", "<eos"]
+)
 def test_any_text_survives_the_tokenizer(tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 

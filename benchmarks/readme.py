@@ -1,0 +1,146 @@
+"""Carry measured numbers from benchmarks/results into the READMEs; nobody types them.
+
+    python -m benchmarks.readme            rewrite the marked blocks
+    python -m benchmarks.readme --check    exit 1 if a block differs from what the results say
+
+A block stands between `<!-- toy:NAME -->` and `<!-- /toy:NAME -->`.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+TOY = ROOT / "benchmarks" / "results" / "toy.json"
+TUNED_ON, CONFIRMED_ON = range(5), range(5, 10)
+
+Runs = dict[str, dict[str, Any]]
+
+
+def collect(runs: Runs, kind: str, seeds: range, *path: str) -> list[float]:
+    """One number a seed, e.g. collect(runs, "grpo", range(5), "final", "accuracy")."""
+    found = []
+    for seed in seeds:
+        value: Any = runs[f"{kind}-{seed}"]
+        for key in path:
+            value = value[key]
+        found.append(value)
+    return found
+
+
+def spread(values: list[float], digits: int = 3) -> str:
+    """Mean and range over seeds: "0.987 (0.980–0.994)"."""
+    return f"{mean(values):.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
+
+
+def headline(runs: Runs) -> str:
+    """The sentence under the title."""
+    seeds = range(10)
+    base = mean(collect(runs, "grpo", seeds, "base", "accuracy"))
+    final = mean(collect(runs, "grpo", seeds, "final", "accuracy"))
+    style = [mean(collect(runs, "grpo", seeds, which, "worked_share")) for which in ("base", "final")]
+    length = [mean(collect(runs, "grpo", seeds, which, "mean_length")) for which in ("base", "final")]
+    seconds = mean(collect(runs, "grpo", seeds, "seconds", "total"))
+    return (
+        f"Measured on 2 CPU cores, mean of 10 seeds, {runs['grpo-0']['final']['n']} test problems each: accuracy "
+        f"**{base:.2f} → {final:.3f}**, answers that work the problem out {style[0]:.0%} → {style[1]:.0%}, tokens an "
+        f"answer {length[0]:.1f} → {length[1]:.1f}, **{seconds:.0f} seconds** for everything, base model included."
+    )
+
+
+def summary(runs: Runs) -> str:
+    """Seeds tuned on and seeds kept back, side by side."""
+    rows: list[tuple[str, Callable[[range], str]]] = [
+        ("base: accuracy", lambda s: spread(collect(runs, "grpo", s, "base", "accuracy"))),
+        ("base: pass@16 (temperature 1)", lambda s: spread(collect(runs, "grpo", s, "base", "pass_at_16"))),
+        ("base: answers with worked steps", lambda s: spread(collect(runs, "grpo", s, "base", "worked_share"))),
+        ("base: accuracy of the worked answers", lambda s: spread(collect(runs, "grpo", s, "base", "worked_accuracy"))),
+        ("base: accuracy of the quick answers", lambda s: spread(collect(runs, "grpo", s, "base", "quick_accuracy"))),
+        ("**GRPO: accuracy**", lambda s: f"**{spread(collect(runs, 'grpo', s, 'final', 'accuracy'))}**"),
+        ("GRPO: answers with worked steps", lambda s: spread(collect(runs, "grpo", s, "final", "worked_share"))),
+        (
+            "GRPO: worked answers right in every step",
+            lambda s: spread(collect(runs, "grpo", s, "final", "worked_flawless")),
+        ),
+        ("GRPO: tokens an answer", lambda s: spread(collect(runs, "grpo", s, "final", "mean_length"), 1)),
+        ("control, shuffled rewards: accuracy", lambda s: spread(collect(runs, "shuffled", s, "final", "accuracy"))),
+        (
+            "control, rejection sampling: accuracy",
+            lambda s: spread(collect(runs, "rejection_sampling", s, "final", "accuracy")),
+        ),
+        (
+            "control, rejection sampling: worked steps",
+            lambda s: spread(collect(runs, "rejection_sampling", s, "final", "worked_share")),
+        ),
+        ("seconds, everything", lambda s: spread(collect(runs, "grpo", s, "seconds", "total"), 0)),
+        ("peak memory, GB", lambda s: spread(collect(runs, "grpo", s, "peak_memory_gb"), 2)),
+    ]
+    lines = ["| | seeds 0–4 (tuned on) | seeds 5–9 (confirmed once) |", "|---|---|---|"]
+    lines += [f"| {name} | {cell(TUNED_ON)} | {cell(CONFIRMED_ON)} |" for name, cell in rows]
+    return "\n".join(lines)
+
+
+def seeds_table(runs: Runs) -> str:
+    """Every seed."""
+    lines = [
+        "| seed | base [95 %] | base pass@16 | GRPO [95 %] | worked: base → GRPO | flawless | tokens: base → GRPO "
+        "| shuffled | rejection sampling | s: warm-up + rollout + update + evaluation = total | GB |",
+        "|" + "---|" * 11,
+    ]
+
+    def with_interval(result: dict[str, Any]) -> str:
+        return f"{result['accuracy']:.3f} [{result['accuracy_low']:.3f}, {result['accuracy_high']:.3f}]"
+
+    for seed in [*TUNED_ON, *CONFIRMED_ON]:
+        run = runs[f"grpo-{seed}"]
+        base, final, seconds = run["base"], run["final"], run["seconds"]
+        parts = [seconds[key] for key in ("warm_up", "rollout", "update", "evaluation")]
+        lines.append(
+            f"| {seed} | {with_interval(base)} | {base['pass_at_16']:.3f} | {with_interval(final)} "
+            f"| {base['worked_share']:.2f} → {final['worked_share']:.2f} | {final['worked_flawless']:.3f} "
+            f"| {base['mean_length']:.1f} → {final['mean_length']:.1f} "
+            f"| {runs[f'shuffled-{seed}']['final']['accuracy']:.3f} "
+            f"| {runs[f'rejection_sampling-{seed}']['final']['accuracy']:.3f} "
+            f"| {' + '.join(f'{part:.0f}' for part in parts)} → {seconds['total']:.0f} | {run['peak_memory_gb']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+BLOCKS: dict[Path, dict[str, Callable[[Runs], str]]] = {
+    ROOT / "README.md": {"headline": headline, "summary": summary},
+    ROOT / "benchmarks" / "README.md": {"seeds": seeds_table},
+}
+
+
+def rendered(path: Path) -> str:
+    """The file with every block made anew from the results."""
+    runs = json.loads(TOY.read_text())["runs"]
+    text = path.read_text(encoding="utf-8")
+    for name, render in BLOCKS[path].items():
+        before, opening, rest = text.partition(f"<!-- toy:{name} -->\n")
+        _, closing, after = rest.partition(f"<!-- /toy:{name} -->")
+        if not (opening and closing):
+            raise SystemExit(f"{path} has no block toy:{name}")
+        text = f"{before}{opening}{render(runs)}\n{closing}{after}"
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing, exit 1 if the README is out of date")
+    arguments = parser.parse_args()
+    for path in BLOCKS:
+        text = rendered(path)
+        if text == path.read_text(encoding="utf-8"):
+            continue
+        if arguments.check:
+            sys.exit(f"{path} does not say what {TOY} says: run python -m benchmarks.readme")
+        path.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,259 @@
+"""Does the default run learn, and is it GRPO that does it? Ten seeds and two controls on the same base models.
+
+    python -m benchmarks.toy                              all of it, an hour on two cores; goes on where it stopped
+    python -m benchmarks.toy --seeds 0 1 --kinds grpo     a part of it
+
+For every seed (seed = base_seed) three things are trained and measured greedily on data/math_tasks_test.jsonl:
+
+    grpo                `python train_grpo.py`, started as a user does, base model built from nothing
+    shuffled            the same, but the rewards of each step are dealt to its completions at random
+    rejection_sampling  supervised fine-tuning on the base's own right answers: as many sampled completions, as many
+                        optimizer steps of as many rows, the same optimizer and schedule as grpo
+
+Results go to benchmarks/results/toy.json after every part. A part measured with other code or settings is measured
+again; `python -m benchmarks.readme` carries the numbers into the README.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tqdm import tqdm
+
+from grpo.base_model import parse_problem, supervised_loss, tiny_base_model, worked_answer
+from grpo.config import Config, load_config
+from grpo.data import JSONLinesDataset, samples_for_step
+from grpo.evaluation import pass_at_k, wilson_interval
+from grpo.policy import load_policy, make_optimizer, make_schedule
+from grpo.rollout import generate_completions, step_seed
+from reward_model import MathRewardModel, math_reward
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "toy.json"
+TEST_FILE = ROOT / "data" / "math_tasks_test.jsonl"
+KINDS = ("grpo", "shuffled", "rejection_sampling")
+NUM_SAMPLES = 16  # completions a problem for pass@16
+
+
+def shuffled_math(prompts: list, completions: list, answer: list, **_: Any) -> list[float | None]:
+    """The control's reward function: the true rewards of the batch, each given to a random completion."""
+    rewards = math_reward()(prompts=prompts, completions=completions, answer=answer)
+    random.Random("".join(completions)).shuffle(rewards)
+    return rewards
+
+
+def describe(folder: Path, config: Config) -> dict[str, Any]:
+    """Greedy accuracy and style on the test file, and pass@k of samples at temperature 1."""
+    model, tokenizer = load_policy(str(folder), base_seed=0, device=torch.device("cpu"))
+    samples = list(JSONLinesDataset(TEST_FILE))
+    prompts = [sample["prompt"] for sample in samples]
+    reward_model = MathRewardModel()
+
+    def is_right(sample: dict[str, Any], completion: str) -> bool:
+        return reward_model.compute_reward(sample, completion) == 1.0
+
+    length = config.max_completion_length
+    greedy = generate_completions(
+        model, tokenizer, prompts, group_size=1, max_completion_length=length, temperature=0.0
+    )
+    right = [is_right(*pair) for pair in zip(samples, greedy.completions, strict=True)]
+    worked = ["=" in completion for completion in greedy.completions]
+    flawless = [
+        completion == worked_answer(*parse_problem(prompt))
+        for prompt, completion in zip(prompts, greedy.completions, strict=True)
+    ]
+    sampled = generate_completions(
+        model, tokenizer, prompts, group_size=NUM_SAMPLES, max_completion_length=length, seed=step_seed(0, 0)
+    )
+    num_right = [
+        sum(is_right(sample, completion) for completion in sampled.completions[start : start + NUM_SAMPLES])
+        for sample, start in zip(samples, range(0, len(sampled.completions), NUM_SAMPLES), strict=True)
+    ]
+
+    def share(rows: Sequence[bool], among: Sequence[bool]) -> float | None:
+        chosen = [row for row, counts in zip(rows, among, strict=True) if counts]
+        return sum(chosen) / len(chosen) if chosen else None
+
+    low, high = wilson_interval(sum(right), len(right))
+    return {
+        "n": len(right),
+        "num_right": sum(right),
+        "accuracy": sum(right) / len(right),
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "worked_share": sum(worked) / len(worked),
+        "worked_accuracy": share(right, worked),
+        "worked_flawless": share(flawless, worked),
+        "quick_accuracy": share(right, [not style for style in worked]),
+        "mean_length": greedy.completion_mask.sum().item() / len(right),
+        "sampled_accuracy": sum(num_right) / len(sampled.completions),
+        "sampled_worked_share": sum("=" in completion for completion in sampled.completions) / len(sampled.completions),
+        f"pass_at_{NUM_SAMPLES}": sum(pass_at_k(NUM_SAMPLES, c, NUM_SAMPLES) for c in num_right) / len(num_right),
+    }
+
+
+def run_command(seed: int, output: Path, *flags: str) -> dict[str, Any]:
+    """`python train_grpo.py` in a process of its own: its wall clock, its parts, its peak memory."""
+    shutil.rmtree(output, ignore_errors=True)
+    log = output.with_suffix(".log")
+    command = ["train_grpo.py", f"--seed={seed}", f"--base_seed={seed}", f"--output_dir={output}", *flags]
+    start = time.perf_counter()
+    with log.open("w") as file:
+        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=file, stderr=file)
+        _, status, usage = os.wait4(process.pid, 0)
+    total = time.perf_counter() - start
+    if status:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{log.read_text()[-2000:]}")
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    bar = re.findall(r"building the tiny base model.*?(\d+)/\1 \[.*?, *([\d.]+)step/s\]", log.read_text())
+    return {
+        "command": " ".join(["python", *command]).replace(str(output), "…"),
+        "seconds": {
+            "total": total,
+            "warm_up": float(bar[-1][0]) / float(bar[-1][1]) if bar else 0.0,  # the bar's overall rate
+            "rollout": sum(row.get("rollout_time", 0.0) for row in rows),
+            "update": sum(row.get("update_time", 0.0) for row in rows),
+            "evaluation": sum(row.get("eval/time", 0.0) for row in rows),
+        },
+        "peak_memory_gb": usage.ru_maxrss * 1024 / 1e9,  # ru_maxrss counts KiB on Linux
+        "held_out_curve": [[row["step"], row["eval/accuracy"]] for row in rows if "eval/accuracy" in row],
+    }
+
+
+def measure_grpo(seed: int, config: Config, work: Path) -> dict[str, Any]:
+    shutil.rmtree(Path(os.environ["GRPO_CACHE"]), ignore_errors=True)  # so that the time includes the base model
+    run = run_command(seed, work / f"grpo-{seed}")
+    return {
+        "base": describe(tiny_base_model(seed), config),
+        "final": describe(work / f"grpo-{seed}/final", config),
+        **run,
+    }
+
+
+def measure_shuffled(seed: int, config: Config, work: Path) -> dict[str, Any]:
+    rewards = "[{name: math, weight: 0}, {name: 'benchmarks.toy:shuffled_math'}]"
+    run = run_command(seed, work / f"shuffled-{seed}", f"--rewards={rewards}")
+    return {"final": describe(work / f"shuffled-{seed}/final", config), **run}
+
+
+def measure_rejection_sampling(seed: int, config: Config, work: Path) -> dict[str, Any]:
+    model, tokenizer = load_policy("tiny", base_seed=seed, device=torch.device("cpu"))
+    dataset = JSONLinesDataset(config.train_file)
+    kept: list[tuple[str, str]] = []
+    num_sampled = 0
+    for step in tqdm(range(1, config.num_train_steps + 1), desc="sampling from the base", unit="step"):
+        samples = samples_for_step(dataset, step=step, batch_size=config.batch_size, seed=seed)
+        rollout = generate_completions(
+            model,
+            tokenizer,
+            [sample["prompt"] for sample in samples],
+            group_size=config.group_size,
+            max_completion_length=config.max_completion_length,
+            seed=step_seed(seed, step),
+        )
+        rows = [sample for sample in samples for _ in range(config.group_size)]
+        rewards = math_reward()(
+            prompts=rows, completions=rollout.completions, answer=[sample["answer"] for sample in rows]
+        )
+        num_sampled += len(rows)
+        kept += [
+            (sample["prompt"], completion)
+            for sample, completion, reward in zip(rows, rollout.completions, rewards, strict=True)
+            if reward == 1.0
+        ]
+
+    optimizer = make_optimizer(model, config)
+    schedule = make_schedule(optimizer, config)
+    rng = random.Random(seed)
+    model.train()
+    queue: list[tuple[str, str]] = []
+    for _ in tqdm(range(config.num_train_steps), desc="fine-tuning on what was right", unit="step"):
+        while len(queue) < config.batch_size * config.group_size:
+            queue += rng.sample(kept, len(kept))
+        batch, queue = queue[: config.batch_size * config.group_size], queue[config.batch_size * config.group_size :]
+        supervised_loss(model, tokenizer, batch).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    folder = work / f"rejection_sampling-{seed}"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    worked = sum("=" in completion for _, completion in kept)
+    return {
+        "final": describe(folder, config),
+        "num_sampled": num_sampled,
+        "num_kept": len(kept),
+        "kept_worked_share": worked / len(kept),
+    }
+
+
+MEASURES = {"grpo": measure_grpo, "shuffled": measure_shuffled, "rejection_sampling": measure_rejection_sampling}
+
+
+def fingerprint() -> str:
+    """Of everything a result depends on: code, settings, problems."""
+    files = [
+        *ROOT.glob("grpo/*.py"),
+        *ROOT.glob("*.py"),
+        ROOT / "config.yaml",
+        *ROOT.glob("data/*.jsonl"),
+        Path(__file__),
+    ]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()[:16]
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "cores": len(os.sched_getaffinity(0)),
+        "processor": platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--work", type=Path, default=ROOT / "checkpoints-toy", help="folder for the runs themselves")
+    arguments = parser.parse_args()
+    work = arguments.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+
+    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"runs": {}}
+    config = load_config()
+    for kind in arguments.kinds:  # all of grpo first: its times want a machine that does nothing else
+        for seed in arguments.seeds:
+            done = results["runs"].get(f"{kind}-{seed}")
+            if done and done["fingerprint"] == fingerprint():
+                continue
+            os.environ["GRPO_CACHE"] = str(work / f"cache-{seed}")
+            result = MEASURES[kind](seed, config, work)
+            commit = subprocess.run(
+                ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
+            ).stdout.strip()
+            results["machine"] = machine()
+            results["runs"][f"{kind}-{seed}"] = {"fingerprint": fingerprint(), "commit": commit, **result}
+            unfinished = RESULTS.with_suffix(".tmp")
+            unfinished.write_text(json.dumps(results, indent=1) + "\n")
+            unfinished.replace(RESULTS)
+            print(f"{kind} {seed}: accuracy {result['final']['accuracy']:.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+"""train_grpo.py as a user starts it, on a small untrained model: what it writes, says and refuses."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train_grpo
+from grpo.base_model import build_model, train_tokenizer
+from grpo.checkpoint import save_model
+from grpo.config import InputError, load_config
+
+ROOT = Path(__file__).parent.parent
+
+EVERY_STEP = {
+    "step", "loss", "reward", "reward_std", "rewards/math/mean", "rewards/math/std", "frac_reward_zero_std",
+    "completions/mean_length", "completions/clipped_ratio", "kl", "entropy", "clip_ratio/low_mean",
+    "clip_ratio/high_mean", "sampling/logp_difference/mean", "sampling/logp_difference/max", "grad_norm",
+    "learning_rate", "num_tokens", "step_time", "rollout_time", "update_time",
+}  # fmt: skip
+EVERY_EVALUATION = {
+    "eval/accuracy", "eval/accuracy_low", "eval/accuracy_high", "eval/reward", "eval/mean_length", "eval/clipped_ratio",
+    "eval/time",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Settings of a run of two steps that takes seconds."""
+    folder = tmp_path_factory.mktemp("small")
+    samples = [{"prompt": f"What is {a} + {b}?", "answer": str(a + b)} for a in range(5) for b in range(12)]
+    for name, part in [("train", samples[:40]), ("eval", samples[40:])]:
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in part))
+    tokenizer = train_tokenizer([sample["prompt"] for sample in samples])
+    save_model(build_model(tokenizer, 0), tokenizer, folder / "model")
+    return {
+        "model_name": str(folder / "model"),
+        "train_file": str(folder / "train.jsonl"),
+        "eval_file": str(folder / "eval.jsonl"),
+        "num_train_steps": 2,
+        "batch_size": 4,
+        "group_size": 4,
+        "max_completion_length": 6,
+        "rewards": "[tests.toy_rewards:even_digits]",
+        "device": "cpu",
+    }
+
+
+def run(settings: dict[str, Any], folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command, as a user types it."""
+    flags = [f"--{key}={value}" for key, value in settings.items()]
+    command = [sys.executable, "train_grpo.py", *flags, f"--output_dir={folder}", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def train(settings: dict[str, Any], folder: Path, **changes: object) -> list[dict[str, Any]]:
+    """The same within this process; returns the rows of metrics.jsonl."""
+    settings = settings | changes
+    train_grpo.train(
+        load_config(None, [f"{key}={value}" for key, value in settings.items()] + [f"output_dir={folder}"])
+    )
+    return read(folder / "metrics.jsonl")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder / "final").state_dict()
+
+
+def test_a_run_leaves_behind_what_the_readme_says(small: dict[str, Any], tmp_path: Path) -> None:
+    result = run(small | {"rewards": "[math]"}, tmp_path / "run")
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+    rows = read(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert set(rows[0]) == {"step"} | EVERY_EVALUATION
+    assert set(rows[1]) == EVERY_STEP
+    assert set(rows[2]) == EVERY_STEP | EVERY_EVALUATION
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    samples = read(tmp_path / "run" / "samples.jsonl")
+    assert len(samples) == 2 * 16
+    assert set(samples[0]) == {
+        "step", "prompt", "completion", "answer", "reward", "rewards", "advantage", "is_truncated",
+    }  # fmt: skip
+    assert [sample["prompt"] for sample in samples[:4]] == [samples[0]["prompt"]] * 4  # rows of a group stand together
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["group_size"] == 4
+    final = tmp_path / "run" / "final"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(final), AutoTokenizer.from_pretrained(final)
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert model.generation_config.pad_token_id == tokenizer.pad_token_id
+    assert "held-out accuracy" in result.stdout
+
+
+def test_the_first_update_has_ratio_1_and_the_sampler_agrees_with_the_scorer(
+    small: dict[str, Any], tmp_path: Path
+) -> None:
+    rows = train(small, tmp_path / "run")
+    assert rows[1]["kl"] == 0.0  # the policy still is the reference
+    assert rows[2]["kl"] > 0.0
+    for row in rows[1:]:
+        assert row["clip_ratio/low_mean"] == row["clip_ratio/high_mean"] == 0.0
+        assert row["sampling/logp_difference/max"] < 1e-5
+        assert row["grad_norm"] > 0
+    assert rows[1]["learning_rate"] == pytest.approx(5e-4 / 6)  # the rate that step used
+
+
+def test_the_same_command_gives_the_same_bits(small: dict[str, Any], tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        train(small, tmp_path / name)
+    assert (tmp_path / "a/samples.jsonl").read_bytes() == (tmp_path / "b/samples.jsonl").read_bytes()
+    assert (tmp_path / "a/final/model.safetensors").read_bytes() == (
+        tmp_path / "b/final/model.safetensors"
+    ).read_bytes()
+    train(small, tmp_path / "c", seed=1)
+    assert (tmp_path / "a/samples.jsonl").read_bytes() != (tmp_path / "c/samples.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
+def test_nothing_depends_on_the_micro_batch_size(small: dict[str, Any], tmp_path: Path, aggregation: str) -> None:
+    """Metrics and weights; one step, because a second one would sample from weights that differ by rounding."""
+    settings = small | {"num_train_steps": 1, "loss_aggregation": aggregation, "mask_truncated_completions": True}
+    expected = train(settings, tmp_path / "all", micro_batch_size=16)[1]
+    for size in (1, 3, 5):
+        row = train(settings, tmp_path / str(size), micro_batch_size=size)[1]
+        for key in EVERY_STEP - {"step_time", "rollout_time", "update_time", "rewards/math/mean", "rewards/math/std"}:
+            assert row[key] == pytest.approx(expected[key], abs=2e-6, rel=1e-4), key
+    for name, weight in weights_of(tmp_path / "all").items():
+        # Adam's first step moves every weight by about the learning rate, whatever the gradient's size: the sign of a
+        # gradient near 0 is rounding, so nearly all weights agree, not all.
+        close = torch.isclose(weights_of(tmp_path / "1")[name], weight, atol=1e-6)
+        assert close.float().mean() > 0.98, name
+
+
+def test_several_updates_a_rollout_move_the_ratio(small: dict[str, Any], tmp_path: Path) -> None:
+    """old_logps are those of the rollout, so the second minibatch and the second pass see ratios other than 1."""
+    tight = {"clip_range": 1e-6, "learning_rate": 1e-2, "warmup_steps": 0, "num_train_steps": 1}
+    one = train(small | tight, tmp_path / "one")[1]
+    minibatches = train(small | tight, tmp_path / "minibatches", num_minibatches=2)[1]
+    iterations = train(small | tight, tmp_path / "iterations", num_iterations=2)[1]
+    assert one["clip_ratio/low_mean"] + one["clip_ratio/high_mean"] == 0.0
+    assert minibatches["clip_ratio/low_mean"] + minibatches["clip_ratio/high_mean"] > 0.0
+    assert iterations["clip_ratio/low_mean"] + iterations["clip_ratio/high_mean"] > 0.0
+    # the sampler's log-probs are compared with the policy before its first step, not with the moved one
+    assert max(minibatches["sampling/logp_difference/max"], iterations["sampling/logp_difference/max"]) < 1e-5
+
+
+def test_without_kl_there_is_no_reference(
+    small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: object) -> None:
+        raise AssertionError("a reference was made")
+
+    monkeypatch.setattr(train_grpo, "frozen_copy", fail)
+    rows = train(small, tmp_path / "run", kl_coeff=0)
+    assert all("kl" not in row for row in rows)
+
+
+def test_the_reference_stays_frozen_unless_told_otherwise(small: dict[str, Any], tmp_path: Path) -> None:
+    fixed = train(small, tmp_path / "fixed", num_train_steps=3)
+    moving = train(small, tmp_path / "moving", num_train_steps=3, ref_update_every=1)
+    assert [row["kl"] > 0 for row in fixed[1:]] == [False, True, True]
+    assert [row["kl"] > 0 for row in moving[1:]] == [False, False, False]  # the reference is the policy of the rollout
+
+
+def test_rewards_of_another_kind_are_logged_by_name(small: dict[str, Any], tmp_path: Path) -> None:
+    rewards = "[{name: math, weight: 0}, {name: 'tests.toy_rewards:even_digits', weight: 0.5}]"
+    row = train(small, tmp_path / "run", rewards=rewards)[1]
+    assert row["reward"] == pytest.approx(0.5 * row["rewards/tests.toy_rewards:even_digits/mean"])
+    assert row["rewards/math/mean"] == 0.0
+
+
+def test_masked_truncated_completions_are_not_trained_on(small: dict[str, Any], tmp_path: Path) -> None:
+    """At length 1 an untrained model hardly ever stops, so everything is masked: loss 0 and finite gradients."""
+    row = train(small, tmp_path / "run", max_completion_length=1, mask_truncated_completions=True, num_train_steps=1)[1]
+    assert row["completions/clipped_ratio"] == 1.0
+    assert row["loss"] == row["grad_norm"] == row["kl"] == row["entropy"] == 0.0
+
+
+def test_bfloat16_runs_on_a_cpu_with_float32_weights(small: dict[str, Any], tmp_path: Path) -> None:
+    rows, exact = train(small, tmp_path / "run", dtype="bfloat16"), train(small, tmp_path / "exact", dtype="float32")
+    assert rows[1]["clip_ratio/low_mean"] == rows[1]["clip_ratio/high_mean"] == 0.0
+    assert rows[1]["kl"] == 0.0
+    assert rows[1]["sampling/logp_difference/mean"] < 0.05
+    assert rows[1]["entropy"] != exact[1]["entropy"]  # rounding, so the path was taken
+    assert rows[1]["entropy"] == pytest.approx(exact[1]["entropy"], rel=0.02)
+    assert {weight.dtype for weight in weights_of(tmp_path / "run").values()} == {torch.float32}
+
+
+def test_zero_steps_evaluate_and_save_the_base(small: dict[str, Any], tmp_path: Path) -> None:
+    rows = train(small, tmp_path / "run", num_train_steps=0)
+    assert [row["step"] for row in rows] == [0]
+    assert (tmp_path / "run" / "final" / "config.json").is_file()
+
+
+def test_another_distribution_than_the_scorers_is_warned_about(small: dict[str, Any], tmp_path: Path) -> None:
+    result = run(small | {"top_k": 2, "num_train_steps": 1}, tmp_path / "run")
+    assert result.returncode == 0
+    assert "warning: top_k 2" in result.stderr
+    assert read(tmp_path / "run" / "metrics.jsonl")[1]["sampling/logp_difference/mean"] > 0.1
+
+
+@pytest.mark.parametrize(
+    ("flag", "status", "message"),
+    [
+        ("--group_sise=3", 2, "error: --group_sise: not a setting; did you mean --group_size?"),
+        ("--train_file=missing.jsonl", 2, "error: missing.jsonl: cannot be read: No such file or directory"),
+        ("--rewards=[tests.toy_rewards:raises]", 1, "error: reward tests.toy_rewards:raises raised KeyError: 'oops'"),
+        ("--learning_rate=1e30", 1, "error: step 2: the gradient norm is nan"),
+    ],
+)
+def test_what_goes_wrong_ends_in_one_line(
+    small: dict[str, Any], tmp_path: Path, flag: str, status: int, message: str
+) -> None:
+    result = run(small, tmp_path / "run", flag)
+    assert result.returncode == status
+    assert "Traceback" not in result.stderr
+    assert message in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rewards": "[maths]"}, "rewards: got 'maths', allowed: math, or module:function"),
+        ({"rewards": "[tests.toy_rewards:needs_colour]"}, 'train.jsonl, line 1: has no "colour", which reward'),
+        ({"max_prompt_length": 3}, "the prompt has 6 tokens, max_prompt_length allows 3"),
+        ({"model_name": "/nowhere/at/all"}, "model_name: '/nowhere/at/all' cannot be loaded"),
+        ({"eval_file": "missing.jsonl"}, "missing.jsonl: cannot be read"),
+        ({"group_size": 1}, "group_size: got 1, allowed with advantage_baseline group: >= 2"),
+    ],
+)
+def test_wrong_input_leaves_nothing_half_written(
+    small: dict[str, Any], tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError) as raised:
+        train(small, tmp_path / "run", **changes)
+    assert message in str(raised.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_ends_with_130_and_no_traceback(small: dict[str, Any], tmp_path: Path) -> None:
+    flags = [f"--{key}={value}" for key, value in (small | {"num_train_steps": 10_000}).items()]
+    command = [sys.executable, "train_grpo.py", *flags, f"--output_dir={tmp_path / 'run'}"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (metrics.exists() and len(metrics.read_text().splitlines()) > 2):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    assert "interrupted" in stderr.splitlines()[-1]
+    assert [row["step"] for row in read(metrics)][:3] == [0, 1, 2]

@@ -1,0 +1,18 @@
+"""Reward functions as a user would write them in a module of their own."""
+
+from typing import Any
+
+
+def even_digits(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+    """Share of even digits: an untrained model earns some of it, so every group has a signal."""
+    return [sum(letter in "02468" for letter in text) / max(len(text), 1) for text in completions]
+
+
+def needs_colour(prompts: list[str], completions: list[str], colour: list[str], **_: Any) -> list[float]:
+    """Names a column that no data set here has."""
+    return [1.0 for _ in completions]
+
+
+def raises(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+    """A reward with a bug."""
+    raise KeyError("oops")
