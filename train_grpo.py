@@ -37,7 +37,7 @@ from grpo.evaluation import Evaluation, evaluate_greedy
 from grpo.logprobs import compute_logprobs
 from grpo.loss import clipped_surrogate, clipped_tokens, kl_divergence, loss_weights
 from grpo.policy import choose_device, frozen_copy, load_policy, make_autocast, make_optimizer, make_schedule
-from grpo.records import TokenMeans, append_jsonl, start_run
+from grpo.records import TokenMeans, append_jsonl, sample_rows, start_run
 from grpo.rollout import Rollout, generate_completions, step_seed
 from reward_model import RewardError, Scores, check_columns, load_rewards, score_completions
 
@@ -68,15 +68,11 @@ def train(config: Config) -> None:
         return score_completions(rewards, samples, rollout.completions, rollout.token_lists())
 
     def evaluate() -> Evaluation:
-        return evaluate_greedy(
-            policy,
-            tokenizer,
-            eval_set,
-            score,
-            max_completion_length=config.max_completion_length,
-            batch_rows=num_rows,
-            autocast=autocast,
-        )
+        length = config.max_completion_length
+        with autocast():
+            return evaluate_greedy(
+                policy, tokenizer, eval_set, score, max_completion_length=length, batch_rows=num_rows
+            )
 
     @torch.no_grad()
     def logps_of(model: PreTrainedModel, rollout: Rollout) -> Tensor:
@@ -88,6 +84,7 @@ def train(config: Config) -> None:
                     logps.append(compute_logprobs(model, *rollout.tokens(rows), temperature=config.temperature)[0])
         return torch.cat(logps)
 
+    policy.train()
     evaluation = evaluate()
     append_jsonl(folder / "metrics.jsonl", [{"step": 0} | evaluation.metrics()])
     tqdm.write(f"step    0  {evaluation}")
@@ -144,7 +141,6 @@ def train(config: Config) -> None:
         clip: dict[str, Any] = {"clip_range": config.clip_range, "clip_range_high": config.clip_range_high}
         loss_sum = torch.zeros((), device=device)
         means = TokenMeans()
-        policy.train()
         for minibatch in minibatches * config.num_iterations:
             for rows in split_rows(minibatch, config.micro_batch_size):
                 with autocast():
@@ -162,16 +158,23 @@ def train(config: Config) -> None:
                         completion_mask=mask[rows],
                     )
                     per_token_loss = per_token_loss + config.kl_coeff * kl
-                    means.add(mask[rows], kl=kl)
+                    means.add(mask[rows], {"kl": kl})
                 loss = (per_token_loss * weights[rows]).sum()
                 loss.backward()
 
                 loss_sum += loss.detach()
                 low, high = clipped_tokens(logps, old_logps, advantages[rows], mask[rows], **clip)
-                drift = (
-                    rollout.sampling_logps[rows] - old_logps
-                ).abs()  # sampler against scorer: rounding, unless a bug
-                means.add(mask[rows], entropy=entropies, low=low, high=high, drift=drift)
+                means.add(
+                    mask[rows],
+                    {
+                        "entropy": entropies,
+                        "clip_ratio/low_mean": low,
+                        "clip_ratio/high_mean": high,
+                        # The sampler's log-probs against the scorer's: rounding, unless there is a bug.
+                        "sampling/logp_difference/mean": (rollout.sampling_logps[rows] - old_logps).abs(),
+                    },
+                    maxima=["sampling/logp_difference/mean"],
+                )
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
             if not grad_norm.isfinite():
                 raise RunError(f"step {step}: the gradient norm is {grad_norm.item()}; try a lower learning_rate")
@@ -190,13 +193,8 @@ def train(config: Config) -> None:
             "loss": loss_sum.item() / num_updates,
             **scores.metrics(),
             "frac_reward_zero_std": groups_without_spread(grouped_rewards).float().mean().item(),
-            "completions/mean_length": rollout.completion_mask.sum(1).float().mean().item(),
-            "completions/clipped_ratio": rollout.is_truncated.float().mean().item(),
-            "entropy": means.mean("entropy"),
-            "clip_ratio/low_mean": means.mean("low"),
-            "clip_ratio/high_mean": means.mean("high"),
-            "sampling/logp_difference/mean": means.mean("drift"),
-            "sampling/logp_difference/max": means.max("drift"),
+            **rollout.metrics(),
+            **means.metrics(),
             "grad_norm": grad_norm.item(),
             "learning_rate": learning_rate,
             "num_tokens": num_tokens,
@@ -204,15 +202,15 @@ def train(config: Config) -> None:
             "rollout_time": rollout_time,
             "update_time": now - update_start,
         }
-        if reference is not None:
-            row["kl"] = means.mean("kl")
         if step % config.eval_every == 0 or step == config.num_train_steps:
             evaluation = evaluate()
             row |= evaluation.metrics()
             tqdm.write(f"step {step:4d}  {evaluation}")
         append_jsonl(folder / "metrics.jsonl", [row])
         append_jsonl(folder / "samples.jsonl", sample_rows(step, row_samples, rollout, scores, advantages))
-        progress.set_postfix(reward=f"{row['reward']:.2f}", length=f"{row['completions/mean_length']:.1f}")
+        progress.set_postfix(
+            reward=f"{row['reward']:.2f}", accuracy=evaluation.accuracy, length=f"{row['completions/mean_length']:.1f}"
+        )
 
     save_model(policy, tokenizer, folder / "final")
     print(f"The trained model lies in {folder / 'final'}")
@@ -225,35 +223,6 @@ class RunError(RuntimeError):
 def split_rows(rows: slice, size: int) -> list[slice]:
     """Consecutive slices of at most `size` rows."""
     return [slice(start, min(start + size, rows.stop)) for start in range(rows.start, rows.stop, size)]
-
-
-def sample_rows(
-    step: int, samples: Sequence[Sample], rollout: Rollout, scores: Scores, advantages: Tensor
-) -> list[dict[str, object]]:
-    """The lines of samples.jsonl for one step."""
-    columns = {name: values.tolist() for name, values in scores.by_name.items()}
-    return [
-        {
-            "step": step,
-            "prompt": sample["prompt"],
-            "completion": completion,
-            "answer": sample.get("answer"),
-            "reward": reward,
-            "rewards": {name: values[index] for name, values in columns.items()},
-            "advantage": advantage,
-            "is_truncated": is_truncated,
-        }
-        for index, (sample, completion, reward, advantage, is_truncated) in enumerate(
-            zip(
-                samples,
-                rollout.completions,
-                scores.combined.tolist(),
-                advantages.squeeze(1).tolist(),
-                rollout.is_truncated.tolist(),
-                strict=True,
-            )
-        )
-    ]
 
 
 if __name__ == "__main__":

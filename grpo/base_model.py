@@ -123,7 +123,9 @@ def build_model(tokenizer: PreTrainedTokenizerFast, base_seed: int) -> LlamaForC
 def warm_up(dataset: JSONLinesDataset, tokenizer: PreTrainedTokenizerFast, base_seed: int) -> LlamaForCausalLM:
     """Supervised next-token training on the training problems, answered in the two styles."""
     model = build_model(tokenizer, base_seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, BETA2), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=(0.9, BETA2), weight_decay=0.0, fused=True
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 20, 0.5 * (1 + math.cos(math.pi * step / NUM_STEPS)))
     )

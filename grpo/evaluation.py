@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +18,10 @@ Z_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 
 class Scored(Protocol):
     """What a score function returns for b completions; NaN = not applicable."""
+
+    @property
+    def by_name(self) -> dict[str, Tensor]:
+        """Each (b,), one entry a reward function."""
 
     @property
     def combined(self) -> Tensor:
@@ -48,6 +51,11 @@ class Evaluation:
     def num_scored(self) -> int:
         return sum(right is not None for right in self.is_right)
 
+    @property
+    def accuracy(self) -> float | None:
+        """None where no row is scored as right or wrong."""
+        return self.num_right / self.num_scored if self.num_scored else None
+
     def metrics(self) -> dict[str, float]:
         """The eval/* columns of metrics.jsonl; no accuracy where it is defined for no row."""
         row = {
@@ -56,18 +64,17 @@ class Evaluation:
             "eval/clipped_ratio": self.clipped_ratio,
             "eval/time": self.seconds,
         }
-        if self.num_scored:
+        if self.accuracy is not None:
             low, high = wilson_interval(self.num_right, self.num_scored)
-            accuracy = self.num_right / self.num_scored
-            row |= {"eval/accuracy": accuracy, "eval/accuracy_low": low, "eval/accuracy_high": high}
+            row |= {"eval/accuracy": self.accuracy, "eval/accuracy_low": low, "eval/accuracy_high": high}
         return row
 
     def __str__(self) -> str:
         row = self.metrics()
         text = f"reward {self.reward:.3f}  length {self.mean_length:.1f}"
-        if self.num_scored:
+        if self.accuracy is not None:
             interval = f"[{row['eval/accuracy_low']:.3f}, {row['eval/accuracy_high']:.3f}]"
-            text = f"held-out accuracy {row['eval/accuracy']:.3f} {interval} of {self.num_scored}  {text}"
+            text = f"held-out accuracy {self.accuracy:.3f} {interval} of {self.num_scored}  {text}"
         return text
 
 
@@ -79,7 +86,6 @@ def evaluate_greedy(
     *,
     max_completion_length: int,
     batch_rows: int,
-    autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Evaluation:
     """One greedy completion for every sample, `batch_rows` at a time.
 
@@ -91,15 +97,14 @@ def evaluate_greedy(
     rights: list[bool | None] = []
     for start in range(0, len(samples), batch_rows):
         batch = samples[start : start + batch_rows]
-        with autocast():
-            rollout = generate_completions(
-                model,
-                tokenizer,
-                [sample["prompt"] for sample in batch],
-                group_size=1,
-                max_completion_length=max_completion_length,
-                temperature=0.0,
-            )
+        rollout = generate_completions(
+            model,
+            tokenizer,
+            [sample["prompt"] for sample in batch],
+            group_size=1,
+            max_completion_length=max_completion_length,
+            temperature=0.0,
+        )
         scores = score_fn(batch, rollout)
         rollouts.append(rollout)
         rewards.append(scores.combined)

@@ -17,6 +17,9 @@ import transformers
 from torch import Tensor
 
 from grpo.config import Config, InputError
+from grpo.data import Sample
+from grpo.evaluation import Scored
+from grpo.rollout import Rollout
 
 
 def start_run(config: Config) -> Path:
@@ -74,24 +77,45 @@ def _without_nan(value: Any) -> Any:
 class TokenMeans:
     """Means over unmasked tokens, across micro-batches: sums and counts, divided once at the end.
 
-    A mean of micro-batch means would weigh tokens by the length of their neighbours. Everything stays on the device
-    until `row()`, so adding waits for nothing.
+    A mean of micro-batch means would weigh tokens by the company they happen to keep. Everything stays on the device
+    until `metrics()`, so adding waits for nothing.
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, Tensor] = field(default_factory=dict)
     maxima: dict[str, Tensor] = field(default_factory=dict)
 
-    def add(self, mask: Tensor, **values: Tensor) -> None:
-        """values: (b, C) each; mask: (b, C) bool."""
+    def add(self, mask: Tensor, values: dict[str, Tensor], maxima: Sequence[str] = ()) -> None:
+        """`values`: metric name -> (b, C); `mask`: (b, C) bool. A name "x/mean" in `maxima` also gives "x/max"."""
         for name, value in values.items():
             kept = torch.where(mask, value.detach().float(), 0.0)
             self.sums[name] = self.sums.get(name, 0) + kept.sum()
             self.counts[name] = self.counts.get(name, 0) + mask.sum()
-            self.maxima[name] = torch.maximum(self.maxima.get(name, kept.max()), kept.max())
+            if name in maxima:
+                peak = name.replace("/mean", "/max")
+                self.maxima[peak] = torch.maximum(self.maxima.get(peak, kept.max()), kept.max())
 
-    def mean(self, name: str) -> float:
-        return (self.sums[name] / self.counts[name].clamp(min=1)).item()
+    def metrics(self) -> dict[str, float]:
+        means = {name: (total / self.counts[name].clamp(min=1)).item() for name, total in self.sums.items()}
+        return means | {name: value.item() for name, value in self.maxima.items()}
 
-    def max(self, name: str) -> float:
-        return self.maxima[name].item()
+
+def sample_rows(
+    step: int, samples: Sequence[Sample], rollout: Rollout, scores: Scored, advantages: Tensor
+) -> list[dict[str, Any]]:
+    """The lines of samples.jsonl for one step; `samples` are repeated per completion, `advantages` are (B, 1)."""
+    rewards = {name: values.tolist() for name, values in scores.by_name.items()}
+    combined, is_truncated = scores.combined.tolist(), rollout.is_truncated.tolist()
+    return [
+        {
+            "step": step,
+            "prompt": sample["prompt"],
+            "completion": rollout.completions[row],
+            "answer": sample.get("answer"),
+            "reward": combined[row],
+            "rewards": {name: values[row] for name, values in rewards.items()},
+            "advantage": advantages[row].item(),
+            "is_truncated": is_truncated[row],
+        }
+        for row, sample in enumerate(samples)
+    ]

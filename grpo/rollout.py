@@ -36,6 +36,13 @@ class Rollout:
     is_truncated: Tensor  # (B,) ran into max_completion_length without a stop token
     completions: list[str]  # B texts without their stop token
 
+    def metrics(self) -> dict[str, float]:
+        """Length in tokens, the stop token included, and the share that was cut off."""
+        return {
+            "completions/mean_length": self.completion_mask.sum(1).float().mean().item(),
+            "completions/clipped_ratio": self.is_truncated.float().mean().item(),
+        }
+
     def tokens(self, rows: Rows = slice(None)) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The four arguments of `compute_logprobs` for these rows."""
         return self.prompt_ids[rows], self.prompt_mask[rows], self.completion_ids[rows], self.completion_mask[rows]

@@ -90,9 +90,7 @@ def test_clip_share_counts_binding_clips_only() -> None:
 def test_clip_share_uses_the_upper_clip_and_the_mask() -> None:
     ratios, advantages = doubles([1.25, 1.5, 1.5], [0.5, 0.5, 0.5]), doubles([1.0], [-1.0])
     mask = torch.tensor([[1, 1, 0], [0, 1, 1]])
-    low, high = clipped_tokens(
-        ratios.log(), torch.zeros(2, 3), advantages, mask, clip_range=0.2, clip_range_high=0.28
-    )
+    low, high = clipped_tokens(ratios.log(), torch.zeros(2, 3), advantages, mask, clip_range=0.2, clip_range_high=0.28)
     assert high.tolist() == [[False, True, False], [False, False, False]]
     assert low.tolist() == [[False, False, False], [False, True, True]]
     low, high = clipped_tokens(ratios.log(), torch.zeros(2, 3), advantages, mask, clip_range=0.6)
@@ -542,7 +540,12 @@ def step_gradient(
 def test_weights_do_not_depend_on_micro_batches(make_model: Callable[..., PreTrainedModel], aggregation: str) -> None:
     model = make_model("llama").double()
     whole_loss, whole = step_gradient(model, aggregation, [range(6)])
-    for pieces in ([[0], [1], [2], [3], [4], [5]], [[0, 1], [2, 3], [4, 5]], [[0, 1, 2, 3], [4, 5]], [[5, 2], [1, 0, 4, 3]]):
+    for pieces in (
+        [[0], [1], [2], [3], [4], [5]],
+        [[0, 1], [2, 3], [4, 5]],
+        [[0, 1, 2, 3], [4, 5]],
+        [[5, 2], [1, 0, 4, 3]],
+    ):
         loss, gradient = step_gradient(model, aggregation, pieces)
         assert loss == pytest.approx(whole_loss, abs=1e-12)
         torch.testing.assert_close(gradient, whole, rtol=0, atol=1e-12)
