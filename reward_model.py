@@ -58,10 +58,19 @@ def last_integer(text: str) -> str | None:
     return f"-{canonical}" if minus and canonical != "0" else canonical
 
 
+def _is_number(value: Any) -> bool:
+    """A real number that float32, in which rewards are combined, can hold."""
+    largest = torch.finfo(torch.float32).max
+    return isinstance(value, numbers.Real) and -largest <= value <= largest  # type: ignore[operator]
+
+
 class MathRewardModel:
     """Right or wrong: the last number of the completion against the sample's "answer", strictly."""
 
     def __init__(self, correct_reward: float = 1.0, wrong_reward: float = 0.0) -> None:
+        for name, value in (("correct_reward", correct_reward), ("wrong_reward", wrong_reward)):
+            if not _is_number(value):
+                raise ValueError(f"{name}: got {value!r}, expected a finite number")
         self.correct_reward = correct_reward
         self.wrong_reward = wrong_reward
 
@@ -71,10 +80,13 @@ class MathRewardModel:
         >>> MathRewardModel().compute_reward({"answer": "5"}, "12-7=5 5")
         1.0
         """
-        answer = last_integer(str(sample["answer"]))
-        if answer is None:
+        answer = sample["answer"]
+        if isinstance(answer, float) and answer.is_integer():
+            answer = int(answer)  # str(1e20) would be "1e+20"
+        expected = None if isinstance(answer, float) else last_integer(str(answer))
+        if expected is None:
             raise ValueError(f'the sample\'s "answer" must be an integer, got {sample["answer"]!r}')
-        return self.correct_reward if last_integer(completion) == answer else self.wrong_reward
+        return self.correct_reward if last_integer(completion) == expected else self.wrong_reward
 
 
 def math_reward(correct_reward: float = 1.0, wrong_reward: float = 0.0) -> RewardFn:
@@ -146,7 +158,7 @@ def _load_reward(spec: str | dict[str, Any]) -> Reward:
     name, weight = arguments.pop("name", None), arguments.pop("weight", 1.0)
     if not isinstance(name, str):
         raise InputError(f"rewards: got {spec!r}, expected a name or {{name: …, weight: …}}")
-    if type(weight) not in (int, float) or not math.isfinite(weight):
+    if isinstance(weight, bool) or not _is_number(weight):
         raise InputError(f"rewards: {name}: weight: got {weight!r}, expected a number")
     if name in REWARDS:
         try:
@@ -166,9 +178,12 @@ def _load_reward(spec: str | dict[str, Any]) -> Reward:
 def _import_function(name: str) -> RewardFn:
     module_name, _, function_name = name.partition(":")
     try:
-        return getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
+        fn = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise InputError(f"rewards: {name}: cannot be imported: {error}") from error
+    if not callable(fn):
+        raise InputError(f"rewards: {name}: got {type(fn).__name__}, expected a function")
+    return fn
 
 
 def required_columns(reward: Reward) -> set[str]:
@@ -197,8 +212,8 @@ def score_completions(
     """Score B completions, each with its sample.
 
     Raises:
-        RewardError: a function raised, returned the wrong number of values, or a value that is neither a finite
-            number nor None; names the function and the sample.
+        RewardError: a function raised, or returned the wrong number of values, or a value that is neither a finite
+            number nor None (then the sample is named too).
     """
     keys = {key for sample in samples for key in sample} - {"prompt"}  # the union: rows of a mixture differ
     columns = {key: [sample.get(key) for sample in samples] for key in sorted(keys)}
@@ -230,7 +245,6 @@ def _as_tensor(name: str, values: Any, prompts: Sequence[str]) -> Tensor:
         got = f"{len(values)} values" if isinstance(values, (list, tuple)) else type(values).__name__
         raise RewardError(f"reward {name} returned {got} for {len(prompts)} completions, expected a list of as many")
     for value, prompt in zip(values, prompts, strict=True):
-        is_number = isinstance(value, numbers.Real) and math.isfinite(value)
-        if value is not None and not is_number:
+        if value is not None and not _is_number(value):
             raise RewardError(f"reward {name} returned {value!r} for {prompt!r}, expected a finite number or None")
     return torch.tensor([math.nan if value is None else float(value) for value in values])

@@ -15,6 +15,7 @@ again; `python -m benchmarks.readme` carries the numbers into the README.
 """
 
 import argparse
+import ast
 import hashlib
 import json
 import os
@@ -205,15 +206,11 @@ MEASURES = {"grpo": measure_grpo, "shuffled": measure_shuffled, "rejection_sampl
 
 
 def fingerprint() -> str:
-    """Of everything a result depends on: code, settings, problems."""
-    files = [
-        *ROOT.glob("grpo/*.py"),
-        *ROOT.glob("*.py"),
-        ROOT / "config.yaml",
-        *ROOT.glob("data/*.jsonl"),
-        Path(__file__),
-    ]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()[:16]
+    """Of everything a result depends on: code (comments aside), settings, problems."""
+    code = [*ROOT.glob("grpo/*.py"), *ROOT.glob("*.py"), Path(__file__)]
+    texts = [ast.unparse(ast.parse(file.read_text(encoding="utf-8"))) for file in sorted(code)]
+    texts += [file.read_text(encoding="utf-8") for file in [ROOT / "config.yaml", *sorted(ROOT.glob("data/*.jsonl"))]]
+    return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
 
 
 def machine() -> dict[str, Any]:

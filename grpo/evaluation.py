@@ -127,6 +127,8 @@ def wilson_interval(num_right: int, num_samples: int) -> tuple[float, float]:
     >>> [round(bound, 3) for bound in wilson_interval(8, 10)]
     [0.49, 0.943]
     """
+    if not 0 <= num_right <= num_samples or num_samples == 0:
+        raise ValueError(f"num_right, num_samples: got {num_right}, {num_samples}, expected 0 <= right <= samples >= 1")
     share = num_right / num_samples
     shrink = 1 / (1 + Z_95**2 / num_samples)
     centre = shrink * (share + Z_95**2 / (2 * num_samples))
@@ -142,4 +144,6 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
     >>> pass_at_k(num_samples=4, num_right=1, k=2)
     0.5
     """
+    if not 1 <= k <= num_samples:
+        raise ValueError(f"k: got {k}, allowed with {num_samples} samples: 1 … {num_samples}")
     return 1.0 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)

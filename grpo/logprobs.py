@@ -76,6 +76,6 @@ def compute_logprobs(
     all_logps = torch.log_softmax(logits, dim=-1)  # (B, C, V)
     logps = all_logps.gather(-1, completion_ids.unsqueeze(-1)).squeeze(-1)  # (B, C)
     with torch.no_grad():
-        entropies = -(all_logps.exp() * all_logps).sum(-1)  # (B, C)
+        entropies = torch.special.entr(all_logps.exp()).sum(-1)  # (B, C); entr(p) = -p log p, 0 where p is 0
     is_token = completion_mask.bool()
     return torch.where(is_token, logps, 0.0), torch.where(is_token, entropies, 0.0)

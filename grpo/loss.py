@@ -58,7 +58,8 @@ def clipped_surrogate(
             [ 1.6487,  1.6487,  0.0000]])
     """
     is_token = completion_mask.bool()
-    ratio, advantages = _ratio_and_advantages(logps, old_logps, advantages, is_token)  # (B, C), (B, C)
+    advantages = _checked_advantages(advantages, is_token)  # (B, C)
+    ratio = _log_ratio(logps, old_logps, is_token).exp()  # (B, C)
     clipped_ratio = ratio.clamp(1 - clip_range, 1 + (clip_range if clip_range_high is None else clip_range_high))
     loss = -torch.min(ratio * advantages, clipped_ratio * advantages)
     return torch.where(is_token, loss, 0.0)  # (B, C)
@@ -80,20 +81,26 @@ def clipped_tokens(
     its other side is not clipped by `min` and does not count. Arguments as in `clipped_surrogate`.
     """
     is_token = completion_mask.bool()
-    ratio, advantages = _ratio_and_advantages(logps, old_logps, advantages, is_token)
+    advantages = _checked_advantages(advantages, is_token)  # (B, C)
+    ratio = _log_ratio(logps, old_logps, is_token).exp()  # (B, C)
     clip_range_high = clip_range if clip_range_high is None else clip_range_high
     return (advantages < 0) & (ratio < 1 - clip_range), (advantages > 0) & (ratio > 1 + clip_range_high)
 
 
-def _ratio_and_advantages(
-    logps: Tensor, old_logps: Tensor, advantages: Tensor, is_token: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Ratio 1 and advantage 0 where masked, both (B, C): masked before the exp, so that padding cannot overflow."""
-    rows, length = logps.shape
+def _log_ratio(logps: Tensor, old_logps: Tensor, is_token: Tensor) -> Tensor:
+    """(B, C) logps - old_logps; 0 where masked, so that padding cannot overflow in the exp.
+
+    Clamped at 80, near the largest exponent of float32: an infinite ratio times an advantage of 0 would be NaN.
+    """
+    return torch.where(is_token, logps - old_logps, 0.0).clamp(max=80)
+
+
+def _checked_advantages(advantages: Tensor, is_token: Tensor) -> Tensor:
+    """(B, 1) or (B, C) -> (B, C), 0 where masked."""
+    rows, length = is_token.shape
     if advantages.shape not in ((rows, 1), (rows, length)):
         raise ValueError(f"advantages: got shape {tuple(advantages.shape)}, expected {(rows, 1)} or {(rows, length)}")
-    log_ratio = torch.where(is_token, logps - old_logps, 0.0)
-    return log_ratio.exp(), torch.where(is_token, advantages, 0.0)
+    return torch.where(is_token, advantages, 0.0)
 
 
 def kl_divergence(
@@ -130,7 +137,7 @@ def kl_divergence(
         ValueError: an unknown estimator.
 
     Paper: "DeepSeekMath" (2402.03300) eq. 4 (k3); Schulman, "Approximating KL divergence" (2020) names k1, k2, k3;
-    "DeepSeek-V3.2" (2512.02556) section 3.1 for the correction by r.
+    "DeepSeek-V3.2" (2512.02556) for the correction by r.
     Differs from the paper: the default corrects k3's gradient; k3 clamps D, so that a token the policy has all but
     dropped costs a large number instead of inf.
 
@@ -152,8 +159,7 @@ def kl_divergence(
     k3 = clamped.exp() - clamped - 1
     if estimator == "k3":
         return k3
-    log_ratio = torch.zeros_like(logps) if old_logps is None else torch.where(is_token, logps - old_logps, 0.0)
-    ratio = log_ratio.detach().exp()
+    ratio = 1.0 if old_logps is None else _log_ratio(logps, old_logps, is_token).exp().detach()
     gradient = ratio * k2
     return (ratio * k3).detach() + (gradient - gradient.detach())
 

@@ -23,6 +23,9 @@ from grpo.logprobs import positions_from_mask
 
 Rows = slice | Tensor
 
+# Tokens between two looks at which rows have finished. A look waits for the device: free on a CPU, dear on a GPU.
+CHECK_EVERY = {"cpu": 1}
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -98,8 +101,26 @@ def generate_completions(
 
     Paper: "DeepSeekMath" (2402.03300) algorithm 1, line 7.
     """
-    _check_settings(len(prompts), group_size, max_completion_length, temperature, top_p, top_k)
-    indices = range(len(prompts) * group_size) if completion_indices is None else completion_indices
+    num_rows = len(prompts) * group_size
+    indices = range(num_rows) if completion_indices is None else completion_indices
+    for name, value, is_allowed, allowed in [
+        ("prompts", len(prompts), len(prompts) >= 1, "at least one"),
+        ("group_size", group_size, group_size >= 1, ">= 1"),
+        ("max_completion_length", max_completion_length, max_completion_length >= 1, ">= 1"),
+        ("temperature", temperature, temperature >= 0, ">= 0 (0 = greedy)"),
+        ("top_p", top_p, 0 < top_p <= 1, "in (0, 1]"),
+        ("top_k", top_k, top_k >= 0, ">= 0 (0 = off)"),
+        ("seed", seed, 0 <= seed < 2**64, "0 … 2**64 - 1"),
+        (
+            "completion_indices",
+            indices,
+            len(indices) == num_rows and all(index >= 0 for index in indices),
+            f"{num_rows} indices >= 0",
+        ),
+    ]:
+        if not is_allowed:
+            raise ValueError(f"{name}: got {value}, allowed: {allowed}")
+
     uniforms = sampling_noise(seed, indices, max_completion_length).to(model.device)  # (B, C)
     stop_ids = torch.tensor(sorted(stop_token_ids(model, tokenizer)), dtype=torch.long, device=model.device)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0  # a filler: masks never look at ids
@@ -148,8 +169,7 @@ def _decode(
     rows, max_length = uniforms.shape
     sampled_ids = torch.zeros(rows, max_length, dtype=torch.long, device=uniforms.device)
     sampled_logps = torch.zeros(rows, max_length, device=uniforms.device)
-    # Looking which rows have finished waits for the device: at every token on a CPU, rarely on a GPU.
-    check_every = 1 if uniforms.device.type == "cpu" else 16
+    check_every = CHECK_EVERY.get(uniforms.device.type, 16)
 
     # Prefill: each prompt once. Its last position predicts the first token; the cache is then copied to the group.
     output = model(
@@ -252,7 +272,9 @@ def sampling_noise(seed: int, completion_indices: Sequence[int], length: int) ->
     Philox is counter-based: its two keys name a stream, and streams of different keys are independent. A longer
     `length` only continues the rows.
     """
-    streams = [np.random.Generator(np.random.Philox(key=[seed, index])) for index in completion_indices]
+    # As uint64: from plain ints NumPy would make floats of large seeds and lose their low bits.
+    keys = [np.array([seed, index], dtype=np.uint64) for index in completion_indices]
+    streams = [np.random.Generator(np.random.Philox(key=key)) for key in keys]
     return torch.from_numpy(np.stack([stream.random(length, dtype=np.float32) for stream in streams]))
 
 
@@ -283,18 +305,3 @@ def _left_pad(sequences: list[list[int]], pad_id: int, device: torch.device) -> 
     ids = [[pad_id] * (width - len(sequence)) + sequence for sequence in sequences]
     mask = [[False] * (width - len(sequence)) + [True] * len(sequence) for sequence in sequences]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-
-def _check_settings(
-    num_prompts: int, group_size: int, max_completion_length: int, temperature: float, top_p: float, top_k: int
-) -> None:
-    for name, value, is_allowed, allowed in [
-        ("prompts", num_prompts, num_prompts >= 1, "at least one"),
-        ("group_size", group_size, group_size >= 1, ">= 1"),
-        ("max_completion_length", max_completion_length, max_completion_length >= 1, ">= 1"),
-        ("temperature", temperature, temperature >= 0, ">= 0 (0 = greedy)"),
-        ("top_p", top_p, 0 < top_p <= 1, "in (0, 1]"),
-        ("top_k", top_k, top_k >= 0, ">= 0 (0 = off)"),
-    ]:
-        if not is_allowed:
-            raise ValueError(f"{name}: got {value}, allowed: {allowed}")

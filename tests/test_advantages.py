@@ -18,7 +18,7 @@ def doubles(*rows: list[float]) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
-# Two groups. Row 0: mean 3, deviations -2 -1 3, squares 4 + 1 + 9 = 14, unbiased variance 14/2 = 7, std 2.6457513110645907.
+# Two groups. Row 0: mean 3, deviations -2 -1 3, squares 4 + 1 + 9 = 14, variance 14/2 = 7, std 2.6457513110645907.
 # Row 1: mean 1, deviations -1 -1 2, squares 6, variance 3, std 1.7320508075688772.
 # Whole batch 1 2 6 0 0 3: mean 2, squares 1 + 0 + 16 + 4 + 4 + 1 = 26, variance 26/5 = 5.2, std 2.280350850198276.
 REWARDS = ([1.0, 2.0, 6.0], [0.0, 0.0, 3.0])

@@ -1,5 +1,6 @@
 """Scoring: log-probs and entropies by hand, the one shift, positions, padding, dtypes, dropout."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -265,3 +266,12 @@ def test_dropout_stays_off_after_the_model_is_saved_and_loaded(
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).train()
     batch = ragged_batch()
     assert torch.equal(score(loaded, *batch)[0], score(loaded, *batch)[0])
+
+
+def test_impossible_tokens_have_no_entropy() -> None:
+    logits = torch.tensor([[0.0, 0.0, -torch.inf]] * 3)
+    one = torch.ones(1, 1, dtype=torch.long)
+    _, entropies = compute_logprobs(
+        lambda input_ids, **_: SimpleNamespace(logits=logits[input_ids]), one, one, one, one
+    )
+    assert entropies.item() == pytest.approx(math.log(2))

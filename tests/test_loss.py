@@ -157,7 +157,7 @@ def test_old_logps_stay_fixed_so_a_second_step_is_not_another_on_policy_step() -
             logits = (logits - gradient).detach().requires_grad_()
         return logits.detach()
 
-    # First step: the gradient of log p_0 is (0.5, -0.5). After it p_0 = 0.731, ratio 1.46 > 1.2: clipped, no second step.
+    # First step: the gradient of log p_0 is (0.5, -0.5). After it p_0 = 0.731, ratio 1.46 > 1.2: clipped, so no second.
     assert two_steps(is_old_recomputed=False).tolist() == [0.5, -0.5]
     assert two_steps(is_old_recomputed=True)[0] > 0.7
 
@@ -642,3 +642,18 @@ def test_old_logps_are_of_before_the_first_optimizer_step(
     assert twice["clip_ratio/low_mean"] + twice["clip_ratio/high_mean"] > 0.1
     # And they are the sampler's policy: the mean difference is rounding, not the step that was taken.
     assert twice["sampling/logp_difference/mean"] < 1e-5
+
+
+def test_an_overflowing_ratio_of_an_unmasked_token_gives_no_nan() -> None:
+    """inf * 0 is NaN: advantage 0 (a group without spread) in the surrogate, D = 0 in the corrected KL."""
+    old, one, zero = torch.full((1, 1), -100.0), torch.ones(1, 1), torch.zeros(1, 1)
+    for advantage in (0.0, 1.0):
+        logps = torch.zeros(1, 1, requires_grad=True)
+        loss = clipped_surrogate(logps, old, advantage * one, one, clip_range=0.2)
+        (gradient,) = torch.autograd.grad(loss.sum(), logps)
+        assert loss.item() == pytest.approx(-1.2 * advantage)
+        assert gradient.item() == 0.0
+    logps = torch.zeros(1, 1, requires_grad=True)
+    kl = kl_divergence(logps, zero, estimator="k3_corrected", old_logps=old)
+    (gradient,) = torch.autograd.grad(kl.sum(), logps)
+    assert kl.item() == gradient.item() == 0.0

@@ -93,4 +93,4 @@ def test_every_metric_is_defined() -> None:
                 name = last.rsplit("/", 1)[0] + name[1:]
             last = name
             named.add(name.replace("{name}", "math"))
-    assert EVERY_STEP | EVERY_EVALUATION == named | {"step"}
+    assert named | {"step"} == EVERY_STEP | EVERY_EVALUATION

@@ -13,6 +13,9 @@ def needs_colour(prompts: list[str], completions: list[str], colour: list[str], 
     return [1.0 for _ in completions]
 
 
+pi = 3.14  # no function
+
+
 def raises(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
     """A reward with a bug."""
     raise KeyError("oops")

@@ -1,0 +1,420 @@
+"""Rewards: which number a text ends with, how scores combine, and errors that name the function."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grpo.config import InputError
+from reward_model import (
+    MathRewardModel,
+    Reward,
+    RewardError,
+    Scores,
+    check_columns,
+    last_integer,
+    load_rewards,
+    nan_std,
+    required_columns,
+    score_completions,
+)
+
+NAN = float("nan")
+
+LAST_INTEGER = [
+    # the rows of PITFALLS.md
+    ("5 or 6", "6"),
+    ("1,234", "1234"),
+    ("\u22127", "-7"),  # unicode minus
+    ("12-7", "7"),  # after a digit a minus is an operator
+    ("5.0", "5"),
+    ("3.5", None),
+    ("007", "7"),
+    ("", None),
+    ("x=5 y", "5"),
+    ("9**9**9", "9"),  # never eval
+    # nothing to find
+    ("no number here", None),
+    ("-", None),
+    (".", None),
+    ("five", None),
+    ("\n\t ", None),
+    # signs
+    ("-7", "-7"),
+    ("x-3", "-3"),
+    ("(-7)", "-7"),
+    ("= -12.", "-12"),
+    ("12\u22127", "7"),
+    ("12 - 7", "7"),
+    ("12 -7", "-7"),
+    ("12--7", "-7"),
+    ("-0", "0"),
+    ("\u22120.0", "0"),
+    ("+5", "5"),
+    # thousands groups, and lists that only look like them
+    ("1,234,567", "1234567"),
+    ("-1,234", "-1234"),
+    ("1,234.00", "1234"),
+    ("12,34", "34"),
+    ("1234,567", "567"),
+    ("7,8", "8"),
+    ("7,-8", "-8"),
+    ("-7,8", "8"),
+    ("7, 8", "8"),
+    ("1,234,", "1234"),
+    ("0,123", "123"),
+    ("1,2345", "2345"),
+    # decimals are no integers, and never give their digits away
+    ("3.50", None),
+    ("1,234.5", None),
+    (".5", None),
+    ("-.5", None),
+    ("1.2.3", None),
+    ("it is 4, or 3.5", None),  # the last number decides; an earlier integer does not step in
+    ("3.5 or 4", "4"),
+    # sentences around the number
+    ("The answer is 42.", "42"),
+    ("42!", "42"),
+    ("wait...5", "5"),
+    ("\\boxed{17}", "17"),
+    ("#### 18", "18"),
+    ("$1,000", "1000"),
+    ("50%", "50"),
+    ("7+8=15 4+3+1=8 85", "85"),
+    ("85 = 85", "85"),
+    ("1 2 3 4 5 6 7 8 9 10", "10"),  # every answer is not the right answer
+    ("5\n", "5"),
+    # digits of other scripts do not count
+    ("\u0665", None),  # Arabic-Indic 5
+    ("\uff15", None),  # fullwidth 5
+    ("\u00bd", None),
+    ("x\u00b2", None),
+    ("5\u00b2", "5"),
+    ("4 \u0665", "4"),
+    # zeros
+    ("0", "0"),
+    ("000", "0"),
+    ("0.000", "0"),
+    ("100", "100"),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), LAST_INTEGER)
+def test_last_integer(text: str, expected: str | None) -> None:
+    assert last_integer(text) == expected
+
+
+def test_the_table_is_long_and_without_repetition() -> None:
+    texts = [text for text, _ in LAST_INTEGER]
+    assert len(set(texts)) == len(texts) >= 40
+
+
+ADVERSARIAL = [
+    *("1", "-", ".", ",", "\u2212", " ", "a", "0"),
+    *("1,", "1.", ".1", "-1", "1-", "1,111", "1,234,", "1.1,", "--", "..", "9**", "\u0665"),
+]
+
+
+@pytest.mark.parametrize("unit", ADVERSARIAL)
+@pytest.mark.parametrize("tail", ["", "x", "."])
+def test_adversarial_texts_of_100_kilobytes_are_fast(unit: str, tail: str) -> None:
+    text = unit * (100_000 // len(unit)) + tail
+    start = time.perf_counter()
+    found = last_integer(text)
+    assert time.perf_counter() - start < 0.5
+    assert found is None or found.lstrip("-").isascii()
+
+
+def test_huge_digit_runs_are_compared_and_never_converted() -> None:
+    digits = "7" * 10_000
+    with pytest.raises(ValueError, match="4300"):
+        int(digits)
+    assert last_integer(f"so {digits}.") == digits
+    assert last_integer(f"-{digits}") == f"-{digits}"
+    assert last_integer("0" * 10_000 + "5") == "5"
+    model = MathRewardModel()
+    assert model.compute_reward({"answer": digits}, digits) == 1.0
+    assert model.compute_reward({"answer": digits}, digits + "7") == 0.0
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(number=st.integers(-(10**12), 10**12), before=st.text(alphabet="abc =+.,123", max_size=12))
+def test_every_way_to_write_an_integer_is_read_as_that_integer(number: int, before: str) -> None:
+    for written in (f"{number}", f"{number:,}", f"{number}.0", f"{number:,}.", f"{number}".replace("-", "\u2212")):
+        assert last_integer(f"{before} {written}") == str(number)
+    assert last_integer(f"{before} {number}.5") is None
+
+
+# ---------------------------------------------------------------- right or wrong
+
+
+@pytest.mark.parametrize("answer", [5, "5", " 5", "5.0", 5.0, "005", "#### 5"])
+def test_an_answer_may_be_a_json_number_or_a_text(answer: Any) -> None:
+    model = MathRewardModel()
+    assert model.compute_reward({"answer": answer}, "2+3=5") == 1.0
+    assert model.compute_reward({"answer": answer}, "-5") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("completion", "reward"),
+    [
+        ("15", 0.0),  # no substring credit
+        ("5 or 6", 0.0),  # not the first number
+        ("5 5 5 6", 0.0),  # not any number
+        ("5.5", 0.0),
+        ("", 0.0),
+        ("10-5", 1.0),
+        ("5, I am sure", 1.0),
+    ],
+)
+def test_only_the_last_number_counts(completion: str, reward: float) -> None:
+    assert MathRewardModel().compute_reward({"answer": 5}, completion) == reward
+
+
+def test_a_completion_without_a_number_is_wrong_whatever_the_answer() -> None:
+    for answer in (0, -1, 5):
+        assert MathRewardModel().compute_reward({"answer": answer}, "none") == 0.0
+
+
+@pytest.mark.parametrize("answer", ["five", None, "3.5", "", True])
+def test_an_answer_that_is_no_integer_is_refused(answer: Any) -> None:
+    with pytest.raises(ValueError, match="answer"):
+        MathRewardModel().compute_reward({"answer": answer}, "5")
+
+
+def test_the_marks_are_settings() -> None:
+    model = MathRewardModel(correct_reward=2.0, wrong_reward=-0.5)
+    assert [model.compute_reward({"answer": 5}, text) for text in ("5", "6")] == [2.0, -0.5]
+
+
+# ---------------------------------------------------------------- scoring and combining
+
+
+def returning(*values: Any) -> Callable[..., Any]:
+    return lambda prompts, completions, **_: list(values)
+
+
+def entry(name: str, fn: Callable[..., Any], weight: float = 1.0, full_mark: float = 1.0) -> Reward:
+    return Reward(name, fn, weight, full_mark)
+
+
+def score(rewards: Sequence[Reward], num_rows: int = 3) -> Scores:
+    samples = [{"prompt": f"prompt {row}", "answer": row} for row in range(num_rows)]
+    return score_completions(
+        rewards, samples, [str(row) for row in range(num_rows)], [[row] for row in range(num_rows)]
+    )
+
+
+def same(tensor: torch.Tensor, *expected: float) -> bool:
+    return torch.equal(tensor.isnan(), torch.tensor(expected).isnan()) and torch.allclose(
+        tensor.nan_to_num(0), torch.tensor(expected).nan_to_num(0), rtol=0, atol=1e-6
+    )
+
+
+def test_rewards_combine_by_weight_over_those_that_apply() -> None:
+    rewards = [
+        entry("a", returning(1.0, 0.0, None, None), weight=2.0),
+        entry("b", returning(0.5, None, 1.0, None), weight=-1.0),
+        entry("logged", returning(100.0, 100.0, None, 100.0), weight=0),
+    ]
+    scores = score(rewards, num_rows=4)
+    # 2 * 1 - 0.5 · 2 * 0 · -1 · none of non-zero weight applies: NaN, not 0
+    assert same(scores.combined, 1.5, 0.0, -1.0, NAN)
+    assert same(scores.by_name["a"], 1.0, 0.0, NAN, NAN)
+    assert same(scores.by_name["logged"], 100.0, 100.0, NAN, 100.0)
+    assert same(scores.is_right, 1.0, 0.0, NAN, NAN)
+
+
+def test_metrics_by_hand() -> None:
+    rewards = [entry("a", returning(1.0, 0.0, None), weight=2.0), entry("b", returning(0.5, None, None), weight=0)]
+    row = score(rewards).metrics()
+    # combined 2, 0, NaN: mean 1, unbiased std sqrt(2); a: mean 0.5, std sqrt(0.5); b: one value, no std
+    assert row == pytest.approx(
+        {
+            "reward": 1.0,
+            "reward_std": math.sqrt(2),
+            "rewards/a/mean": 0.5,
+            "rewards/a/std": math.sqrt(0.5),
+            "rewards/b/mean": 0.5,
+            "rewards/b/std": 0.0,
+        }
+    )
+    assert nan_std(torch.tensor([NAN, NAN])) == 0.0
+
+
+def test_is_right_uses_the_full_mark_of_the_first_reward() -> None:
+    first = entry("a", returning(0.3, 1.0, None), full_mark=0.3)
+    second = entry("b", returning(1.0, 1.0, 1.0), weight=5.0)
+    assert same(score([first, second]).is_right, 1.0, 0.0, NAN)
+    assert same(score([second, first]).is_right, 1.0, 1.0, 1.0)
+    # Weight 0 leaves it the measure of what is right.
+    assert same(score([entry("a", returning(0.3, 1.0, None), 0.0, 0.3), second]).is_right, 1.0, 0.0, NAN)
+
+
+def test_the_full_mark_of_math_is_its_correct_reward() -> None:
+    rewards = load_rewards([{"name": "math", "correct_reward": 2.0, "wrong_reward": 1.0, "weight": 0.5}])
+    samples = [{"prompt": "p", "answer": 5}] * 2
+    scores = score_completions(rewards, samples, ["5", "6"], [[5], [6]])
+    assert same(scores.combined, 1.0, 0.5)
+    assert same(scores.is_right, 1.0, 0.0)  # 1.0 is what a wrong completion gets here
+    assert rewards[0].full_mark == 2.0
+
+
+def test_functions_get_the_arguments_of_trl() -> None:
+    seen: dict[str, Any] = {}
+
+    def spy(prompts: list, completions: list, completion_ids: list, **columns: Any) -> list[float]:
+        seen.update(columns, prompts=prompts, completions=completions, completion_ids=completion_ids)
+        return [0.0] * len(prompts)
+
+    samples = [{"prompt": "p", "answer": 1}, {"prompt": "q", "level": "hard"}]
+    score_completions([entry("spy", spy)], samples, ["x", "y"], [[7, 8], [9]])
+    assert seen == {
+        "prompts": ["p", "q"],
+        "completions": ["x", "y"],
+        "completion_ids": [[7, 8], [9]],
+        "answer": [1, None],  # the union of the columns; None where a sample has not got it
+        "level": [None, "hard"],
+    }
+
+
+@pytest.mark.parametrize("values", [[1.0], [1.0] * 4, []])
+def test_the_wrong_count_names_the_function(values: list[float]) -> None:
+    with pytest.raises(RewardError, match=rf"reward culprit returned {len(values)} values for 3 completions"):
+        score([entry("culprit", returning(*values))])
+
+
+@pytest.mark.parametrize("value", [NAN, math.inf, -math.inf, "1", [1.0], 1j])
+def test_a_value_that_is_no_finite_number_names_the_function_and_the_sample(value: Any) -> None:
+    with pytest.raises(RewardError, match=r"reward culprit returned .* for 'prompt 1'"):
+        score([entry("fine", returning(1.0, 1.0, 1.0)), entry("culprit", returning(1.0, value, 1.0))])
+
+
+@pytest.mark.parametrize("returned", [None, 1.0, "abc", torch.ones(3)])
+def test_something_that_is_no_list_names_the_function(returned: Any) -> None:
+    with pytest.raises(RewardError, match="reward culprit returned"):
+        score([entry("culprit", lambda prompts, completions, **_: returned)])
+
+
+def test_a_function_that_raises_is_named_and_stops_the_run() -> None:
+    def culprit(prompts: list, completions: list, **_: Any) -> list[float]:
+        raise KeyError("level")
+
+    with pytest.raises(RewardError, match="reward culprit raised KeyError: 'level'") as caught:
+        score([entry("culprit", culprit)])
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_a_bad_answer_in_the_data_names_the_reward() -> None:
+    with pytest.raises(RewardError, match=r"reward math raised ValueError.*answer"):
+        score_completions(load_rewards(["math"]), [{"prompt": "p", "answer": "five"}], ["5"], [[5]])
+
+
+def test_integers_bools_and_numpy_numbers_are_numbers() -> None:
+    assert same(score([entry("a", returning(1, True, np.float32(0.5)))]).combined, 1.0, 1.0, 0.5)
+
+
+# ---------------------------------------------------------------- the config's list
+
+
+def test_an_unknown_reward_is_an_input_error_that_lists_the_known_ones() -> None:
+    with pytest.raises(InputError, match="rewards: got 'maths', allowed: math"):
+        load_rewards(["maths"])
+
+
+@pytest.mark.parametrize(
+    ("specs", "message"),
+    [
+        ([5], "rewards: got 5"),
+        ([{"weight": 1.0}], "rewards: got"),
+        ([{"name": "math", "weight": "much"}], "weight: got 'much'"),
+        ([{"name": "math", "weight": NAN}], "weight: got nan"),
+        ([{"name": "math", "weight": True}], "weight: got True"),
+        ([{"name": "math", "weight": 0}], "weight 0"),
+        ([{"name": "math", "mark": 1.0}], "rewards: math: .*mark"),
+        (["math", {"name": "math", "weight": 0.5}], "math, math"),
+        (["no_such_module:fn"], "no_such_module"),
+        (["math:no_such_function"], "no_such_function"),
+    ],
+)
+def test_a_wrong_entry_is_an_input_error_that_names_it(specs: list[Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_rewards(specs)
+
+
+MODULE = """
+def count(prompts, completions, level, letter="a", **_):
+    return [float(text.count(letter)) for text in completions]
+
+count.full_mark = 3.0
+
+def plain(prompts, completions, **_):
+    return [1.0 for _ in prompts]
+"""
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "rewards_of_a_user.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    return "rewards_of_a_user"
+
+
+def test_module_function_works(module: str) -> None:
+    rewards = load_rewards([f"{module}:count", {"name": f"{module}:plain", "weight": 0.5}])
+    assert [reward.full_mark for reward in rewards] == [3.0, 1.0]  # 1.0 where undeclared
+    samples = [{"prompt": "p", "level": 1}] * 2
+    scores = score_completions(rewards, samples, ["banana", "b"], [[1], [2]])
+    assert same(scores.combined, 3.5, 0.5)
+    assert same(scores.is_right, 1.0, 0.0)
+
+
+def test_arguments_of_the_config_reach_the_function(module: str) -> None:
+    (reward,) = load_rewards([{"name": f"{module}:count", "letter": "n", "weight": 2.0}])
+    assert reward.full_mark == 3.0
+    assert required_columns(reward) == {"level"}
+    assert same(score_completions([reward], [{"prompt": "p", "level": 1}], ["banana"], [[1]]).combined, 4.0)
+
+
+def test_columns_a_reward_needs_are_checked_and_the_place_is_named(module: str) -> None:
+    rewards = load_rewards(["math", f"{module}:count"])
+    assert [required_columns(reward) for reward in rewards] == [{"answer"}, {"level"}]
+    samples = [{"prompt": "p", "answer": 1, "level": 1}, {"prompt": "q", "answer": 2}]
+    with pytest.raises(InputError, match=r'file, line 2: has no "level", which reward rewards_of_a_user:count needs'):
+        check_columns(rewards, samples, lambda index: f"file, line {index + 1}")
+    assert check_columns(rewards, samples[:1], str) is None
+
+
+def test_an_answer_given_as_a_json_number_is_read_in_full() -> None:
+    model = MathRewardModel()
+    assert model.compute_reward({"answer": 1e20}, "20") == 0.0
+    assert model.compute_reward({"answer": 1e20}, "100000000000000000000") == 1.0
+    for answer in (1e-5, 0.5, float("inf"), "none"):
+        with pytest.raises(ValueError, match="must be an integer"):
+            model.compute_reward({"answer": answer}, "-5")
+
+
+@pytest.mark.parametrize("value", [10**400, 1e39, -1e39])
+def test_a_reward_that_float32_cannot_hold_is_refused(value: float) -> None:
+    reward = Reward("huge", lambda prompts, completions, **_: [value], 1.0, 1.0)
+    with pytest.raises(RewardError, match="huge"):
+        score_completions([reward], [{"prompt": "p"}], ["c"], [[1]])
+
+
+@pytest.mark.parametrize("name", ["tests.toy_rewards:pi", ":fn", "..x:fn", "tests.toy_rewards:missing", "a.b.c:d"])
+def test_what_is_no_importable_function_is_wrong_input(name: str) -> None:
+    with pytest.raises(InputError, match="rewards: "):
+        load_rewards([name])
+
+
+@pytest.mark.parametrize("mark", ["x", float("nan"), None, float("inf")])
+def test_the_full_mark_must_be_a_number(mark: object) -> None:
+    with pytest.raises(InputError, match="rewards: math: correct_reward: got"):
+        load_rewards([{"name": "math", "correct_reward": mark}])
