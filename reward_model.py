@@ -165,14 +165,11 @@ def _load_reward(spec: str | dict[str, Any]) -> Reward:
             fn = REWARDS[name](**arguments)
         except (TypeError, ValueError) as error:
             raise InputError(f"rewards: {name}: {error}") from error
-    elif ":" in name:
+        return Reward(name, fn, weight, getattr(fn, "full_mark", 1.0))
+    if ":" in name:
         fn = _import_function(name)
-        full_mark = getattr(fn, "full_mark", 1.0)
-        fn = functools.partial(fn, **arguments) if arguments else fn
-        return Reward(name, fn, weight, full_mark)
-    else:
-        raise InputError(f"rewards: got {name!r}, allowed: {', '.join(REWARDS)}, or module:function")
-    return Reward(name, fn, weight, getattr(fn, "full_mark", 1.0))
+        return Reward(name, functools.partial(fn, **arguments), weight, getattr(fn, "full_mark", 1.0))
+    raise InputError(f"rewards: got {name!r}, allowed: {', '.join(REWARDS)}, or module:function")
 
 
 def _import_function(name: str) -> RewardFn:

@@ -30,8 +30,8 @@ def start_run(config: Config) -> Path:
     if folder.is_dir() and any(folder.iterdir()):
         if not (folder / "run.json").is_file():
             raise InputError(f"output_dir: {folder} is not empty and holds no run; choose another folder")
-        started = json.loads((folder / "run.json").read_text())["started"].replace(":", "-")
-        aside = folder.with_name(f"{folder.name}-{started}")
+        started = datetime.fromtimestamp((folder / "run.json").stat().st_mtime)  # it is written once, at the start
+        aside = folder.with_name(f"{folder.name}-{started:%Y-%m-%dT%H-%M-%S}")
         while aside.exists():  # several runs within a second
             aside = aside.with_name(f"{aside.name}+")
         folder.rename(aside)

@@ -10,8 +10,9 @@ prompt is prefilled once and its cache expanded to the group; finished rows leav
 behind token t of completion i depends on (seed, i, t) only, so neither batching nor the order of finishing changes it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 import numpy as np
@@ -103,23 +104,15 @@ def generate_completions(
     """
     num_rows = len(prompts) * group_size
     indices = range(num_rows) if completion_indices is None else completion_indices
-    for name, value, is_allowed, allowed in [
-        ("prompts", len(prompts), len(prompts) >= 1, "at least one"),
-        ("group_size", group_size, group_size >= 1, ">= 1"),
-        ("max_completion_length", max_completion_length, max_completion_length >= 1, ">= 1"),
-        ("temperature", temperature, temperature >= 0, ">= 0 (0 = greedy)"),
-        ("top_p", top_p, 0 < top_p <= 1, "in (0, 1]"),
-        ("top_k", top_k, top_k >= 0, ">= 0 (0 = off)"),
-        ("seed", seed, 0 <= seed < 2**64, "0 … 2**64 - 1"),
-        (
-            "completion_indices",
-            indices,
-            len(indices) == num_rows and all(index >= 0 for index in indices),
-            f"{num_rows} indices >= 0",
-        ),
-    ]:
-        if not is_allowed:
-            raise ValueError(f"{name}: got {value}, allowed: {allowed}")
+    _check("prompts", len(prompts), len(prompts) >= 1, "at least one")
+    _check("group_size", group_size, group_size >= 1, ">= 1")
+    _check("max_completion_length", max_completion_length, max_completion_length >= 1, ">= 1")
+    _check("temperature", temperature, temperature >= 0, ">= 0 (0 = greedy)")
+    _check("top_p", top_p, 0 < top_p <= 1, "in (0, 1]")
+    _check("top_k", top_k, top_k >= 0, ">= 0 (0 = off)")
+    _check("seed", seed, 0 <= seed < 2**64, "0 ... 2**64 - 1")
+    _check("completion_indices", list(indices), len(indices) == num_rows, f"{num_rows} of them")
+    _check("completion_indices", list(indices), all(index >= 0 for index in indices), ">= 0")
 
     uniforms = sampling_noise(seed, indices, max_completion_length).to(model.device)  # (B, C)
     stop_ids = torch.tensor(sorted(stop_token_ids(model, tokenizer)), dtype=torch.long, device=model.device)
@@ -129,9 +122,8 @@ def generate_completions(
     was_training = model.training
     model.eval()  # training mode would switch the cache off under gradient checkpointing, and dropout on
     try:
-        sampled_ids, sampled_logps = _decode(
-            model, prompt_ids, prompt_mask, stop_ids, uniforms, group_size, temperature, top_p, top_k
-        )
+        draw = partial(sample_tokens, temperature=temperature, top_p=top_p, top_k=top_k)
+        sampled_ids, sampled_logps = _decode(model, prompt_ids, prompt_mask, stop_ids, uniforms, group_size, draw)
     finally:
         model.train(was_training)
 
@@ -161,9 +153,7 @@ def _decode(
     stop_ids: Tensor,
     uniforms: Tensor,
     group_size: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
+    draw: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor]:
     """The loop: (B, max_completion_length) sampled ids and their log-probs. What follows a stop token is arbitrary."""
     rows, max_length = uniforms.shape
@@ -188,9 +178,7 @@ def _decode(
     is_finished = torch.zeros_like(active, dtype=torch.bool)  # (b,)
 
     for t in range(max_length):
-        tokens, logps = sample_tokens(
-            logits, uniforms[active, t], temperature=temperature, top_p=top_p, top_k=top_k
-        )  # (b,)
+        tokens, logps = draw(logits, uniforms[active, t])  # (b,)
         sampled_ids[active, t] = tokens
         sampled_logps[active, t] = logps
         is_finished = is_finished | torch.isin(tokens, stop_ids)
@@ -297,6 +285,11 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str] | Seque
         if not ids:
             raise ValueError(f"prompts[{number}]: got {prompts[number]!r}, which has no tokens; at least one is needed")
     return prompt_ids
+
+
+def _check(name: str, value: object, is_allowed: bool, allowed: str) -> None:
+    if not is_allowed:
+        raise ValueError(f"{name}: got {value}, allowed: {allowed}")
 
 
 def _left_pad(sequences: list[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
