@@ -1,6 +1,7 @@
 """Settings: one place of defaults, precedence, types, and errors that help."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,20 @@ def test_a_file_may_be_empty(tmp_path: Path) -> None:
     file = tmp_path / "empty.yaml"
     file.write_text("# nothing differs\n")
     assert load_config(file) == load_config()
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("configs/*.yaml")), ids=lambda file: file.name)
+def test_every_file_in_configs_loads_and_differs_in_every_line(file: Path) -> None:
+    config, defaults = load_config(file), load_config()
+    settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    assert settings
+    assert all(getattr(config, key) != getattr(defaults, key) for key in settings)
+
+
+def test_files_named_in_config_yaml_exist() -> None:
+    named = re.findall(r"[\w/]+\.(?:yaml|jsonl)", DEFAULTS_FILE.read_text(encoding="utf-8"))
+    assert "configs/paper_grpo.yaml" in named
+    assert all((ROOT / name).is_file() for name in named)
 
 
 @pytest.mark.parametrize(
