@@ -84,9 +84,10 @@ Rule = tuple[Callable[[Any], bool], str]
 _AT_LEAST_0: Rule = (lambda value: value >= 0, ">= 0")
 _AT_LEAST_1: Rule = (lambda value: value >= 1, ">= 1")
 _POSITIVE: Rule = (lambda value: value > 0, "> 0")
+_SEED: Rule = (lambda value: 0 <= value < 2**63, "0 ... 2**63 - 1")
 _BETA: Rule = (lambda value: 0 <= value < 1, "in [0, 1)")
 RULES: dict[str, Rule] = {
-    "base_seed": _AT_LEAST_0,
+    "base_seed": _SEED,
     "rewards": (lambda value: len(value) > 0, "a list of at least one reward"),
     "max_prompt_length": _AT_LEAST_1,
     "batch_size": _AT_LEAST_1,
@@ -110,7 +111,7 @@ RULES: dict[str, Rule] = {
     "weight_decay": _AT_LEAST_0,
     "adam_beta1": _BETA,
     "adam_beta2": _BETA,
-    "seed": _AT_LEAST_0,
+    "seed": _SEED,
     "eval_every": _AT_LEAST_1,
 }
 

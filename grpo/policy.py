@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -25,8 +26,8 @@ def load_policy(
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]  # some of these messages are pages long
         raise InputError(f"model_name: {model_name!r} cannot be loaded: {reason}") from error
     disable_dropout(model)
     model.to(device)  # type: ignore[arg-type]  # transformers wraps nn.Module.to

@@ -36,7 +36,10 @@ def start_run(config: Config) -> Path:
             aside = aside.with_name(f"{aside.name}+")
         folder.rename(aside)
         print(f"The earlier run in {folder} now lies in {aside}")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output_dir: {folder} cannot be made: {error.strerror}") from error
     run = {
         "started": datetime.now().isoformat(timespec="seconds"),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],

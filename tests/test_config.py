@@ -102,6 +102,8 @@ def test_files_named_in_config_yaml_exist() -> None:
         ("top_p=0", r"top_p: got 0.0, allowed: in (0, 1]"),
         ("top_p=1.1", r"top_p: got 1.1, allowed: in (0, 1]"),
         ("top_k=-1", "top_k: got -1, allowed: >= 0"),
+        ("seed=-1", "seed: got -1, allowed: 0 ... 2**63 - 1"),
+        ("base_seed=9223372036854775808", "base_seed: got 9223372036854775808, allowed: 0 ... 2**63 - 1"),
         ("clip_range=1", r"clip_range: got 1.0, allowed: in (0, 1)"),
         ("kl_coeff=-1", "kl_coeff: got -1.0, allowed: >= 0"),
         ("kl_coeff=.nan", "kl_coeff: got nan, expected a number"),

@@ -135,6 +135,14 @@ def test_a_model_that_cannot_be_loaded_is_named(tmp_path: Path, monkeypatch: pyt
     assert "\n" not in str(raised.value)
 
 
+def test_damaged_weights_are_named(tokenizer, tmp_path: Path) -> None:
+    save_model(build_model(tokenizer, 0), tokenizer, tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"model_name: '.*model' cannot be loaded: .*header"):
+        load_policy(str(tmp_path / "model"), base_seed=0, device=CPU)
+
+
 def test_devices_and_dtypes() -> None:
     assert choose_device("cpu") == CPU
     assert choose_device("auto").type in ("cpu", "cuda", "mps")

@@ -72,3 +72,9 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path, is_file: bool) ->
     with pytest.raises(InputError, match="output_dir"):
         start_run(load_config(None, [f"output_dir={mine}"]))
     assert (mine if is_file else mine / "thesis.txt").read_text() == "precious"
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"output_dir: .*file/run cannot be made: Not a directory"):
+        start_run(load_config(None, [f"output_dir={tmp_path / 'file' / 'run'}"]))
