@@ -19,8 +19,10 @@ import inspect
 import math
 import numbers
 import re
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,9 +46,10 @@ def last_integer(text: str) -> str | None:
     >>> [last_integer(text) for text in ["5 or 6", "1,234", "\u22127", "12-7", "5.0", "3.5", "007", "", "x=5 y"]]
     ['6', '1234', '-7', '7', '5', None, '7', None, '5']
     """
-    last = max(_NUMBER.finditer(text), key=re.Match.start, default=None)
-    if last is None:
+    numbers_found = list(_NUMBER.finditer(text))
+    if not numbers_found:
         return None
+    last = numbers_found[-1]
     digits, minus = last["digits"], last["minus"]
     if last["point"]:  # ".5"
         return None
@@ -85,7 +88,7 @@ class MathRewardModel:
             answer = int(answer)  # str(1e20) would be "1e+20"
         expected = None if isinstance(answer, float) else last_integer(str(answer))
         if expected is None:
-            raise ValueError(f'the sample\'s "answer" must be an integer, got {sample["answer"]!r}')
+            raise ValueError(f'"answer" of {sample.get("prompt")!r} must be an integer, got {sample["answer"]!r}')
         return self.correct_reward if last_integer(completion) == expected else self.wrong_reward
 
 
@@ -94,12 +97,15 @@ def math_reward(correct_reward: float = 1.0, wrong_reward: float = 0.0) -> Rewar
     model = MathRewardModel(correct_reward, wrong_reward)
 
     def math_fn(prompts: list, completions: list, answer: list, **_: Any) -> list[float | None]:
-        samples = ({"answer": value} for value in answer)
-        return [model.compute_reward(*pair) for pair in zip(samples, completions, strict=True)]
+        rows = zip(prompts, answer, completions, strict=True)
+        return [model.compute_reward({"prompt": p, "answer": a}, completion) for p, a, completion in rows]
 
     math_fn.full_mark = correct_reward  # type: ignore[attr-defined]
     return math_fn
 
+
+# What every reward function is called with; its other parameters are columns of the data set or arguments.
+GIVEN = {"prompts", "completions", "completion_ids"}
 
 REWARDS: dict[str, Callable[..., RewardFn]] = {"math": math_reward}
 
@@ -168,6 +174,9 @@ def _load_reward(spec: str | dict[str, Any]) -> Reward:
         return Reward(name, fn, weight, getattr(fn, "full_mark", 1.0))
     if ":" in name:
         fn = _import_function(name)
+        allowed = _named_parameters(fn) - GIVEN
+        if unknown := [key for key in arguments if key not in allowed]:
+            raise InputError(f"rewards: {name}: got {unknown[0]!r}, allowed: {', '.join(['weight', *sorted(allowed)])}")
         return Reward(name, functools.partial(fn, **arguments), weight, getattr(fn, "full_mark", 1.0))
     raise InputError(f"rewards: got {name!r}, allowed: {', '.join(REWARDS)}, or module:function")
 
@@ -176,19 +185,21 @@ def _import_function(name: str) -> RewardFn:
     module_name, _, function_name = name.partition(":")
     try:
         fn = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise InputError(f"rewards: {name}: cannot be imported: {error}") from error
-    if not callable(fn):
-        raise InputError(f"rewards: {name}: got {type(fn).__name__}, expected a function")
+        inspect.signature(fn)
+    except Exception as error:  # importing runs the user's module, which may raise anything
+        raise InputError(f"rewards: {name}: cannot be used: {type(error).__name__}: {error}") from error
     return fn
+
+
+def _named_parameters(fn: RewardFn, *, without_default: bool = False) -> set[str]:
+    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    parameters = [p for p in inspect.signature(fn).parameters.values() if p.kind not in variadic]
+    return {p.name for p in parameters if not without_default or p.default is p.empty}
 
 
 def required_columns(reward: Reward) -> set[str]:
     """The columns a reward needs: the parameters it names, without a default."""
-    given = {"prompts", "completions", "completion_ids"}
-    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    parameters = inspect.signature(reward.fn).parameters.values()
-    return {p.name for p in parameters if p.default is p.empty and p.kind not in variadic} - given
+    return _named_parameters(reward.fn, without_default=True) - GIVEN
 
 
 def check_columns(rewards: Sequence[Reward], samples: Sequence[dict[str, Any]], place: Callable[[int], str]) -> None:
@@ -222,7 +233,9 @@ def score_completions(
                 prompts=prompts, completions=list(completions), completion_ids=completion_ids, **columns
             )
         except Exception as error:  # a user's function may raise anything; it must stop the run, by name
-            raise RewardError(f"reward {reward.name} raised {type(error).__name__}: {error}") from error
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            message = f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"
+            raise RewardError(f"reward {reward.name} raised {message}") from error
         by_name[reward.name] = _as_tensor(reward.name, returned, prompts)
     values = torch.stack(list(by_name.values()))  # (F, B)
     weights = torch.tensor([reward.weight for reward in rewards], dtype=values.dtype).unsqueeze(1)  # (F, 1)

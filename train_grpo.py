@@ -1,4 +1,4 @@
-"""GRPO on one screen: sample a group of answers, reinforce those that beat their siblings, repeat.
+"""GRPO in one sitting: sample a group of answers, reinforce those that beat their siblings, repeat.
 
     python train_grpo.py                                   a tiny model learns to work arithmetic out, about a minute
     python train_grpo.py --learning_rate 1e-4 --seed 3     every key of config.yaml is a flag

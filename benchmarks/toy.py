@@ -213,6 +213,10 @@ def fingerprint() -> str:
     return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
 
 
+def git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
 def machine() -> dict[str, Any]:
     return {
         "cores": len(os.sched_getaffinity(0)),
@@ -233,19 +237,20 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
 
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"runs": {}}
-    config = load_config()
+    config, code = load_config(), fingerprint()
+    commit = git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    RESULTS.parent.mkdir(exist_ok=True)
     for kind in arguments.kinds:  # all of grpo first: its times want a machine that does nothing else
         for seed in arguments.seeds:
             done = results["runs"].get(f"{kind}-{seed}")
-            if done and done["fingerprint"] == fingerprint():
+            if done and done["fingerprint"] == code:
                 continue
             os.environ["GRPO_CACHE"] = str(work / f"cache-{seed}")
             result = MEASURES[kind](seed, config, work)
-            commit = subprocess.run(
-                ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
-            ).stdout.strip()
+            if fingerprint() != code:
+                raise SystemExit("The code changed during the measurement; start again")
             results["machine"] = machine()
-            results["runs"][f"{kind}-{seed}"] = {"fingerprint": fingerprint(), "commit": commit, **result}
+            results["runs"][f"{kind}-{seed}"] = {"fingerprint": code, "commit": commit, **result}
             unfinished = RESULTS.with_suffix(".tmp")
             unfinished.write_text(json.dumps(results, indent=1) + "\n")
             unfinished.replace(RESULTS)

@@ -7,8 +7,7 @@ shows two styles of answer to the same problems:
     worked   "7+8=15 4+3+1=8 85"     rarely: column arithmetic from the ones up, carries included, then the answer
 
 After it the model blurts out an answer most of the time and works the problem out now and then, mostly correctly.
-Everything that decides the result is in this file and in the training problems: both, with `base_seed`, are the key
-of the cache, so a changed recipe never meets an old model.
+This file, the training problems and `base_seed` are the key of the cache, so a changed recipe never meets an old model.
 """
 
 import hashlib
@@ -31,6 +30,7 @@ from transformers import (
 )
 
 from grpo.checkpoint import save_model
+from grpo.config import InputError
 from grpo.data import JSONLinesDataset, Sample
 from grpo.logprobs import compute_logprobs
 
@@ -66,6 +66,10 @@ def tiny_base_model(base_seed: int) -> Path:
     cache = Path(os.environ.get("GRPO_CACHE") or Path.home() / ".cache" / "grpo")
     folder = cache / f"tiny-{base_seed}-{hashlib.sha256(recipe).hexdigest()[:12]}"
     if not folder.is_dir():
+        try:
+            cache.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+        except OSError as error:
+            raise InputError(f"GRPO_CACHE: {cache} cannot be made: {error.strerror}") from error
         dataset = JSONLinesDataset(TRAIN_FILE)
         tokenizer = train_tokenizer([sample["prompt"] for sample in dataset])
         save_model(warm_up(dataset, tokenizer, base_seed), tokenizer, folder)
@@ -121,7 +125,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, base_seed: int) -> LlamaForC
 def warm_up(dataset: JSONLinesDataset, tokenizer: PreTrainedTokenizerFast, base_seed: int) -> LlamaForCausalLM:
     """Supervised next-token training on the training problems, answered in the two styles."""
     model = build_model(tokenizer, base_seed)
-    # Muon for the matrices needs half the steps that AdamW does (docs/NOTES.md); embeddings and norms stay with AdamW.
+    # Muon for the matrices: in as many steps it teaches the arithmetic far better than AdamW alone (docs/NOTES.md).
     matrices = [weight for weight in model.model.layers.parameters() if weight.dim() == 2]
     others = [model.model.embed_tokens.weight, *(weight for weight in model.parameters() if weight.dim() < 2)]
     optimizers = [

@@ -17,8 +17,6 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     folder under the final name. Where another process was faster, its folder stays.
     """
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
-    if model.generation_config is not None and model.generation_config.pad_token_id is None:
-        model.generation_config.pad_token_id = tokenizer.pad_token_id
     try:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)

@@ -6,6 +6,7 @@ imports torch, so `--help` and a misspelt flag answer at once.
 
 import argparse
 import difflib
+import math
 import re
 import sys
 import types
@@ -78,6 +79,8 @@ class Config:
 
 
 TYPES: dict[str, Any] = typing.get_type_hints(Config)
+
+MAY_BE_INFINITE = ("clip_range_high", "max_grad_norm")  # .inf switches these off
 
 # What a value of the right type must satisfy: key -> (test, how to say it).
 Rule = tuple[Callable[[Any], bool], str]
@@ -242,7 +245,7 @@ def _checked(key: str, value: Any) -> Any:
     expected = typing.get_origin(expected) or expected
     if expected is float and type(value) is int:
         value = float(value)
-    if type(value) is not expected or (expected is float and value != value):
+    if type(value) is not expected or (expected is float and not math.isfinite(value) and key not in MAY_BE_INFINITE):
         raise InputError(f"{key}: got {value!r}, expected {_TYPE_NAMES[expected]}")
     if key in RULES and not RULES[key][0](value):
         raise InputError(f"{key}: got {value!r}, allowed: {RULES[key][1]}")

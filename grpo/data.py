@@ -64,7 +64,9 @@ class JSONLinesDataset(Sequence[Sample]):
 def check_prompt_lengths(dataset: JSONLinesDataset, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int) -> None:
     """Every prompt must fit before the run starts: cutting it silently would ask another question."""
     lengths = [len(ids) for ids in tokenizer([sample["prompt"] for sample in dataset])["input_ids"]]
-    longest = int(np.argmax(lengths))
+    shortest, longest = int(np.argmin(lengths)), int(np.argmax(lengths))
+    if lengths[shortest] == 0:
+        raise InputError(f"{dataset.place(shortest)}: the prompt has no tokens")
     if lengths[longest] > max_prompt_length:
         raise InputError(
             f"{dataset.place(longest)}: the prompt has {lengths[longest]} tokens, "

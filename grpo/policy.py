@@ -8,10 +8,17 @@ from contextlib import AbstractContextManager
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from grpo.base_model import tiny_base_model
 from grpo.config import Config, InputError
+from grpo.rollout import stop_token_ids
 
 
 def load_policy(
@@ -26,12 +33,27 @@ def load_policy(
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]  # some of these messages are pages long
         raise InputError(f"model_name: {model_name!r} cannot be loaded: {reason}") from error
     disable_dropout(model)
+    _set_special_tokens(model, tokenizer)
     model.to(device)  # type: ignore[arg-type]  # transformers wraps nn.Module.to
     return model, tokenizer
+
+
+def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A pad token that the model can embed, and a generation_config that says where completions end.
+
+    Every saved folder carries both. The rest of a published generation_config is left behind: the sampler never reads
+    it, and some fail transformers' own check on saving, which would cost the finished run.
+    """
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:
+        tokenizer.pad_token = tokenizer.eos_token  # a filler: masks come from lengths, never from ids
+    stop_ids = sorted(stop_token_ids(model, tokenizer))
+    model.generation_config = GenerationConfig(
+        eos_token_id=stop_ids[0] if len(stop_ids) == 1 else stop_ids or None, pad_token_id=tokenizer.pad_token_id
+    )
 
 
 def disable_dropout(model: PreTrainedModel) -> None:
@@ -40,14 +62,12 @@ def disable_dropout(model: PreTrainedModel) -> None:
     It lives in modules and, for the attention of a Llama, in plain floats read from the config at every forward.
     """
     for module in model.modules():
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    for name, value in vars(model.config).items():
-        if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float):
-            setattr(model.config, name, 0.0)
+    for holder in [model.config, *model.modules()]:
+        for name, value in vars(holder).items():
+            if isinstance(value, float) and ("dropout" in name or "layerdrop" in name or name.endswith("_pdrop")):
+                setattr(holder, name, 0.0)
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -103,5 +123,7 @@ def choose_device(name: str) -> torch.device:
 def make_autocast(dtype: str, device: torch.device) -> Callable[[], AbstractContextManager]:
     """A context for forward passes: matrix products in `dtype`, weights and softmax in float32."""
     if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+        # Emulated bfloat16 (before Ampere) would be slower than float32.
+        is_supported = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bfloat16" if is_supported else "float32"
     return lambda: torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")

@@ -25,21 +25,6 @@ from grpo.rollout import Rollout
 def start_run(config: Config) -> Path:
     """Make the output folder and its run.json. A folder that holds an earlier run is moved aside, never mixed into."""
     folder = Path(config.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"output_dir: {folder} is a file")
-    if folder.is_dir() and any(folder.iterdir()):
-        if not (folder / "run.json").is_file():
-            raise InputError(f"output_dir: {folder} is not empty and holds no run; choose another folder")
-        started = datetime.fromtimestamp((folder / "run.json").stat().st_mtime)  # it is written once, at the start
-        aside = folder.with_name(f"{folder.name}-{started:%Y-%m-%dT%H-%M-%S}")
-        while aside.exists():  # several runs within a second
-            aside = aside.with_name(f"{aside.name}+")
-        folder.rename(aside)
-        print(f"The earlier run in {folder} now lies in {aside}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"output_dir: {folder} cannot be made: {error.strerror}") from error
     run = {
         "started": datetime.now().isoformat(timespec="seconds"),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -51,8 +36,25 @@ def start_run(config: Config) -> Path:
         },
         "settings": dataclasses.asdict(config),
     }
-    (folder / "run.json").write_text(json.dumps(run, indent=2) + "\n")
+    try:
+        if folder.is_dir() and any(folder.iterdir()):
+            _move_aside(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "run.json").write_text(json.dumps(run, indent=2) + "\n")
+    except OSError as error:
+        raise InputError(f"output_dir: {folder} cannot be used: {error.strerror}") from error
     return folder
+
+
+def _move_aside(folder: Path) -> None:
+    if not (folder / "run.json").is_file():
+        raise InputError(f"output_dir: {folder} is not empty and holds no run; choose another folder")
+    started = datetime.fromtimestamp((folder / "run.json").stat().st_mtime)  # it is written once, at the start
+    aside = folder.resolve().with_name(f"{folder.resolve().name}-{started:%Y-%m-%dT%H-%M-%S}")
+    while aside.exists():  # several runs within a second
+        aside = aside.with_name(f"{aside.name}+")
+    folder.rename(aside)
+    print(f"The earlier run in {folder} now lies in {aside.name} beside it")
 
 
 def _commit() -> str | None:
@@ -109,6 +111,7 @@ def sample_rows(
     """The lines of samples.jsonl for one step; `samples` are repeated per completion, `advantages` are (B, 1)."""
     rewards = {name: values.tolist() for name, values in scores.by_name.items()}
     combined, is_truncated = scores.combined.tolist(), rollout.is_truncated.tolist()
+    advantage = advantages.squeeze(1).tolist()
     return [
         {
             "step": step,
@@ -117,7 +120,7 @@ def sample_rows(
             "answer": sample.get("answer"),
             "reward": combined[row],
             "rewards": {name: values[row] for name, values in rewards.items()},
-            "advantage": advantages[row].item(),
+            "advantage": advantage[row],
             "is_truncated": is_truncated[row],
         }
         for row, sample in enumerate(samples)

@@ -25,6 +25,7 @@ from grpo.logprobs import positions_from_mask
 Rows = slice | Tensor
 
 # Tokens between two looks at which rows have finished. A look waits for the device: free on a CPU, dear on a GPU.
+# (Some attention implementations of transformers look at the padding mask themselves, once a forward.)
 CHECK_EVERY = {"cpu": 1}
 
 
@@ -184,13 +185,14 @@ def _decode(
         is_finished = is_finished | torch.isin(tokens, stop_ids)
         if t + 1 == max_length:
             break
-        if (t + 1) % check_every == 0 and is_finished.any():
+        if (t + 1) % check_every == 0:
             going_on = (~is_finished).nonzero().squeeze(1)
             if len(going_on) == 0:
                 break
-            cache.batch_select_indices(going_on)
-            active, tokens, positions = active[going_on], tokens[going_on], positions[going_on]
-            attention_mask, is_finished = attention_mask[going_on], is_finished[going_on]
+            if len(going_on) < len(active):
+                cache.batch_select_indices(going_on)
+                active, tokens, positions = active[going_on], tokens[going_on], positions[going_on]
+                attention_mask, is_finished = attention_mask[going_on], is_finished[going_on]
         attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(active), 1)], dim=1)
         output = model(
             input_ids=tokens.unsqueeze(1),
@@ -232,8 +234,8 @@ def sample_tokens(
     # The first token whose CDF exceeds u * total. `right` skips tokens of probability 0 when u = 0; the total is the
     # CDF's own end, which rounding leaves a little off 1.
     tokens = torch.searchsorted(cdf, uniforms.unsqueeze(-1) * cdf[:, -1:], right=True).clamp(max=cdf.shape[-1] - 1)
-    # u so near 1 that u * total rounds to total runs off the end, and a parallel scan may step up where the
-    # probability is 0: one draw in some ten million, given to the likeliest token.
+    # u so near 1 that u * total rounds to total runs off the end, to the last token; and a parallel scan may step up
+    # where the probability is 0. Where that token is impossible, one draw in some ten million, take the likeliest.
     is_possible = probs.gather(-1, tokens) > 0
     tokens = torch.where(is_possible, tokens, probs.argmax(-1, keepdim=True))
     return tokens.squeeze(-1), logps.gather(-1, tokens).squeeze(-1)

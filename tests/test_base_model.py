@@ -119,6 +119,7 @@ def test_the_same_seed_builds_the_same_weights(quick_recipe: Path, monkeypatch: 
 
 def test_a_half_written_cache_is_never_used(quick_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(*_: object) -> None:
+        assert not list(quick_recipe.glob("tiny-*"))  # the weights are written, and not under the final name
         raise KeyboardInterrupt
 
     saved = AutoModelForCausalLM.from_pretrained

@@ -173,3 +173,40 @@ def test_where_another_process_was_faster_its_folder_stays(tokenizer, tmp_path: 
     save_model(build_model(tokenizer, 0), tokenizer, tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert (tmp_path / "model" / "marker").read_text() == "theirs"
+
+
+def test_a_published_generation_config_cannot_cost_the_finished_run(tokenizer, tmp_path: Path) -> None:
+    """Sampling settings without do_sample fail transformers' check on saving; a trained model must always be saved."""
+    save_model(build_model(tokenizer, 0), tokenizer, tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text(
+        '{"temperature": 0.9, "top_p": 0.6, "eos_token_id": [1, 7]}'
+    )
+    model, loaded = load_policy(str(tmp_path / "model"), base_seed=0, device=CPU)
+    save_model(model, loaded, tmp_path / "final")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "final").generation_config
+    assert saved.eos_token_id == [1, 7]
+    assert saved.pad_token_id == tokenizer.pad_token_id
+
+
+def test_a_pad_token_without_an_embedding_is_replaced(tokenizer, tmp_path: Path) -> None:
+    """A <pad> added to the tokenizer of a model that was not resized: common with Llama 2."""
+    model = build_model(tokenizer, 0)
+    padded = train_tokenizer(["What is 1 + 2?"])
+    padded.add_special_tokens({"pad_token": "<added>"})
+    assert padded.pad_token_id == len(tokenizer)
+    save_model(model, padded, tmp_path / "model")
+    loaded, loaded_tokenizer = load_policy(str(tmp_path / "model"), base_seed=0, device=CPU)
+    assert loaded_tokenizer.pad_token_id == loaded_tokenizer.eos_token_id
+    assert loaded.generation_config.pad_token_id == tokenizer.eos_token_id
+
+
+def test_emulated_bfloat16_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def is_supported(including_emulation: bool = True) -> bool:
+        asked.append(including_emulation)
+        return including_emulation  # a T4: emulated only
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
+    make_autocast("auto", torch.device("cuda"))
+    assert asked == [False]

@@ -76,5 +76,5 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path, is_file: bool) ->
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"output_dir: .*file/run cannot be made: Not a directory"):
+    with pytest.raises(InputError, match=r"output_dir: .*file/run cannot be used: Not a directory"):
         start_run(load_config(None, [f"output_dir={tmp_path / 'file' / 'run'}"]))

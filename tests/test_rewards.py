@@ -418,3 +418,23 @@ def test_what_is_no_importable_function_is_wrong_input(name: str) -> None:
 def test_the_full_mark_must_be_a_number(mark: object) -> None:
     with pytest.raises(InputError, match="rewards: math: correct_reward: got"):
         load_rewards([{"name": "math", "correct_reward": mark}])
+
+
+def test_a_misspelt_argument_of_a_users_reward_is_named() -> None:
+    """Without the check **kwargs would swallow it, and the weight would silently stay 1."""
+    (reward,) = load_rewards([{"name": "tests.toy_rewards:scaled", "scale": 3.0, "weight": 0.5}])
+    assert reward.fn(prompts=["p"], completions=["c"]) == [3.0]
+    with pytest.raises(InputError, match=r"tests.toy_rewards:scaled: got 'wieght', allowed: weight, scale"):
+        load_rewards([{"name": "tests.toy_rewards:scaled", "wieght": 0.5}])
+
+
+def test_a_raising_reward_is_reported_with_its_place() -> None:
+    with pytest.raises(
+        RewardError, match=r"tests.toy_rewards:raises raised KeyError: 'oops' \(toy_rewards.py, line \d+\)"
+    ):
+        score_completions(load_rewards(["tests.toy_rewards:raises"]), [{"prompt": "p"}], ["c"], [[1]])
+
+
+def test_an_answer_that_is_no_integer_is_reported_with_its_prompt() -> None:
+    with pytest.raises(RewardError, match=r"\"answer\" of 'What is 1 / 2\?' must be an integer, got '0.5'"):
+        score_completions(load_rewards(["math"]), [{"prompt": "What is 1 / 2?", "answer": "0.5"}], ["c"], [[1]])

@@ -16,6 +16,11 @@ def needs_colour(prompts: list[str], completions: list[str], colour: list[str], 
 pi = 3.14  # no function
 
 
+def scaled(prompts: list[str], completions: list[str], *, scale: float = 1.0, **_: Any) -> list[float]:
+    """Takes an argument from the config."""
+    return [scale for _ in completions]
+
+
 def raises(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
     """A reward with a bug."""
     raise KeyError("oops")
