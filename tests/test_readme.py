@@ -1,5 +1,6 @@
 """The README tells the truth: its numbers, tags, commands, flags, files and metric names."""
 
+import json
 import re
 import subprocess
 import sys
@@ -29,6 +30,18 @@ def test_a_typed_number_would_be_noticed(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("benchmarks.readme.TOY", changed)
     for path in BLOCKS:
         assert rendered(path) != path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_what_it_says_of_the_controls_holds_for_every_seed(seed: int) -> None:
+    runs = json.loads(TOY.read_text())["runs"]
+    grpo, base = runs[f"grpo-{seed}"]["final"]["accuracy"], runs[f"grpo-{seed}"]["base"]["accuracy"]
+    assert runs[f"shuffled-{seed}"]["final"]["accuracy"] < base + 0.05  # "accuracy does not rise"
+    assert base + 0.05 < runs[f"rejection_sampling-{seed}"]["final"]["accuracy"] < grpo - 0.02  # "it rises, not as far"
+
+
+def test_nothing_in_it_waits_to_be_filled_in() -> None:
+    assert not re.findall(r"OUTPUT|TODO|XXX|lorem", README)
 
 
 def test_the_algorithm_box_and_the_loop_carry_the_same_tags() -> None:
