@@ -3,10 +3,11 @@
 GRPO amplifies what a base model already does now and then; it cannot reward what is never sampled. So the warm-up
 shows two styles of answer to the same problems:
 
-    quick    "85"                    most often, and wrong in half of the cases
-    worked   "7+8=15 4+3+1=8 85"     rarely: column arithmetic from the ones up, carries included, then the answer
+    quick    "85"                    wrong in half of the cases
+    worked   "7+8=15 4+3+1=8 85"     column arithmetic from the ones up, carries included, then the answer
 
-After it the model blurts out an answer most of the time and works the problem out now and then, mostly correctly.
+Its first part, mostly worked answers, teaches the arithmetic; the second, nearly all quick ones, makes blurting out the
+habit. After it the model blurts out an answer most of the time and works the problem out now and then, mostly correctly.
 This file, the training problems and `base_seed` are the key of the cache, so a changed recipe never meets an old model.
 """
 
