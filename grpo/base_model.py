@@ -7,7 +7,7 @@ shows two styles of answer to the same problems:
     worked   "7+8=15 4+3+1=8 85"     column arithmetic from the ones up, carries included, then the answer
 
 Its first part, mostly worked answers, teaches the arithmetic; the second, nearly all quick ones, makes blurting out the
-habit. After it the model blurts out an answer most of the time and works the problem out now and then, mostly correctly.
+habit. After it the model blurts out an answer most of the time and works the problem out now and then, mostly right.
 This file, the training problems and `base_seed` are the key of the cache, so a changed recipe never meets an old model.
 """
 
