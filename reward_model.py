@@ -11,8 +11,15 @@ the parameters it names. `REWARDS` maps a name to a factory, `factory(**argument
 
     rewards: [math]
     rewards: [{name: math, weight: 1.0, correct_reward: 1.0}, {name: my_module:my_fn, weight: 0.5}]
+
+A function may carry attributes that say more about it:
+
+    full_mark                  what it gives a right completion (1.0 where it does not say)
+    has_answer(completion)     is there anything to judge? (any text at all where it does not say); only for statistics
+    check_sample(sample)       raises a ValueError for a row of the data that it cannot score, before any compute
 """
 
+import difflib
 import functools
 import importlib
 import inspect
@@ -23,12 +30,12 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from grpo.config import InputError
+from grpo.config import InputError, RunError
 
 RewardFn = Callable[..., list[float | None]]
 
@@ -83,13 +90,18 @@ class MathRewardModel:
         >>> MathRewardModel().compute_reward({"answer": "5"}, "12-7=5 5")
         1.0
         """
+        is_right = last_integer(completion) == self.expected_integer(sample)
+        return self.correct_reward if is_right else self.wrong_reward
+
+    def expected_integer(self, sample: dict[str, Any]) -> str:
+        """The sample's "answer" in canonical digits; a ValueError if it has no integer."""
         answer = sample["answer"]
         if isinstance(answer, float) and answer.is_integer():
             answer = int(answer)  # str(1e20) would be "1e+20"
-        expected = None if isinstance(answer, float) else last_integer(str(answer))
+        expected = None if isinstance(answer, (float, bool)) else last_integer(str(answer))
         if expected is None:
             raise ValueError(f'"answer" of {sample.get("prompt")!r} must be an integer, got {sample["answer"]!r}')
-        return self.correct_reward if last_integer(completion) == expected else self.wrong_reward
+        return expected
 
 
 def math_reward(correct_reward: float = 1.0, wrong_reward: float = 0.0) -> RewardFn:
@@ -101,6 +113,8 @@ def math_reward(correct_reward: float = 1.0, wrong_reward: float = 0.0) -> Rewar
         return [model.compute_reward({"prompt": p, "answer": a}, completion) for p, a, completion in rows]
 
     math_fn.full_mark = correct_reward  # type: ignore[attr-defined]
+    math_fn.has_answer = lambda completion: last_integer(completion) is not None  # type: ignore[attr-defined]
+    math_fn.check_sample = model.expected_integer  # type: ignore[attr-defined]
     return math_fn
 
 
@@ -117,7 +131,15 @@ class Reward:
     name: str
     fn: RewardFn
     weight: float
-    full_mark: float  # the value of a right completion
+    full_mark: float = 1.0  # the value of a right completion
+    has_answer: Callable[[str], object] = str.strip  # true where there is anything to judge
+    check_sample: Callable[[dict[str, Any]], object] = lambda sample: None  # a ValueError for a row it cannot score
+
+    @classmethod
+    def of(cls, name: str, fn: RewardFn, weight: float, arguments: dict[str, Any]) -> Self:
+        """`fn` with `arguments` fixed, and what its attributes say of it."""
+        declared = {key: getattr(fn, key) for key in ("full_mark", "has_answer", "check_sample") if hasattr(fn, key)}
+        return cls(name, functools.partial(fn, **arguments) if arguments else fn, weight, **declared)
 
 
 @dataclass(frozen=True)
@@ -127,6 +149,7 @@ class Scores:
     by_name: dict[str, Tensor]  # each (B,)
     combined: Tensor  # (B,) sum of weight * value over the applicable rewards of non-zero weight
     is_right: Tensor  # (B,) 1.0 right, 0.0 wrong: the first reward of the list gives its full mark
+    has_answer: Tensor  # (B,) bool: there is something to be right or wrong about
 
     def metrics(self) -> dict[str, float]:
         """Means and unbiased standard deviations over the batch, of the combined reward and of each one."""
@@ -142,7 +165,7 @@ def nan_std(values: Tensor) -> float:
     return valid.std().item() if len(valid) > 1 else 0.0
 
 
-class RewardError(RuntimeError):
+class RewardError(RunError):
     """A reward function raised, or returned something that is no list of rewards."""
 
 
@@ -171,14 +194,16 @@ def _load_reward(spec: str | dict[str, Any]) -> Reward:
             fn = REWARDS[name](**arguments)
         except (TypeError, ValueError) as error:
             raise InputError(f"rewards: {name}: {error}") from error
-        return Reward(name, fn, weight, getattr(fn, "full_mark", 1.0))
+        return Reward.of(name, fn, weight, {})
     if ":" in name:
         fn = _import_function(name)
         allowed = _named_parameters(fn) - GIVEN
         if unknown := [key for key in arguments if key not in allowed]:
             raise InputError(f"rewards: {name}: got {unknown[0]!r}, allowed: {', '.join(['weight', *sorted(allowed)])}")
-        return Reward(name, functools.partial(fn, **arguments), weight, getattr(fn, "full_mark", 1.0))
-    raise InputError(f"rewards: got {name!r}, allowed: {', '.join(REWARDS)}, or module:function")
+        return Reward.of(name, fn, weight, arguments)
+    nearest = difflib.get_close_matches(name, REWARDS, n=1)
+    hint = f"; did you mean {nearest[0]}?" if nearest else ""
+    raise InputError(f"rewards: got {name!r}, allowed: {', '.join(REWARDS)}, or module:function{hint}")
 
 
 def _import_function(name: str) -> RewardFn:
@@ -202,13 +227,18 @@ def required_columns(reward: Reward) -> set[str]:
     return _named_parameters(reward.fn, without_default=True) - GIVEN
 
 
-def check_columns(rewards: Sequence[Reward], samples: Sequence[dict[str, Any]], place: Callable[[int], str]) -> None:
-    """Every sample must have the columns that the rewards name; `place(i)` says where sample i stands."""
+def check_samples(rewards: Sequence[Reward], samples: Sequence[dict[str, Any]], place: Callable[[int], str]) -> None:
+    """Every sample must be one that the rewards can score; `place(i)` says where sample i stands."""
     for reward in rewards:
-        for column in sorted(required_columns(reward)):
-            for index, sample in enumerate(samples):
+        columns = sorted(required_columns(reward))
+        for index, sample in enumerate(samples):
+            for column in columns:
                 if column not in sample:
                     raise InputError(f'{place(index)}: has no "{column}", which reward {reward.name} needs')
+            try:
+                reward.check_sample(sample)
+            except ValueError as error:
+                raise InputError(f"{place(index)}: reward {reward.name}: {error}") from error
 
 
 def score_completions(
@@ -247,6 +277,7 @@ def score_completions(
         by_name=by_name,
         combined=combined.masked_fill(~applies.any(0), torch.nan),
         is_right=is_right.masked_fill(first.isnan(), torch.nan),
+        has_answer=torch.tensor([bool(rewards[0].has_answer(completion)) for completion in completions]),
     )
 
 

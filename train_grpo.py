@@ -15,15 +15,14 @@ Differs from the paper ("DeepSeekMath", 2402.03300, algorithm 1):
   - the reference is the base model throughout (ref_update_every: 0)
 """
 
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
-from grpo.config import Config, InputError, exit_with, parse_command_line, warnings_about
+from grpo.config import Config, RunError, errors_explained, parse_command_line, warn
 
 if __name__ == "__main__":  # before the slow imports: --help and a misspelt flag answer at once
-    CONFIG = parse_command_line(__doc__)
+    CONFIG, OPTIONS = parse_command_line(__doc__)
 
 import torch
 from torch import Tensor
@@ -31,48 +30,70 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from grpo.advantages import group_advantages, groups_without_spread
-from grpo.checkpoint import save_model
-from grpo.data import JSONLinesDataset, Sample, check_prompt_lengths, samples_for_step
-from grpo.evaluation import Evaluation, evaluate_greedy
+from grpo.checkpoint import load_checkpoint, save_checkpoint, save_model, saved_if_it_fails, weights_sha256
+from grpo.data import JSONLinesDataset, Sample, samples_for_step
+from grpo.dry_run import describe, load_skeleton
+from grpo.evaluation import Evaluation, evaluate_greedy, outcome_shares, pick_examples, preflight
 from grpo.logprobs import compute_logprobs
 from grpo.loss import clipped_surrogate, clipped_tokens, kl_divergence, loss_weights
-from grpo.policy import choose_device, frozen_copy, load_policy, make_autocast, make_optimizer, make_schedule
-from grpo.records import TokenMeans, append_jsonl, sample_rows, start_run
+from grpo.plots import draw_curves
+from grpo.policy import (
+    check_lengths,
+    choose_device,
+    frozen_copy,
+    load_policy,
+    make_autocast,
+    make_optimizer,
+    set_learning_rate,
+)
+from grpo.records import TokenMeans, sample_rows, save_failed_batch
 from grpo.rollout import Rollout, generate_completions, step_seed
-from reward_model import RewardError, Scores, check_columns, load_rewards, score_completions
+from grpo.run_folder import RunFolder, open_run
+from reward_model import Scores, check_samples, load_rewards, score_completions
 
 
-def train(config: Config) -> None:
+def train(config: Config, run: RunFolder) -> None:
     """One run: everything it leaves behind is in `config.output_dir`."""
-    for warning in warnings_about(config):
-        print(f"warning: {warning}", file=sys.stderr)
+    # Set-up. Whatever can be wrong with the input is found here, before any compute.
+    warn(config)
     device = choose_device(config.device)
     autocast = make_autocast(config.dtype, device)
     rewards = load_rewards(config.rewards)
     train_set, eval_set = JSONLinesDataset(config.train_file), JSONLinesDataset(config.eval_file)
     for dataset in (train_set, eval_set):
-        check_columns(rewards, dataset, dataset.place)
+        check_samples(rewards, dataset, dataset.place)
+    if run.options.dry_run:
+        print(describe(config, *load_skeleton(config.model_name), train_set))
+        return
     policy, tokenizer = load_policy(config.model_name, base_seed=config.base_seed, device=device)
     for dataset in (train_set, eval_set):
-        check_prompt_lengths(dataset, tokenizer, config.max_prompt_length)
+        check_lengths(dataset, policy, tokenizer, config)
     reference = frozen_copy(policy) if config.kl_coeff > 0 else None
     optimizer = make_optimizer(policy, config)
-    schedule = make_schedule(optimizer, config)
-    folder = start_run(config)
 
     num_groups, num_rows = config.batch_size, config.batch_size * config.group_size  # P, B
     minibatches = split_rows(slice(0, num_rows), num_rows // config.num_minibatches)  # one optimizer step each
     num_updates = config.num_iterations * config.num_minibatches  # optimizer steps a rollout
+    num_tokens = 0  # prompt and completion tokens so far
+
+    def roll_out(samples: Sequence[Sample], step: int) -> Rollout:
+        """A group of completions for every prompt, from the policy as it is now; the noise belongs to the step."""
+        with autocast():
+            return generate_completions(
+                policy,
+                tokenizer,
+                [sample["prompt"] for sample in samples],
+                group_size=config.group_size,
+                max_completion_length=config.max_completion_length,
+                temperature=config.temperature,
+                top_p=config.top_p,
+                top_k=config.top_k,
+                seed=step_seed(config.seed, step),
+            )
 
     def score(samples: Sequence[Sample], rollout: Rollout) -> Scores:
+        """What each completion is worth; one sample a completion."""
         return score_completions(rewards, samples, rollout.completions, rollout.token_lists())
-
-    def evaluate() -> Evaluation:
-        length = config.max_completion_length
-        with autocast():
-            return evaluate_greedy(
-                policy, tokenizer, eval_set, score, max_completion_length=length, batch_rows=num_rows
-            )
 
     @torch.no_grad()
     def logps_of(model: PreTrainedModel, rollout: Rollout) -> Tensor:
@@ -84,12 +105,53 @@ def train(config: Config) -> None:
                     logps.append(compute_logprobs(model, *rollout.tokens(rows), temperature=config.temperature)[0])
         return torch.cat(logps)
 
+    def evaluate() -> Evaluation:
+        length = config.max_completion_length
+        with autocast():
+            return evaluate_greedy(
+                policy, tokenizer, eval_set, score, max_completion_length=length, batch_rows=num_rows
+            )
+
+    def report(step: int, evaluation: Evaluation) -> None:
+        """What an evaluation leaves: a line, a fresh picture, best/ if none was better."""
+        tqdm.write(f"step {step:4d}  {evaluation}")
+        draw_curves(run.rows, run.folder / "training_curves.png")
+        if run.is_best(value := evaluation.metrics()[config.eval_metric]):
+            save_model(
+                policy,
+                tokenizer,
+                run.folder / "best",
+                about={"step": step, "metric": config.eval_metric, "value": value},
+            )
+
+    def save(step: int) -> None:
+        save_checkpoint(run.folder, step, config, policy, tokenizer, optimizer, reference, num_tokens)
+
+    # The base as it is, or the newest checkpoint as it was.
     policy.train()
-    evaluation = evaluate()
-    append_jsonl(folder / "metrics.jsonl", [{"step": 0} | evaluation.metrics()])
-    tqdm.write(f"step    0  {evaluation}")
-    num_tokens = 0
-    progress = tqdm(range(1, config.num_train_steps + 1), desc="training", unit="step")
+    first_step = 1
+    evaluation = None
+    if run.checkpoint is None:
+        samples = samples_for_step(train_set, step=1, batch_size=config.batch_size, seed=config.seed)
+        print(preflight(samples, roll_out(samples, step=0), score))
+        if run.options.preflight:
+            return
+        evaluation = evaluate().having(config.eval_metric)
+        run.begin(config, base_sha256=weights_sha256(policy), examples=pick_examples(evaluation))
+        run.append({"step": 0} | evaluation.metrics())
+        report(0, evaluation)
+    else:
+        state = load_checkpoint(run.checkpoint, policy, optimizer, reference, run.facts["base_sha256"])
+        run.resume(config, state)
+        first_step, num_tokens = state["step"] + 1, state["num_tokens"]
+
+    progress = tqdm(
+        range(first_step, config.num_train_steps + 1),
+        desc="training",
+        unit="step",
+        initial=first_step - 1,
+        total=config.num_train_steps,
+    )
     for step in progress:
         step_start = time.perf_counter()
 
@@ -97,23 +159,13 @@ def train(config: Config) -> None:
         samples = samples_for_step(train_set, step=step, batch_size=config.batch_size, seed=config.seed)
 
         # [2] Rollout: a group of completions for every prompt, from the policy as it is now.
-        with autocast():
-            rollout = generate_completions(
-                policy,
-                tokenizer,
-                [sample["prompt"] for sample in samples],
-                group_size=config.group_size,
-                max_completion_length=config.max_completion_length,
-                temperature=config.temperature,
-                top_p=config.top_p,
-                top_k=config.top_k,
-                seed=step_seed(config.seed, step),
-            )
+        rollout = roll_out(samples, step)
         rollout_time = time.perf_counter() - step_start
 
         # [3] Rewards: what each completion is worth; row p * G + g belongs to prompt p.
         row_samples = [sample for sample in samples for _ in range(config.group_size)]  # B
-        scores = score(row_samples, rollout)
+        with saved_if_it_fails(save, step - 1):  # a reward is the user's code: its bug must not cost the run
+            scores = score(row_samples, rollout)
         grouped_rewards = scores.combined.view(num_groups, config.group_size)  # (P, G)
 
         # [4] Fixed terms: log-probs of the reference, and of the policy before its first optimizer step. Where there is
@@ -127,6 +179,7 @@ def train(config: Config) -> None:
             grouped_rewards, baseline=config.advantage_baseline, scale=config.advantage_scale
         )  # (P, G)
         advantages = advantages.view(num_rows, 1).to(device)  # (B, 1)
+        completions = sample_rows(step, row_samples, rollout, scores, advantages)  # for samples.jsonl
 
         # [6] Update. The weights of a whole optimizer step come first, so that its micro-batches just add gradients up.
         mask = rollout.completion_mask  # (B, C)
@@ -141,7 +194,7 @@ def train(config: Config) -> None:
         clip: dict[str, Any] = {"clip_range": config.clip_range, "clip_range_high": config.clip_range_high}
         loss_sum = torch.zeros((), device=device)
         means = TokenMeans()
-        for minibatch in minibatches * config.num_iterations:
+        for update, minibatch in enumerate(minibatches * config.num_iterations, start=(step - 1) * num_updates):
             for rows in split_rows(minibatch, config.micro_batch_size):
                 with autocast():
                     logps, entropies = compute_logprobs(
@@ -176,23 +229,26 @@ def train(config: Config) -> None:
                     maxima=["sampling/logp_difference/mean"],
                 )
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
-            if not grad_norm.isfinite():
-                raise RunError(f"step {step}: the gradient norm is {grad_norm.item()}; try a lower learning_rate")
-            learning_rate = schedule.get_last_lr()[0]
+            if not (grad_norm + loss_sum).isfinite():
+                raise RunError(
+                    f"step {step}: loss {loss_sum.item():.3g}, gradient norm {grad_norm.item():.3g}; the batch lies in "
+                    f"{save_failed_batch(run.folder, completions, rollout, advantages)}; try a lower learning_rate"
+                )
+            learning_rate = set_learning_rate(optimizer, config, update)
             optimizer.step()
-            schedule.step()
             optimizer.zero_grad()
         if reference is not None and config.ref_update_every and step % config.ref_update_every == 0:
             reference.load_state_dict(policy.state_dict())
         now = time.perf_counter()
 
-        # [7] Record: one row a step, every completion, and now and then the held-out problems.
+        # [7] Record: a row of metrics and every completion; now and then the held-out problems and a checkpoint.
         num_tokens += int(rollout.prompt_mask.sum() + rollout.completion_mask.sum())
         row = {
             "step": step,
             "loss": loss_sum.item() / num_updates,
             **scores.metrics(),
             "frac_reward_zero_std": groups_without_spread(grouped_rewards).float().mean().item(),
+            **outcome_shares(scores, rollout.is_truncated),
             **rollout.metrics(),
             **means.metrics(),
             "grad_norm": grad_norm.item(),
@@ -202,22 +258,19 @@ def train(config: Config) -> None:
             "rollout_time": rollout_time,
             "update_time": now - update_start,
         }
-        if step % config.eval_every == 0 or step == config.num_train_steps:
-            evaluation = evaluate()
-            row |= evaluation.metrics()
-            tqdm.write(f"step {step:4d}  {evaluation}")
-        append_jsonl(folder / "metrics.jsonl", [row])
-        append_jsonl(folder / "samples.jsonl", sample_rows(step, row_samples, rollout, scores, advantages))
-        progress.set_postfix(
-            reward=f"{row['reward']:.2f}", accuracy=evaluation.accuracy, length=f"{row['completions/mean_length']:.1f}"
-        )
+        is_last = step == config.num_train_steps
+        evaluation = evaluate() if is_last or step % config.eval_every == 0 else None
+        run.append(row | (evaluation.metrics() if evaluation else {}), completions)
+        if evaluation:
+            report(step, evaluation)
+        if is_last or step % config.save_every == 0 or run.stop_requested:
+            save(step)
+        if run.stop_requested:
+            raise KeyboardInterrupt
+        progress.set_postfix(run.status())
 
-    save_model(policy, tokenizer, folder / "final")
-    print(f"The trained model lies in {folder / 'final'}")
-
-
-class RunError(RuntimeError):
-    """The run itself failed: one line for people, exit status 1."""
+    save_model(policy, tokenizer, run.folder / "final")
+    run.finish(evaluation or evaluate(), eval_set)
 
 
 def split_rows(rows: slice, size: int) -> list[slice]:
@@ -226,12 +279,5 @@ def split_rows(rows: slice, size: int) -> list[slice]:
 
 
 if __name__ == "__main__":
-    try:
-        train(CONFIG)
-    except InputError as error:
-        exit_with(error)
-    except (RunError, RewardError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print(f"interrupted; what was recorded so far lies in {CONFIG.output_dir}", file=sys.stderr)
-        sys.exit(130)
+    with errors_explained(), open_run(CONFIG, OPTIONS) as run_folder:
+        train(CONFIG, run_folder)

@@ -73,7 +73,7 @@ def tiny_base_model(base_seed: int) -> Path:
             raise InputError(f"GRPO_CACHE: {cache} cannot be made: {error.strerror}") from error
         dataset = JSONLinesDataset(TRAIN_FILE)
         tokenizer = train_tokenizer([sample["prompt"] for sample in dataset])
-        save_model(warm_up(dataset, tokenizer, base_seed), tokenizer, folder)
+        save_model(warm_up(dataset, tokenizer, base_seed), tokenizer, folder, replace=False)
     return folder
 
 

@@ -1,29 +1,241 @@
-"""Save a model so that a folder is either complete or absent."""
+"""Save and resume a run exactly. A folder or file written here is whole or absent, whenever the process is killed.
 
+    step-000100/  model.safetensors, config.json, tokenizer …   an ordinary Hugging Face folder
+                  optimizer.pt                                  AdamW's moments, loaded with weights_only=True
+                  reference.safetensors                         only once ref_update_every has moved the reference
+                  checkpoint.json                               step, counters, sha256 of every other file
+
+There is no random state to save: data order and sampling noise are functions of (seed, step), and dropout is off.
+"""
+
+import hashlib
+import json
 import os
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_model as load_safetensors
+from safetensors.torch import save_model as save_safetensors
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
+
+from grpo.config import Config, InputError, RunError
 
 disable_progress_bar()  # transformers' own bars, one per file loaded or saved, would tear ours apart
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write an ordinary Hugging Face folder (safetensors weights, tokenizer, generation_config with eos and pad ids).
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    about: dict[str, Any] | None = None,
+    replace: bool = True,
+) -> None:
+    """An ordinary Hugging Face folder: safetensors weights, tokenizer, generation_config with eos and pad ids.
 
-    Everything goes into a hidden neighbour first, which is then renamed: a killed process leaves no half-written
-    folder under the final name. Where another process was faster, its folder stays.
+    `about` becomes about.json in it. An earlier `folder` is replaced, or kept where `replace` is false.
     """
-    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
-    try:
+    with complete_folder(folder, replace=replace) as unfinished:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
+        if about is not None:
+            (unfinished / "about.json").write_text(json.dumps(about) + "\n")
+
+
+def save_checkpoint(
+    run_folder: Path,
+    step: int,
+    config: Config,
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    optimizer: torch.optim.Optimizer,
+    reference: PreTrainedModel | None,
+    num_tokens: int,
+) -> None:
+    """`run_folder`/step-N with all that step N + 1 depends on; then all but the newest ones are deleted.
+
+    The reference is the base, which can be loaded again, unless ref_update_every moves it. The sizes of the run's
+    .jsonl files say which of their rows belong to this checkpoint.
+    """
+    with complete_folder(run_folder / f"step-{step:06d}") as unfinished:
+        policy.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        torch.save(optimizer.state_dict(), unfinished / "optimizer.pt")
+        if reference is not None and config.ref_update_every:
+            save_safetensors(reference, str(unfinished / "reference.safetensors"))
+        state: dict[str, Any] = {"step": step, "num_tokens": num_tokens}
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            sync(run_folder / name)
+            state[name] = (run_folder / name).stat().st_size  # bytes
+        state["sha256"] = {path.name: sha256(path) for path in sorted(unfinished.iterdir())}
+        (unfinished / "checkpoint.json").write_text(json.dumps(state, indent=2) + "\n")
+    for folder in checkpoints(run_folder)[: -config.keep_checkpoints]:
+        remove_folder(folder)
+
+
+def load_checkpoint(
+    folder: Path,
+    policy: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    reference: PreTrainedModel | None,
+    base_sha256: str,
+) -> dict[str, Any]:
+    """Put everything back as it was after the checkpoint's step; returns what checkpoint.json says.
+
+    `policy` and `reference` come in as the base, whose weights must still be those the run started from: the KL would
+    silently be measured against another reference.
+
+    Raises:
+        InputError: the base is another one.
+    """
+    if weights_sha256(policy) != base_sha256:
+        raise InputError(
+            "--resume: model_name no longer has the weights that this run started from "
+            f"(run.json: sha256 {base_sha256[:12]}…), so it cannot be the reference of the KL"
+        )
+    saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    policy.load_state_dict(saved.state_dict())
+    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
+    if reference is not None and (folder / "reference.safetensors").is_file():
+        load_safetensors(reference, folder / "reference.safetensors")
+    return json.loads((folder / "checkpoint.json").read_text())
+
+
+def check_integrity(run_folder: Path, resume_command: str) -> None:
+    """The newest checkpoint must be as it was written; if not, an InputError says how to go on from an older one."""
+    damaged = []
+    for folder in reversed(checkpoints(run_folder)):
+        problem = _damage(folder)
+        if problem is None:
+            break
+        damaged.append((folder, problem))
+    else:
+        resume_command = resume_command.replace("--resume", "--overwrite")  # nothing is left to resume from
+    if damaged:
+        folder, problem = damaged[0]
+        remove = " ".join(str(folder) for folder, _ in damaged)
+        raise InputError(
+            f"--resume: {folder} is damaged: {problem}; to go on without it: rm -r {remove} && {resume_command}"
+        )
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint; None if it is whole."""
+    try:
+        hashes = json.loads((folder / "checkpoint.json").read_text())["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "checkpoint.json cannot be read"
+    for name, expected in hashes.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if sha256(folder / name) != expected:
+            return f"{name} differs from its checksum"
+    return None
+
+
+def checkpoints(run_folder: Path) -> list[Path]:
+    """The step-... folders, oldest first."""
+    folders = [path for path in run_folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+    return sorted(folders, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which it was saved: step-000100 -> 100."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_sha256(model: PreTrainedModel) -> str:
+    """Of names, shapes and values of all weights, wherever they lie."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@contextmanager
+def saved_if_it_fails(save: Callable[[int], None], step: int) -> Iterator[None]:
+    """Save `step` if the block raises a RunError; the block must not have changed any weights."""
+    try:
+        yield
+    except RunError:
+        if step > 0:
+            save(step)
+        raise
+
+
+@contextmanager
+def complete_folder(folder: Path, *, replace: bool = True) -> Iterator[Path]:
+    """Write into the folder this yields; at the end it takes the name `folder`, on disk to the last byte.
+
+    An earlier `folder` is replaced, or kept where `replace` is false (another process was faster).
+
+    Raises:
+        RunError: it could not be written; an earlier `folder` is untouched.
+    """
+    unfinished = _unfinished(folder)
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        yield unfinished
+        for path in [*unfinished.iterdir(), unfinished]:
+            sync(path)
+        if replace and folder.is_dir():
+            remove_folder(folder)
         try:
             unfinished.rename(folder)
         except OSError:
-            if not folder.is_dir():
+            if replace or not folder.is_dir():
                 raise
+        sync(folder.parent)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
+        raise RunError(f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """A text file, replaced in one go; a RunError if it cannot be written."""
+    unfinished = _unfinished(path)
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        sync(unfinished)
+        unfinished.replace(path)
+        sync(path.parent)
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder that vanishes under its name at once: a process killed meanwhile leaves no half of it."""
+    doomed = _unfinished(folder).with_suffix(".deleted.unfinished")
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on disk."""
+    if path.is_dir() and os.name == "nt":  # Windows cannot open a folder
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _unfinished(path: Path) -> Path:
+    """A hidden neighbour to write into; what a killed process leaves under such a name is removed by the next run."""
+    return path.with_name(f".{path.name}.{os.getpid()}.unfinished")

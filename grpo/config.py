@@ -1,17 +1,21 @@
-"""Settings: config.yaml < --config file < flags, checked once, frozen.
+"""Settings: config.yaml < --config file < flags, checked once, frozen; with --resume, run.json < flags.
 
 config.yaml holds every key with its default and a comment; `Config` has the same keys and no defaults. Nothing here
 imports torch, so `--help` and a misspelt flag answer at once.
 """
 
 import argparse
+import contextlib
+import dataclasses
 import difflib
+import functools
+import json
 import math
 import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +27,10 @@ DEFAULTS_FILE = Path(__file__).resolve().parent.parent / "config.yaml"
 
 class InputError(ValueError):
     """Something the user gave is wrong: the message is one line for people, the exit status 2."""
+
+
+class RunError(RuntimeError):
+    """The run itself failed: the message is one line for people, the exit status 1."""
 
 
 def unreadable(path: str | Path, error: OSError | UnicodeDecodeError) -> InputError:
@@ -73,6 +81,9 @@ class Config:
 
     seed: int
     eval_every: int
+    eval_metric: Literal["eval/accuracy", "eval/reward"]
+    save_every: int
+    keep_checkpoints: int
     output_dir: str
     device: Literal["auto", "cpu", "cuda", "mps"]
     dtype: Literal["auto", "float32", "bfloat16"]
@@ -116,26 +127,95 @@ RULES: dict[str, Rule] = {
     "adam_beta2": _BETA,
     "seed": _SEED,
     "eval_every": _AT_LEAST_1,
+    "save_every": _AT_LEAST_1,
+    "keep_checkpoints": _AT_LEAST_1,
+    "output_dir": (lambda value: value != "", "a folder"),
 }
 
+# What a resumed run may change; any other setting would make it another run.
+MAY_CHANGE_ON_RESUME = (
+    "num_train_steps", "eval_every", "save_every", "keep_checkpoints", "micro_batch_size", "device",
+)  # fmt: skip
 
-def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
+
+@dataclass(frozen=True)
+class Options:
+    """What a command line asks for besides settings."""
+
+    dry_run: bool = False  # say what the settings mean and stop
+    preflight: bool = False  # sample some groups and stop
+    resume: bool = False  # go on with the run in output_dir
+    overwrite: bool = False  # delete the run in output_dir
+
+
+def load_config(
+    path: str | Path | None = None, overrides: Iterable[str] = (), *, recorded: dict[str, Any] | None = None
+) -> Config:
     """config.yaml, then the file at `path`, then `overrides` such as "learning_rate=1e-4"; each may change any key.
+
+    `recorded` are the settings of a run.json; they take the place of config.yaml.
 
     Raises:
         InputError: an unknown key, a wrong type or value, a contradiction; named with what is allowed.
     """
-    settings = _read_yaml(DEFAULTS_FILE)
-    if path is not None:
-        settings |= _known(_read_yaml(Path(path)), where=str(path))
+    settings = _read_yaml(DEFAULTS_FILE) | _known(recorded or {}, where="run.json")
+    settings |= _asked_for(path, overrides)
+    values = {key: _checked(key, settings[key]) for key in TYPES}
+    _check_contradictions(values)
+    return Config(**values)
+
+
+def resumed_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
+    """The settings of the run in output_dir; what a file or a flag would change beyond the allowed is refused."""
+    overrides = list(overrides)
+    output_dir = _checked("output_dir", (_read_yaml(DEFAULTS_FILE) | _asked_for(path, overrides))["output_dir"])
+    recorded = read_run_json(Path(output_dir))["settings"] | {"output_dir": output_dir}
+    before, now = load_config(recorded=recorded), load_config(path, overrides, recorded=recorded)
+    for key in TYPES:
+        old, new = getattr(before, key), getattr(now, key)
+        if old != new and key not in MAY_CHANGE_ON_RESUME:
+            raise InputError(
+                f"--resume: {key}: got {new!r}, the run in {output_dir} has {old!r}; "
+                f"only {', '.join(MAY_CHANGE_ON_RESUME)} may change"
+            )
+    return now
+
+
+def read_run_json(folder: Path) -> dict[str, Any]:
+    """What `folder`/run.json says of its run."""
+    path = folder / "run.json"
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{folder} holds no run: there is no {path}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise unreadable(path, error) from error
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: not JSON: {error}") from error
+    if not isinstance(run, dict) or not isinstance(run.get("settings"), dict):
+        raise InputError(f'{path}: expected a JSON object with "settings"')
+    return run
+
+
+def _asked_for(path: str | Path | None, overrides: Iterable[str]) -> dict[str, Any]:
+    """What a settings file and the overrides say, unknown keys refused."""
+    settings = _known(_read_yaml(Path(path)), where=str(path)) if path is not None else {}
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator:
             raise InputError(f"override {override!r}: expected key=value")
-        settings |= _known({key: _parse_yaml(text, where=key)}, where="command line")
-    values = {key: _checked(key, settings[key]) for key in TYPES}
-    _check_contradictions(values)
-    return Config(**values)
+        is_plain_text = TYPES.get(key) is str and not text.startswith(
+            ("'", '"')
+        )  # a folder may be called 2024 or "a #1"
+        value = text if is_plain_text else _parse_yaml(text, where=key)
+        settings |= _known({key: value}, where="command line")
+    return settings
+
+
+def warn(config: Config) -> None:
+    """Say on stderr what is allowed, but seldom meant."""
+    for warning in warnings_about(config):
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def warnings_about(config: Config) -> list[str]:
@@ -154,26 +234,66 @@ def warnings_about(config: Config) -> list[str]:
     return warnings
 
 
-def parse_command_line(description: str, arguments: list[str] | None = None) -> Config:
-    """The Config of a command line. --help lists every key; wrong input ends the process with status 2."""
-    parser = argparse.ArgumentParser(
-        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", metavar="FILE", help="YAML file with the settings that differ from config.yaml")
-    for key, (default, comment) in documented_defaults().items():
-        # argparse expands % in help texts
-        parser.add_argument(f"--{key}", metavar="X", help=f"{comment} (default: {default})".replace("%", "%%"))
-    known, unknown = parser.parse_known_args(arguments)
-    try:
+class SettingsParser(argparse.ArgumentParser):
+    """A command line with --config and a flag for every key. What is wrong with it is one line, exit status 2."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__(
+            description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        self.add_argument("--config", metavar="FILE", help="YAML file with the settings that differ from config.yaml")
+        self.own = self.add_argument_group("this command")
+        settings = self.add_argument_group("settings, each a key of config.yaml")
+        for key, (default, comment) in documented_defaults().items():
+            # argparse expands % in help texts
+            settings.add_argument(f"--{key}", metavar="X", help=f"{comment} (default: {default})".replace("%", "%%"))
+
+    def error(self, message: str) -> typing.NoReturn:
+        exit_with(InputError(message))
+
+    def parse(self, arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+        """The arguments, and what they say of settings as overrides for `load_config`."""
+        known, unknown = self.parse_known_args(arguments)
         if unknown:
-            key = unknown[0].lstrip("-").partition("=")[0]
-            raise InputError(
-                f"{unknown[0].partition('=')[0]}: not a setting{_nearest(key, prefix='--')}; --help lists them all"
-            )
-        flags = {key: text for key, text in vars(known).items() if key != "config" and text is not None}
-        return load_config(known.config, [f"{key}={text}" for key, text in flags.items()])
+            flag = unknown[0].partition("=")[0]
+            names = [option.lstrip("-") for option in self._option_string_actions]
+            nearest = _nearest(flag.lstrip("-"), names, prefix="--")
+            self.error(f"{flag}: not a setting{nearest}; --help lists them all")
+        return known, [f"{key}={getattr(known, key)}" for key in TYPES if getattr(known, key) is not None]
+
+
+def parse_command_line(description: str, arguments: Sequence[str] | None = None) -> tuple[Config, Options]:
+    """Settings and options of train_grpo.py. --help lists every key; wrong input ends the process with status 2."""
+    parser = SettingsParser(description)
+    add = functools.partial(parser.own.add_argument, action="store_true")
+    add("--dry_run", help="print what the settings amount to and one rendered prompt, then stop")
+    add("--preflight", help="sample some groups from the base, say what there is to learn from, then stop")
+    add("--resume", help="go on with the run in --output_dir from its newest checkpoint, with its own settings")
+    add("--overwrite", help="delete the run in --output_dir and start anew")
+    known, overrides = parser.parse(arguments)
+    options = Options(**{field.name: getattr(known, field.name) for field in dataclasses.fields(Options)})
+    chosen = [f"--{name}" for name, is_chosen in dataclasses.asdict(options).items() if is_chosen]
+    try:
+        if len(chosen) > 1:
+            raise InputError(f"got {' and '.join(chosen)}, allowed: one of them")
+        load = resumed_config if options.resume else load_config
+        return load(known.config, overrides), options
     except InputError as error:
         exit_with(error)
+
+
+@contextlib.contextmanager
+def errors_explained() -> Iterator[None]:
+    """What is not a bug of ours ends in one line: wrong input with status 2, a failed run with 1, Ctrl-C with 130."""
+    try:
+        yield
+    except InputError as error:
+        exit_with(error)
+    except RunError as error:
+        sys.exit(f"error: {error}")  # status 1
+    except KeyboardInterrupt as interrupt:
+        print(interrupt or "interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def exit_with(error: InputError) -> typing.NoReturn:
@@ -224,9 +344,9 @@ def _known(settings: dict[str, Any], where: str) -> dict[str, Any]:
     return settings
 
 
-def _nearest(key: str, prefix: str = "") -> str:
-    names = difflib.get_close_matches(key, TYPES, n=1, cutoff=0.5)
-    return f"; did you mean {prefix}{names[0]}?" if names else ""
+def _nearest(key: str, names: Iterable[str] = TYPES, prefix: str = "") -> str:
+    found = difflib.get_close_matches(key, list(names), n=1, cutoff=0.5)
+    return f"; did you mean {prefix}{found[0]}?" if found else ""
 
 
 def _checked(key: str, value: Any) -> Any:

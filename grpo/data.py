@@ -61,8 +61,11 @@ class JSONLinesDataset(Sequence[Sample]):
         return f"{self.path}, line {self.line_numbers[index]}"
 
 
-def check_prompt_lengths(dataset: JSONLinesDataset, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int) -> None:
-    """Every prompt must fit before the run starts: cutting it silently would ask another question."""
+def check_prompt_lengths(dataset: JSONLinesDataset, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int) -> int:
+    """Every prompt must fit before the run starts: cutting it silently would ask another question.
+
+    Returns the length of the longest one, in tokens.
+    """
     lengths = [len(ids) for ids in tokenizer([sample["prompt"] for sample in dataset])["input_ids"]]
     shortest, longest = int(np.argmin(lengths)), int(np.argmax(lengths))
     if lengths[shortest] == 0:
@@ -72,6 +75,7 @@ def check_prompt_lengths(dataset: JSONLinesDataset, tokenizer: PreTrainedTokeniz
             f"{dataset.place(longest)}: the prompt has {lengths[longest]} tokens, "
             f"max_prompt_length allows {max_prompt_length}"
         )
+    return lengths[longest]
 
 
 def samples_for_step(dataset: Sequence[Sample], *, step: int, batch_size: int, seed: int) -> list[Sample]:

@@ -1,15 +1,19 @@
-"""Greedy accuracy on held-out problems, its interval, and pass@k."""
+"""Greedy accuracy on held-out problems, its interval, pass@k, two models compared; and the pre-flight of a run."""
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from grpo.advantages import groups_without_spread
+from grpo.config import InputError
 from grpo.data import Sample
 from grpo.rollout import Rollout, generate_completions
 
@@ -31,6 +35,13 @@ class Scored(Protocol):
     def is_right(self) -> Tensor:
         """(b,) 1.0 right, 0.0 wrong."""
 
+    @property
+    def has_answer(self) -> Tensor:
+        """(b,) bool: there is something in the completion to be right or wrong about."""
+
+
+ScoreFn = Callable[[Sequence[Sample], Rollout], Scored]
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -39,6 +50,7 @@ class Evaluation:
     completions: list[str]
     is_right: list[bool | None]  # None: the first reward does not apply to this row
     reward: float
+    rewards: dict[str, float]  # the mean of each reward function
     mean_length: float  # tokens, the stop token included
     clipped_ratio: float  # share of completions cut off at max_completion_length
     seconds: float
@@ -69,6 +81,15 @@ class Evaluation:
             row |= {"eval/accuracy": self.accuracy, "eval/accuracy_low": low, "eval/accuracy_high": high}
         return row
 
+    def having(self, metric: str) -> Self:
+        """Itself; an InputError if it lacks the metric that chooses best/."""
+        if metric not in self.metrics():
+            raise InputError(
+                f"eval_metric: got {metric}, which is undefined here: the first of the rewards applies to no row of "
+                "eval_file; use eval/reward"
+            )
+        return self
+
     def __str__(self) -> str:
         row = self.metrics()
         text = f"reward {self.reward:.3f}  length {self.mean_length:.1f}"
@@ -82,20 +103,20 @@ def evaluate_greedy(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     samples: Sequence[Sample],
-    score_fn: Callable[[Sequence[Sample], Rollout], Scored],
+    score_fn: ScoreFn,
     *,
     max_completion_length: int,
     batch_rows: int,
+    progress: str | None = None,
 ) -> Evaluation:
-    """One greedy completion for every sample, `batch_rows` at a time.
+    """One greedy completion for every sample, `batch_rows` at a time; `progress` names a bar.
 
     `score_fn(samples, rollout)` is the training run's own, so held-out problems are judged by the same rewards.
     """
     start_time = time.perf_counter()
     rollouts: list[Rollout] = []
-    rewards: list[Tensor] = []
-    rights: list[bool | None] = []
-    for start in range(0, len(samples), batch_rows):
+    scored: list[Scored] = []
+    for start in _batches(len(samples), batch_rows, progress):
         batch = samples[start : start + batch_rows]
         rollout = generate_completions(
             model,
@@ -105,18 +126,159 @@ def evaluate_greedy(
             max_completion_length=max_completion_length,
             temperature=0.0,
         )
-        scores = score_fn(batch, rollout)
         rollouts.append(rollout)
-        rewards.append(scores.combined)
-        rights.extend(None if math.isnan(right) else right == 1.0 for right in scores.is_right.tolist())
+        scored.append(score_fn(batch, rollout))
     return Evaluation(
         completions=[text for rollout in rollouts for text in rollout.completions],
-        is_right=rights,
-        reward=torch.cat(rewards).nanmean().item(),
+        is_right=[verdict for scores in scored for verdict in _verdicts(scores)],
+        reward=torch.cat([scores.combined for scores in scored]).nanmean().item(),
+        rewards={
+            name: torch.cat([scores.by_name[name] for scores in scored]).nanmean().item() for name in scored[0].by_name
+        },
         mean_length=sum(int(rollout.completion_mask.sum()) for rollout in rollouts) / len(samples),
         clipped_ratio=sum(int(rollout.is_truncated.sum()) for rollout in rollouts) / len(samples),
         seconds=time.perf_counter() - start_time,
     )
+
+
+def count_right(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Sequence[Sample],
+    score_fn: ScoreFn,
+    *,
+    k: int,
+    max_completion_length: int,
+    batch_rows: int,
+    seed: int,
+    progress: str | None = None,
+) -> list[int | None]:
+    """How many of k completions sampled at temperature 1 are right, for every sample; None where none is scored.
+
+    The noise of completion g of sample i depends on (seed, i, g) alone, so `batch_rows` changes nothing.
+    """
+    counts: list[int | None] = []
+    size = max(1, batch_rows // k)  # samples a batch
+    for start in _batches(len(samples), size, progress):
+        batch = samples[start : start + size]
+        rollout = generate_completions(
+            model,
+            tokenizer,
+            [sample["prompt"] for sample in batch],
+            group_size=k,
+            max_completion_length=max_completion_length,
+            seed=seed,
+            completion_indices=range(start * k, (start + len(batch)) * k),
+        )
+        verdicts = _verdicts(score_fn([sample for sample in batch for _ in range(k)], rollout))
+        for row in range(0, len(verdicts), k):
+            scored = [verdict for verdict in verdicts[row : row + k] if verdict is not None]
+            counts.append(sum(scored) if scored else None)
+    return counts
+
+
+def _batches(num_samples: int, size: int, progress: str | None) -> Iterator[int]:
+    """The first sample of each batch, behind a bar that counts samples."""
+    with tqdm(total=num_samples, desc=progress, unit="problem", disable=progress is None, leave=False) as bar:
+        for start in range(0, num_samples, size):
+            yield start
+            bar.update(min(size, num_samples - start))
+
+
+def _verdicts(scores: Scored) -> list[bool | None]:
+    return [None if math.isnan(right) else right == 1.0 for right in scores.is_right.tolist()]
+
+
+def outcome_shares(scores: Scored, is_truncated: Tensor) -> dict[str, float]:
+    """How answers end, as shares of the completions that the first reward applies to; empty where it applies to none.
+
+    answers/right, and of those not right: answers/truncated (cut off), answers/none (nothing to judge), answers/wrong.
+    """
+    outcomes: Counter[str] = Counter()
+    rows = zip(_verdicts(scores), scores.has_answer.tolist(), is_truncated.tolist(), strict=True)
+    for verdict, has_answer, is_cut in rows:
+        if verdict is not None:
+            outcomes["right" if verdict else "truncated" if is_cut else "wrong" if has_answer else "none"] += 1
+    names = ("right", "wrong", "none", "truncated") if outcomes else ()
+    return {f"answers/{name}": outcomes[name] / outcomes.total() for name in names}
+
+
+def preflight(samples: Sequence[Sample], rollout: Rollout, score_fn: ScoreFn) -> str:
+    """What there is to learn from: P groups sampled from the base, of which only mixed ones say right from wrong.
+
+    `samples` are the P prompts; row p * G + g of `rollout` belongs to prompt p.
+    """
+    group_size = len(rollout.completions) // len(samples)
+    scores = score_fn([sample for sample in samples for _ in range(group_size)], rollout)
+    verdicts = _verdicts(scores)
+    kinds: Counter[str] = Counter()
+    for start in range(0, len(verdicts), group_size):
+        found = {verdict for verdict in verdicts[start : start + group_size] if verdict is not None}
+        kinds[
+            "mixed" if len(found) == 2 else "all right" if True in found else "all wrong" if found else "unscored"
+        ] += 1
+    num_signal = int((~groups_without_spread(scores.combined.view(-1, group_size))).sum())
+    cut = rollout.is_truncated.float().mean().item()
+    lines = [
+        f"pre-flight: {len(samples)} groups of {group_size} from the base: {kinds['all right']} all right, "
+        f"{kinds['mixed']} mixed, {kinds['all wrong']} all wrong"
+        + (f", {kinds['unscored']} not scored" if kinds["unscored"] else "")
+        + f"; {cut:.0%} of the completions cut off"
+    ]
+    # Show a right completion if there is one: it says what the reward takes for right.
+    row = verdicts.index(True) if True in verdicts else 0
+    sample = samples[row // group_size]
+    expected = f" (answer: {sample['answer']})" if "answer" in sample else ""
+    lines.append(f"  {sample['prompt']!r} -> {rollout.completions[row]!r}{expected}: reward {scores.combined[row]:.2f}")
+    if not kinds["mixed"]:
+        lines.append(f"  No group is mixed: {_advice(kinds, cut)}")
+        if num_signal:
+            lines.append(f"  In {num_signal} of {len(samples)} groups the rewards still differ, so there is a signal.")
+    return "\n".join(lines)
+
+
+def _advice(kinds: Counter[str], cut: float) -> str:
+    """What to change where right and wrong never meet in one group."""
+    if kinds["all right"] > kinds["all wrong"]:
+        return "the base can do this already; take harder problems."
+    if not kinds["all wrong"]:
+        return "the first of the rewards applies to none of these rows; see eval_metric."
+    longer = " a larger max_completion_length (many are cut off)," if cut > 0.5 else ""
+    return (
+        f"the base hardly ever finds a right answer. Try{longer} a larger group_size, easier problems, a better base."
+    )
+
+
+def pick_examples(evaluation: Evaluation, num_examples: int = 3) -> list[dict[str, Any]]:
+    """Problems to look at again after training: the first ones that are not right, then any others."""
+    order = sorted(range(len(evaluation.is_right)), key=lambda index: evaluation.is_right[index] is True)  # stable
+    return [{"index": index, "completion": evaluation.completions[index]} for index in order[:num_examples]]
+
+
+def side_by_side(sample: Sample, completions: dict[str, str]) -> str:
+    """One problem and what each model answers."""
+    width = max(map(len, completions))
+    expected = f"   (answer: {sample['answer']})" if "answer" in sample else ""
+    lines = [f"    {name:{width}}  {_one_line(text)}" for name, text in completions.items()]
+    return "\n".join([f"  {_one_line(sample['prompt'])}{expected}", *lines])
+
+
+def _one_line(text: str, limit: int = 300) -> str:
+    text = text.replace("\n", "\\n")
+    return text if len(text) <= limit else f"{text[:limit]}…"
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Two-sided exact p-value that two models which disagree this often are equally good.
+
+    Of the n problems that exactly one of them solves, each would be the first one's with probability 1/2.
+    Paper: McNemar, "Note on the sampling error of the difference between correlated proportions" (1947).
+
+    >>> mcnemar(1, 9)
+    0.021484375
+    """
+    n, fewer = only_first + only_second, min(only_first, only_second)
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(fewer + 1)) / 2**n)
 
 
 def wilson_interval(num_right: int, num_samples: int) -> tuple[float, float]:

@@ -1,12 +1,15 @@
-"""Load policy and tokenizer, copy the frozen reference, make the optimizer and its schedule."""
+"""Load policy and tokenizer, copy the frozen reference, make the optimizer, the learning rate of each of its steps."""
 
 import copy
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
 
+import huggingface_hub
 import torch
-from safetensors import SafetensorError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -18,6 +21,7 @@ from transformers import (
 
 from grpo.base_model import tiny_base_model
 from grpo.config import Config, InputError
+from grpo.data import JSONLinesDataset, check_prompt_lengths
 from grpo.rollout import stop_token_ids
 
 
@@ -29,17 +33,71 @@ def load_policy(
     float32 is asked for explicitly: transformers 5 loads the file's dtype, often bfloat16, in which a step of 1e-6
     rounds to nothing.
     """
-    source = str(tiny_base_model(base_seed)) if model_name == "tiny" else model_name
+    source = tiny_base_model(base_seed) if model_name == "tiny" else find_model(model_name)
+    options: dict[str, Any] = {"local_files_only": not isinstance(source, str), "trust_remote_code": False}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+    except Exception as error:  # foreign files are read by foreign code, which may raise anything
         reason = " ".join(str(error).split())[:200]  # some of these messages are pages long
         raise InputError(f"model_name: {model_name!r} cannot be loaded: {reason}") from error
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"model_name: the tokenizer of {model_name!r} has no eos token: no completion could ever end")
     disable_dropout(model)
     _set_special_tokens(model, tokenizer)
     model.to(device)  # type: ignore[arg-type]  # transformers wraps nn.Module.to
     return model, tokenizer
+
+
+def find_model(model_name: str) -> str | Path:
+    """Where a model comes from: a Path on this machine, or the name of a model that the Hub says it has.
+
+    Asking first saves a minute: without a network transformers tries again and again before it gives up.
+    """
+    folder = Path(model_name).expanduser()
+    if folder.exists():
+        _check_model_folder(folder)
+        return folder
+    if model_name.count("/") > 1 or model_name.startswith((".", "/", "~")) or not model_name.strip():
+        raise InputError(f"model_name: there is no folder {model_name!r}")
+    try:
+        huggingface_hub.model_info(model_name, timeout=10)
+        return model_name
+    except (HfHubHTTPError, HFValidationError) as error:
+        reason = "and it is no public model of the Hugging Face Hub"
+        raise InputError(f"model_name: there is no folder {model_name!r} here, {reason}") from error
+    except Exception as error:  # whatever a missing network looks like to the HTTP library of the day
+        try:
+            return Path(huggingface_hub.snapshot_download(model_name, local_files_only=True))
+        except Exception:
+            raise InputError(
+                f"model_name: there is no folder {model_name!r} here, it is not in the download cache, and the Hugging "
+                "Face Hub cannot be reached; without a network, --model_name tiny (the default) needs no download"
+            ) from error
+
+
+def _check_model_folder(folder: Path) -> None:
+    needed = {
+        "configuration (config.json)": ["config.json"],
+        "weights (*.safetensors)": ["*.safetensors", "pytorch_model*.bin"],
+        "tokenizer (tokenizer.json)": ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.*"],
+    }
+    for what, patterns in needed.items():
+        if not any(any(folder.glob(pattern)) for pattern in patterns):
+            raise InputError(f"model_name: {folder} is no model folder: it has no {what}")
+
+
+def check_lengths(
+    dataset: JSONLinesDataset, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config
+) -> None:
+    """Prompts must fit max_prompt_length, and a prompt with its completion the model's positions."""
+    longest = check_prompt_lengths(dataset, tokenizer, config.max_prompt_length)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and longest + config.max_completion_length > positions:
+        raise InputError(
+            f"max_completion_length: got {config.max_completion_length}; with the longest prompt of {dataset.path} "
+            f"({longest} tokens) that exceeds the {positions} positions of {config.model_name!r}"
+        )
 
 
 def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -97,17 +155,24 @@ LR_SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, config: Config) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up, then `lr_schedule`. Counted in optimizer steps, of which a rollout may give several."""
-    num_steps = config.num_train_steps * config.num_iterations * config.num_minibatches
+def learning_rate_at(config: Config, num_updates: int) -> float:
+    """The rate of the next optimizer step after `num_updates` of them: linear warm-up, then `lr_schedule`.
 
-    def factor(step: int) -> float:  # optimizer steps already taken
-        if step < config.warmup_steps:
-            return (step + 1) / (config.warmup_steps + 1)
-        progress = (step - config.warmup_steps) / max(num_steps - config.warmup_steps, 1)
-        return LR_SCHEDULES[config.lr_schedule](min(progress, 1.0))
+    A function of the count alone, so a resumed run has nothing to restore. A rollout may give several optimizer steps.
+    """
+    last = config.num_train_steps * config.num_iterations * config.num_minibatches
+    if num_updates < config.warmup_steps:
+        return config.learning_rate * (num_updates + 1) / (config.warmup_steps + 1)
+    progress = (num_updates - config.warmup_steps) / max(last - config.warmup_steps, 1)
+    return config.learning_rate * LR_SCHEDULES[config.lr_schedule](min(progress, 1.0))
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, config: Config, num_updates: int) -> float:
+    """Give the optimizer the rate of its next step, and return it."""
+    rate = learning_rate_at(config, num_updates)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
 
 
 def choose_device(name: str) -> torch.device:

@@ -1,75 +1,34 @@
-"""What a run writes down: run.json, metrics.jsonl, samples.jsonl."""
+"""What a run writes down of its steps: the rows of metrics.jsonl and samples.jsonl, a batch that failed."""
 
-import dataclasses
 import json
 import math
-import platform
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from safetensors.torch import save_file
 from torch import Tensor
 
-from grpo.config import Config, InputError
+from grpo.config import RunError
 from grpo.data import Sample
 from grpo.evaluation import Scored
 from grpo.rollout import Rollout
 
 
-def start_run(config: Config) -> Path:
-    """Make the output folder and its run.json. A folder that holds an earlier run is moved aside, never mixed into."""
-    folder = Path(config.output_dir)
-    run = {
-        "started": datetime.now().isoformat(timespec="seconds"),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "commit": _commit(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "settings": dataclasses.asdict(config),
-    }
-    try:
-        if folder.is_dir() and any(folder.iterdir()):
-            _move_aside(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "run.json").write_text(json.dumps(run, indent=2) + "\n")
-    except OSError as error:
-        raise InputError(f"output_dir: {folder} cannot be used: {error.strerror}") from error
-    return folder
-
-
-def _move_aside(folder: Path) -> None:
-    if not (folder / "run.json").is_file():
-        raise InputError(f"output_dir: {folder} is not empty and holds no run; choose another folder")
-    started = datetime.fromtimestamp((folder / "run.json").stat().st_mtime)  # it is written once, at the start
-    aside = folder.resolve().with_name(f"{folder.resolve().name}-{started:%Y-%m-%dT%H-%M-%S}")
-    while aside.exists():  # several runs within a second
-        aside = aside.with_name(f"{aside.name}+")
-    folder.rename(aside)
-    print(f"The earlier run in {folder} now lies in {aside.name} beside it")
-
-
-def _commit() -> str | None:
-    """The commit of this project's checkout; None outside of one."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def append_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """One JSON object a line; NaN becomes null, which is JSON."""
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(_without_nan(row), ensure_ascii=False) + "\n" for row in rows)
+    try:
+        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:  # half a surrogate pair: \\ud83d
+            file.writelines(json.dumps(_without_nan(row), ensure_ascii=False) + "\n" for row in rows)
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file that `append_jsonl` wrote."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]  # not splitlines: U+2028
 
 
 def _without_nan(value: Any) -> Any:
@@ -125,3 +84,14 @@ def sample_rows(
         }
         for row, sample in enumerate(samples)
     ]
+
+
+def save_failed_batch(folder: Path, rows: Sequence[dict[str, Any]], rollout: Rollout, advantages: Tensor) -> Path:
+    """The batch on which a step failed, to look at (.jsonl, as samples.jsonl) and to compute with (.safetensors)."""
+    path = folder / f"failed-{rows[0]['step']:06d}.jsonl"
+    path.unlink(missing_ok=True)
+    append_jsonl(path, rows)
+    tensors = {name: value for name, value in vars(rollout).items() if isinstance(value, Tensor)}
+    tensors = {name: value.contiguous() for name, value in {**tensors, "advantages": advantages}.items()}
+    save_file(tensors, path.with_suffix(".safetensors"))
+    return path

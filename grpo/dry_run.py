@@ -1,0 +1,92 @@
+"""What the settings of a run amount to, without loading any weights: sizes, estimated memory, one rendered prompt."""
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from grpo.base_model import TRAIN_FILE, build_model, train_tokenizer
+from grpo.config import Config, InputError
+from grpo.data import JSONLinesDataset, check_prompt_lengths
+from grpo.policy import find_model
+
+BYTES = 4  # of a float32
+
+
+def load_skeleton(model_name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The architecture without weights, and the tokenizer."""
+    if model_name == "tiny":  # not trained, so at once
+        tokenizer = train_tokenizer([sample["prompt"] for sample in JSONLinesDataset(TRAIN_FILE)])
+        return build_model(tokenizer, base_seed=0), tokenizer
+    source = find_model(model_name)
+    options: dict[str, Any] = {"local_files_only": not isinstance(source, str), "trust_remote_code": False}
+    try:
+        architecture = AutoConfig.from_pretrained(source, **options)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(architecture), AutoTokenizer.from_pretrained(source, **options)
+    except Exception as error:  # foreign files are read by foreign code, which may raise anything
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"model_name: {model_name!r} cannot be loaded: {reason}") from error
+
+
+def describe(
+    config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: JSONLinesDataset
+) -> str:
+    """The text of --dry_run."""
+    longest = check_prompt_lengths(dataset, tokenizer, config.max_prompt_length)
+    completions = config.batch_size * config.group_size
+    updates = config.num_iterations * config.num_minibatches
+    prompt_ids = tokenizer(dataset[0]["prompt"])["input_ids"]
+    tokens = completions * (longest + config.max_completion_length)
+    memory = estimate_memory(config, model, longest)
+    parts = ", ".join(f"{name} {_size(value)}" for name, value in memory.items())
+    return "\n".join(
+        [
+            f"a step       {config.batch_size} prompts x {config.group_size} completions = {completions} completions, "
+            f"at most {tokens:,} tokens",
+            f"             {updates} optimizer step{'s' if updates > 1 else ''}, in micro-batches of at most "
+            f"{min(config.micro_batch_size, completions // config.num_minibatches)} completions",
+            f"the run      {config.num_train_steps} steps = {config.num_train_steps * completions:,} completions, "
+            f"{config.num_train_steps * updates:,} optimizer steps, at most {config.num_train_steps * tokens:,} tokens",
+            f"the model    {config.model_name}: {type(model).__name__}, {model.num_parameters():,} weights",
+            f"memory       about {_size(sum(memory.values()))}, besides Python and torch themselves",
+            f"             {parts}",
+            f"a prompt     {tokenizer.decode(prompt_ids)!r}",
+            f"             {len(prompt_ids)} tokens: {prompt_ids}",
+        ]
+    )
+
+
+def estimate_memory(config: Config, model: PreTrainedModel, prompt_length: int) -> dict[str, int]:
+    """Bytes by purpose, for completions of full length and float32. A rule of thumb: real peaks differ by a third or so.
+
+    Activations per token and layer: about 34 hidden-sized values (Korthikanti et al., 2205.05198), and the attention
+    weights. Logits: three copies, since log-softmax and its gradient are as large as they are.
+    """
+    architecture = model.config.get_text_config()
+    hidden, layers, heads = architecture.hidden_size, architecture.num_hidden_layers, architecture.num_attention_heads
+    head_size = getattr(architecture, "head_dim", None) or hidden // heads
+    kv_heads = getattr(architecture, "num_key_value_heads", None) or heads
+    weights = model.num_parameters()
+    length = prompt_length + config.max_completion_length
+    completions = config.batch_size * config.group_size
+    rows = min(config.micro_batch_size, completions // config.num_minibatches)
+    update = layers * (34 * hidden * length + 2 * heads * length**2)
+    update += 3 * config.max_completion_length * architecture.vocab_size
+    rollout = completions * length * layers * 2 * kv_heads * head_size
+    return {
+        "weights": BYTES * weights,
+        "reference": BYTES * weights if config.kl_coeff > 0 else 0,
+        "gradients": BYTES * weights,
+        "AdamW": 2 * BYTES * weights,
+        "rollout or update": BYTES * max(rows * update, rollout),
+    }
+
+
+def _size(num_bytes: float) -> str:
+    """1234567 -> "1.2 MB"."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} TB"

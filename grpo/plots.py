@@ -1,0 +1,174 @@
+"""metrics.jsonl -> pictures: training_curves.png of one run, or several runs laid over each other.
+
+python -m grpo.plots checkpoints                          redraws checkpoints/training_curves.png
+python -m grpo.plots run_a run_b --output comparison.png  one colour a run
+"""
+
+import argparse
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from grpo.config import InputError, RunError, errors_explained
+from grpo.records import read_jsonl
+
+Rows = Sequence[dict[str, Any]]
+
+# Okabe and Ito's colours can be told apart with every common colour blindness (jfly.uni-koeln.de/color).
+BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, BLACK = (
+    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000",
+)  # fmt: skip
+CYCLE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK)
+
+STYLES = ("-", "--", ":", "-.")  # the second cue where colours repeat
+
+
+def draw_curves(rows: Rows, path: Path) -> None:
+    """The picture of one run, drawn anew from its rows."""
+    figure, axes = _grid("step")
+    reward, length, divergence, loss, signal, answers = axes
+
+    reward.set_title("Reward and held-out accuracy")
+    _line(reward, rows, "reward", BLUE, "reward of the samples")
+    _accuracy(reward, rows, VERMILLION, "held-out accuracy, 95 % interval")
+
+    length.set_title("Completion length (tokens)")
+    _line(length, rows, "completions/mean_length", BLUE, "samples")
+    _line(length, rows, "eval/mean_length", VERMILLION, "held-out, greedy", marker=".")
+    length.set_ylim(bottom=0)
+
+    divergence.set_title("KL and entropy (nats a token)")
+    _line(divergence, rows, "kl", VERMILLION, "KL to the reference")
+    _line(divergence, rows, "entropy", BLUE, "entropy of the policy")
+    divergence.set_ylim(bottom=0)
+
+    loss.set_title("Loss and gradient norm")
+    _line(loss, rows, "loss", BLUE, "loss (left)")
+    norm = loss.twinx()
+    norm.spines.top.set_visible(False)
+    _line(norm, rows, "grad_norm", ORANGE, "gradient norm (right)")
+    norm.set_ylim(bottom=0)
+
+    signal.set_title("Groups with signal (share)")
+    informative = [{**row, "signal": 1 - row["frac_reward_zero_std"]} for row in rows if "frac_reward_zero_std" in row]
+    _line(signal, informative, "signal", BLUE, "rewards differ within the group")
+    signal.set_ylim(-0.03, 1.03)
+
+    answers.set_title("How sampled answers end (share)")
+    outcomes = {"right": GREEN, "wrong": VERMILLION, "none": SKY, "truncated": BLACK}
+    shared = [row for row in rows if "answers/right" in row]
+    answers.stackplot(
+        [row["step"] for row in shared],
+        [[row[f"answers/{name}"] for row in shared] for name in outcomes],
+        labels=["right", "wrong", "no answer", "truncated"],
+        colors=list(outcomes.values()),
+        alpha=0.75,
+        linewidth=0,
+    )
+    answers.set_ylim(0, 1)
+
+    for axis in axes:
+        _legend(axis, extra=norm if axis is loss else None)
+    _save(figure, path)
+
+
+def draw_comparison(runs: Mapping[str, Rows], path: Path) -> None:
+    """Several runs in one picture; `runs`: name -> rows."""
+    figure, axes = _grid("step")
+    panels = [
+        ("Reward of the samples", "reward"),
+        ("Held-out accuracy, 95 % interval", "eval/accuracy"),
+        ("Completion length (tokens)", "completions/mean_length"),
+        ("KL to the reference (nats a token)", "kl"),
+        ("Entropy (nats a token)", "entropy"),
+        ("Gradient norm", "grad_norm"),
+    ]
+    for axis, (title, metric) in zip(axes, panels, strict=True):
+        axis.set_title(title)
+        for number, (name, rows) in enumerate(runs.items()):
+            colour, style = CYCLE[number % len(CYCLE)], STYLES[number // len(CYCLE) % len(STYLES)]
+            if metric == "eval/accuracy":
+                _accuracy(axis, rows, colour, name, linestyle=style)
+            else:
+                _line(axis, rows, metric, colour, name, linestyle=style)
+    _legend(axes[1])
+    _save(figure, path)
+
+
+def _grid(xlabel: str) -> tuple[Figure, list[Axes]]:
+    """2 x 3 empty panels, at a size that stays legible at the width of a README."""
+    figure = Figure(figsize=(11, 6.2), dpi=100)
+    figure.subplots_adjust(left=0.05, right=0.955, top=0.94, bottom=0.08, wspace=0.24, hspace=0.34)
+    axes = list(figure.subplots(2, 3).flat)
+    for axis in axes:
+        axis.set_xlabel(xlabel, labelpad=1)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.margins(x=0.02)
+    return figure, axes
+
+
+def _series(rows: Rows, metric: str) -> tuple[list[int], list[float]]:
+    """Steps and values of the rows that have the metric; NaN (null in the file) leaves a gap."""
+    found = [(row["step"], math.nan if row[metric] is None else row[metric]) for row in rows if metric in row]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def _line(axis: Axes, rows: Rows, metric: str, colour: str, label: str, **style: Any) -> None:
+    steps, values = _series(rows, metric)
+    if steps:
+        axis.plot(steps, values, color=colour, label=label, linewidth=1.4, **style)
+
+
+def _accuracy(axis: Axes, rows: Rows, colour: str, label: str, **style: Any) -> None:
+    steps, low = _series(rows, "eval/accuracy_low")
+    if steps:
+        axis.fill_between(steps, low, _series(rows, "eval/accuracy_high")[1], color=colour, alpha=0.2, linewidth=0)
+        _line(axis, rows, "eval/accuracy", colour, label, marker=".", **style)
+        axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
+
+
+def _legend(axis: Axes, extra: Axes | None = None) -> None:
+    handles = [pair for part in (axis, extra) if part for pair in zip(*part.get_legend_handles_labels(), strict=True)]
+    if handles:
+        axis.legend(*zip(*handles, strict=True), fontsize=9, framealpha=0.85, loc="best", borderaxespad=0.3)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    unfinished = path.with_name(f".{path.name}.unfinished")  # somebody may be looking at the old one
+    try:
+        figure.savefig(unfinished, format="png")
+        unfinished.replace(path)
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="picture to write (one run: its own; else comparison.png)"
+    )
+    arguments = parser.parse_args()
+    runs = {}
+    for folder in arguments.runs:
+        try:
+            runs[str(folder)] = read_jsonl(folder / "metrics.jsonl")
+        except (OSError, ValueError) as error:
+            raise InputError(f"{folder / 'metrics.jsonl'}: cannot be read: {error}") from error
+    if len(runs) == 1:
+        path = arguments.output or arguments.runs[0] / "training_curves.png"
+        draw_curves(next(iter(runs.values())), path)
+    else:
+        path = arguments.output or Path("comparison.png")
+        draw_comparison(runs, path)
+    print(path)
+
+
+if __name__ == "__main__":
+    with errors_explained():
+        main()
