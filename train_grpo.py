@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from grpo.config import Config, RunError, errors_explained, parse_command_line, warn
+from grpo.config import Config, Options, RunError, errors_explained, parse_command_line, warn
 
 if __name__ == "__main__":  # before the slow imports: --help and a misspelt flag answer at once
     CONFIG, OPTIONS = parse_command_line(__doc__)
@@ -36,7 +36,6 @@ from grpo.dry_run import describe, load_skeleton
 from grpo.evaluation import Evaluation, evaluate_greedy, outcome_shares, pick_examples, preflight
 from grpo.logprobs import compute_logprobs
 from grpo.loss import clipped_surrogate, clipped_tokens, kl_divergence, loss_weights
-from grpo.plots import draw_curves
 from grpo.policy import (
     check_lengths,
     choose_device,
@@ -52,8 +51,14 @@ from grpo.run_folder import RunFolder, open_run
 from reward_model import Scores, check_samples, load_rewards, score_completions
 
 
+def main(config: Config, options: Options = Options()) -> None:
+    """One run: everything it leaves behind is in `config.output_dir`, which it holds under a lock meanwhile."""
+    with open_run(config, options) as run:
+        train(config, run)
+
+
 def train(config: Config, run: RunFolder) -> None:
-    """One run: everything it leaves behind is in `config.output_dir`."""
+    """The seven steps, over and over."""
     # Set-up. Whatever can be wrong with the input is found here, before any compute.
     warn(config)
     device = choose_device(config.device)
@@ -106,22 +111,11 @@ def train(config: Config, run: RunFolder) -> None:
         return torch.cat(logps)
 
     def evaluate() -> Evaluation:
+        """Greedy answers to the held-out problems."""
         length = config.max_completion_length
         with autocast():
             return evaluate_greedy(
                 policy, tokenizer, eval_set, score, max_completion_length=length, batch_rows=num_rows
-            )
-
-    def report(step: int, evaluation: Evaluation) -> None:
-        """What an evaluation leaves: a line, a fresh picture, best/ if none was better."""
-        tqdm.write(f"step {step:4d}  {evaluation}")
-        draw_curves(run.rows, run.folder / "training_curves.png")
-        if run.is_best(value := evaluation.metrics()[config.eval_metric]):
-            save_model(
-                policy,
-                tokenizer,
-                run.folder / "best",
-                about={"step": step, "metric": config.eval_metric, "value": value},
             )
 
     def save(step: int) -> None:
@@ -137,21 +131,17 @@ def train(config: Config, run: RunFolder) -> None:
         if run.options.preflight:
             return
         evaluation = evaluate().having(config.eval_metric)
-        run.begin(config, base_sha256=weights_sha256(policy), examples=pick_examples(evaluation))
+        run.begin(base_sha256=weights_sha256(policy), examples=pick_examples(evaluation))
         run.append({"step": 0} | evaluation.metrics())
-        report(0, evaluation)
+        run.report(0, evaluation, policy, tokenizer)
     else:
         state = load_checkpoint(run.checkpoint, policy, optimizer, reference, run.facts["base_sha256"])
-        run.resume(config, state)
+        run.resume(state)
         first_step, num_tokens = state["step"] + 1, state["num_tokens"]
 
-    progress = tqdm(
-        range(first_step, config.num_train_steps + 1),
-        desc="training",
-        unit="step",
-        initial=first_step - 1,
-        total=config.num_train_steps,
-    )
+    last_step = config.num_train_steps
+    steps = range(first_step, last_step + 1)
+    progress = tqdm(steps, desc="training", unit="step", initial=first_step - 1, total=last_step)
     for step in progress:
         step_start = time.perf_counter()
 
@@ -258,12 +248,11 @@ def train(config: Config, run: RunFolder) -> None:
             "rollout_time": rollout_time,
             "update_time": now - update_start,
         }
-        is_last = step == config.num_train_steps
-        evaluation = evaluate() if is_last or step % config.eval_every == 0 else None
+        evaluation = evaluate() if step % config.eval_every == 0 or step == last_step else None
         run.append(row | (evaluation.metrics() if evaluation else {}), completions)
         if evaluation:
-            report(step, evaluation)
-        if is_last or step % config.save_every == 0 or run.stop_requested:
+            run.report(step, evaluation, policy, tokenizer)
+        if step % config.save_every == 0 or step == last_step or run.stop_requested:
             save(step)
         if run.stop_requested:
             raise KeyboardInterrupt
@@ -279,5 +268,5 @@ def split_rows(rows: slice, size: int) -> list[slice]:
 
 
 if __name__ == "__main__":
-    with errors_explained(), open_run(CONFIG, OPTIONS) as run_folder:
-        train(CONFIG, run_folder)
+    with errors_explained():
+        main(CONFIG, OPTIONS)

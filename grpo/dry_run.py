@@ -58,7 +58,7 @@ def describe(
 
 
 def estimate_memory(config: Config, model: PreTrainedModel, prompt_length: int) -> dict[str, int]:
-    """Bytes by purpose, for completions of full length and float32. A rule of thumb: real peaks differ by a third or so.
+    """Bytes by purpose, for completions of full length and float32. A rule of thumb.
 
     Activations per token and layer: about 34 hidden-sized values (Korthikanti et al., 2205.05198), and the attention
     weights. Logits: three copies, since log-softmax and its gradient are as large as they are.

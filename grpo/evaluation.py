@@ -83,6 +83,8 @@ class Evaluation:
 
     def having(self, metric: str) -> Self:
         """Itself; an InputError if it lacks the metric that chooses best/."""
+        if math.isnan(self.reward):
+            raise InputError("rewards: none of them applies to any row of eval_file")
         if metric not in self.metrics():
             raise InputError(
                 f"eval_metric: got {metric}, which is undefined here: the first of the rewards applies to no row of "
@@ -131,9 +133,10 @@ def evaluate_greedy(
     return Evaluation(
         completions=[text for rollout in rollouts for text in rollout.completions],
         is_right=[verdict for scores in scored for verdict in _verdicts(scores)],
-        reward=torch.cat([scores.combined for scores in scored]).nanmean().item(),
+        reward=torch.cat([scores.combined for scores in scored]).double().nanmean().item(),
         rewards={
-            name: torch.cat([scores.by_name[name] for scores in scored]).nanmean().item() for name in scored[0].by_name
+            name: torch.cat([scores.by_name[name] for scores in scored]).double().nanmean().item()
+            for name in scored[0].by_name
         },
         mean_length=sum(int(rollout.completion_mask.sum()) for rollout in rollouts) / len(samples),
         clipped_ratio=sum(int(rollout.is_truncated.sum()) for rollout in rollouts) / len(samples),

@@ -72,7 +72,7 @@ def draw_curves(rows: Rows, path: Path) -> None:
     answers.set_ylim(0, 1)
 
     for axis in axes:
-        _legend(axis, extra=norm if axis is loss else None)
+        _legend(axis) if axis is not loss else _legend(norm, loss)
     _save(figure, path)
 
 
@@ -102,7 +102,7 @@ def draw_comparison(runs: Mapping[str, Rows], path: Path) -> None:
 def _grid(xlabel: str) -> tuple[Figure, list[Axes]]:
     """2 x 3 empty panels, at a size that stays legible at the width of a README."""
     figure = Figure(figsize=(11, 6.2), dpi=100)
-    figure.subplots_adjust(left=0.05, right=0.955, top=0.94, bottom=0.08, wspace=0.24, hspace=0.34)
+    figure.subplots_adjust(left=0.045, right=0.985, top=0.94, bottom=0.08, wspace=0.3, hspace=0.34)
     axes = list(figure.subplots(2, 3).flat)
     for axis in axes:
         axis.set_xlabel(xlabel, labelpad=1)
@@ -132,10 +132,14 @@ def _accuracy(axis: Axes, rows: Rows, colour: str, label: str, **style: Any) -> 
         axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
 
 
-def _legend(axis: Axes, extra: Axes | None = None) -> None:
-    handles = [pair for part in (axis, extra) if part for pair in zip(*part.get_legend_handles_labels(), strict=True)]
+def _legend(axis: Axes, also: Axes | None = None) -> None:
+    """On `axis`, which must be the upper one of two that share a panel; `also`'s lines come first."""
+    handles, labels = axis.get_legend_handles_labels()
+    if also is not None:
+        first = also.get_legend_handles_labels()
+        handles, labels = first[0] + handles, first[1] + labels
     if handles:
-        axis.legend(*zip(*handles, strict=True), fontsize=9, framealpha=0.85, loc="best", borderaxespad=0.3)
+        axis.legend(handles, labels, fontsize=9, framealpha=0.85, loc="best", borderaxespad=0.3)
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -55,7 +55,7 @@ def find_model(model_name: str) -> str | Path:
     Asking first saves a minute: without a network transformers tries again and again before it gives up.
     """
     folder = Path(model_name).expanduser()
-    if folder.exists():
+    if model_name.strip() and folder.exists():
         _check_model_folder(folder)
         return folder
     if model_name.count("/") > 1 or model_name.startswith((".", "/", "~")) or not model_name.strip():

@@ -1,10 +1,10 @@
 """The folder of one run: who may write into it, what happens to an earlier run there, run.json, the rows of metrics.
 
-checkpoints/
-  run.json               settings, command, versions, commit, sha256 of the base's weights, the base's accuracy
-  metrics.jsonl          one row a step              samples.jsonl   every completion with its rewards
-  training_curves.png    redrawn at every evaluation
-  step-000100/           checkpoints to resume from  best/  final/   all three are Hugging Face folders
+run.json               settings, command, versions, commit, sha256 of the base's weights, three of its answers
+metrics.jsonl          one row a step
+samples.jsonl          every completion with its rewards
+training_curves.png    redrawn at every evaluation
+step-000100/           checkpoints to resume from; best/ and final/ beside them; all three are Hugging Face folders
 """
 
 import dataclasses
@@ -29,11 +29,13 @@ from typing import IO, Any
 import torch
 import transformers
 from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from grpo.checkpoint import check_integrity, checkpoints, remove_folder, step_of, write_atomically
+from grpo.checkpoint import check_integrity, checkpoints, remove_folder, save_model, step_of, write_atomically
 from grpo.config import Config, InputError, Options, RunError, load_config, read_run_json
 from grpo.data import JSONLinesDataset
 from grpo.evaluation import Evaluation, side_by_side
+from grpo.plots import draw_curves
 from grpo.policy import learning_rate_at
 from grpo.records import append_jsonl, read_jsonl
 
@@ -54,8 +56,8 @@ class RunFolder:
     step. The second one stops at once, as does the first one before training.
     """
 
-    folder: Path
-    options: Options = field(default_factory=Options)
+    config: Config
+    options: Options = Options()
     facts: dict[str, Any] = field(default_factory=dict)  # run.json
     rows: list[dict[str, Any]] = field(default_factory=list)  # of metrics.jsonl, step 0 first
     is_training: bool = False
@@ -63,11 +65,21 @@ class RunFolder:
     lock: IO[str] | None = None
 
     @property
+    def folder(self) -> Path:
+        """config.output_dir."""
+        return Path(self.config.output_dir)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run in the folder came to its end (before "finished" was written down, final/ said so)."""
+        return bool(self.facts.get("finished", (self.folder / "final").is_dir()))
+
+    @property
     def checkpoint(self) -> Path | None:
         """The checkpoint that --resume goes on from; None: the run starts at step 0."""
         return next(reversed(checkpoints(self.folder)), None) if self.options.resume else None
 
-    def begin(self, config: Config, **facts: Any) -> None:
+    def begin(self, **facts: Any) -> None:
         """Step 0: make room, then write run.json with `facts` beside settings and versions."""
         try:
             if (self.folder / "run.json").is_file():
@@ -75,10 +87,10 @@ class RunFolder:
             _remove_unfinished(self.folder)
         except OSError as error:
             raise InputError(f"output_dir: {self.folder} cannot be used: {error.strerror}") from error
-        self._write_facts({"started": _now(), "finished": None, **_origin(), **facts, "resumed": []}, config)
+        self._write_facts({"started": _now(), "finished": None, **_origin(), **facts, "resumed": []})
         self.is_training = True
 
-    def resume(self, config: Config, state: dict[str, Any]) -> None:
+    def resume(self, state: dict[str, Any]) -> None:
         """Go on after the checkpoint `state` was saved with: rows written after it are cut off, to be made again."""
         step = state["step"]
         for name in ("metrics.jsonl", "samples.jsonl"):
@@ -88,17 +100,9 @@ class RunFolder:
             os.truncate(path, state[name])
         _remove_unfinished(self.folder)
         self.rows = read_jsonl(self.folder / "metrics.jsonl")
-        earlier = load_config(recorded=self.facts["settings"])
-        num_updates = step * config.num_iterations * config.num_minibatches
-        rates = [learning_rate_at(settings, num_updates) for settings in (earlier, config)]
-        print(f"Going on after step {step} of {config.num_train_steps}")
-        if rates[0] != rates[1]:
-            print(
-                f"learning_rate jumps from {rates[0]:.3g} to {rates[1]:.3g}: num_train_steps is no longer "
-                f"{earlier.num_train_steps}"
-            )
+        self._say_where(step, load_config(recorded=self.facts["settings"]))
         resumed = [*self.facts["resumed"], {"after_step": step, "at": _now(), **_origin()}]
-        self._write_facts(self.facts | {"finished": None, "resumed": resumed}, config)
+        self._write_facts(self.facts | {"finished": None, "resumed": resumed})
         self.is_training = True
 
     def append(self, row: dict[str, Any], samples: Sequence[dict[str, Any]] = ()) -> None:
@@ -107,13 +111,16 @@ class RunFolder:
         append_jsonl(self.folder / "metrics.jsonl", [row])
         self.rows.append(row)
 
-    def is_best(self, value: float) -> bool:
-        """Whether an evaluation beats the one of best/; the first of equals stays."""
-        try:
-            about = json.loads((self.folder / "best" / "about.json").read_text())
-        except FileNotFoundError:
-            return True
-        return value > about["value"]
+    def report(
+        self, step: int, evaluation: Evaluation, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        """What an evaluation leaves: a line, a fresh picture, and best/ if none was better: the first of equals."""
+        tqdm.write(f"step {step:4d}  {evaluation}")
+        draw_curves(self.rows, self.folder / "training_curves.png")
+        metric, best = self.config.eval_metric, self.folder / "best"
+        about = {"step": step, "metric": metric, "value": evaluation.metrics()[metric]}
+        if not best.is_dir() or about["value"] > json.loads((best / "about.json").read_text())["value"]:
+            save_model(policy, tokenizer, best, about=about)
 
     def status(self) -> dict[str, str]:
         """The newest numbers, for the progress bar."""
@@ -130,27 +137,31 @@ class RunFolder:
         self._write_facts(self.facts | {"finished": _now()})
         before, after = self.rows[0], evaluation.metrics()
         metric = "eval/accuracy" if "eval/accuracy" in after else "eval/reward"
-        print(
-            f"\nHeld-out {metric.removeprefix('eval/')}: {_with_interval(before, metric)} -> {_with_interval(after, metric)}, "
-            f"n = {len(eval_set)} ({eval_set.path})"
-        )
+        change = f"{_with_interval(before, metric)} -> {_with_interval(after, metric)}"
+        print(f"\nHeld-out {metric.removeprefix('eval/')}: {change}, n = {len(eval_set)} ({eval_set.path})")
         for example in self.facts["examples"]:
-            index = example["index"]
-            print(
-                side_by_side(eval_set[index], {"base": example["completion"], "trained": evaluation.completions[index]})
-            )
-        names = ", ".join(
-            path.name + "/" * path.is_dir() for path in sorted(self.folder.iterdir()) if path.name[0] != "."
-        )
-        print(f"{self.folder} holds {names}")
-        print(f"Next: python evaluate.py {self.folder / 'final'} --compare {self.facts['settings']['model_name']}")
+            answers = {"base": example["completion"], "trained": evaluation.completions[example["index"]]}
+            print(side_by_side(eval_set[example["index"]], answers))
+        names = [path.name + "/" * path.is_dir() for path in sorted(self.folder.iterdir()) if path.name[0] != "."]
+        print(f"{self.folder} holds {', '.join(names)}")
+        models = [shlex.quote(str(name)) for name in (self.folder / "final", self.config.model_name)]
+        print(f"Next: python evaluate.py {models[0]} --compare {models[1]}")
 
     def _newest(self, metric: str) -> float | None:
         return next((row[metric] for row in reversed(self.rows) if metric in row), None)
 
-    def _write_facts(self, facts: dict[str, Any], config: Config | None = None) -> None:
-        self.facts = facts | ({"settings": dataclasses.asdict(config)} if config else {})
+    def _write_facts(self, facts: dict[str, Any]) -> None:
+        self.facts = facts | {"settings": dataclasses.asdict(self.config)}
         write_atomically(self.folder / "run.json", json.dumps(self.facts, indent=2) + "\n")
+
+    def _say_where(self, step: int, earlier: Config) -> None:
+        """Where a resumed run goes on, and what a new number of steps does to the learning rate."""
+        print(f"Going on after step {step} of {self.config.num_train_steps}")
+        num_updates = step * earlier.num_iterations * earlier.num_minibatches
+        before, now = (learning_rate_at(config, num_updates) for config in (earlier, self.config))
+        if before != now:
+            change = f"num_train_steps was {earlier.num_train_steps} and is {self.config.num_train_steps}"
+            print(f"The learning rate jumps from {before:.3g} to {now:.3g}: {change}")
 
     def how_to_go_on(self) -> str:
         """What is saved, and what to type to continue from there."""
@@ -184,11 +195,11 @@ def open_run(config: Config, options: Options) -> Iterator[RunFolder]:
     Raises:
         InputError: the folder cannot be written, is in use, holds something else, or an unfinished run.
     """
-    run = RunFolder(Path(config.output_dir), options)
+    run = RunFolder(config, options)
     if options.dry_run or options.preflight:
         yield run
         return
-    is_new = not run.folder.exists()
+    missing = [path for path in (run.folder, *run.folder.parents) if not path.exists()]
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
         run.lock = _acquire_lock(run.folder)
@@ -197,23 +208,25 @@ def open_run(config: Config, options: Options) -> Iterator[RunFolder]:
     try:
         if (run.folder / "run.json").is_file():
             run.facts = read_run_json(run.folder)
-        _check_folder(run, config.num_train_steps)
+        _check_folder(run)
         with _stopping_gently(run):
             yield run
     except RunError as error:
-        raise RunError(f"{error}; {run.how_to_go_on()}") from error
-    except KeyboardInterrupt:
+        raise RunError(f"{error}; {run.how_to_go_on()}" if run.is_training else str(error)) from error
+    except KeyboardInterrupt as error:
         raise KeyboardInterrupt(
             f"stopped; {run.how_to_go_on()}" if run.is_training else "stopped before step 1"
-        ) from None
+        ) from error
     finally:
-        if is_new and {path.name for path in run.folder.iterdir()} <= {".lock"}:
-            shutil.rmtree(run.folder)
+        if missing and not (run.folder / "run.json").exists():
+            (run.folder / ".lock").unlink()
+            for path in missing:
+                path.rmdir()
         if run.lock:
             run.lock.close()
 
 
-def _check_folder(run: RunFolder, num_train_steps: int) -> None:
+def _check_folder(run: RunFolder) -> None:
     """Refuse a folder that holds something else, or an unfinished run that nobody said what to do with."""
     if not run.facts:
         if any(not path.name.startswith(".") for path in run.folder.iterdir()):
@@ -222,15 +235,13 @@ def _check_folder(run: RunFolder, num_train_steps: int) -> None:
             raise InputError(f"--resume: {run.folder} holds no run")
     elif run.options.resume:
         check_integrity(run.folder, run.how_to_go_on().partition("to go on: ")[2])
-        if run.facts["finished"] and run.checkpoint is None:
+        if run.is_finished and run.checkpoint is None:
             raise InputError(f"--resume: {run.folder} holds a finished run, but no step-… folder to go on from")
-        step = step_of(run.checkpoint) if run.checkpoint else 0
-        if step > num_train_steps or (step == num_train_steps and run.facts["finished"]):
-            print(
-                f"The run in {run.folder} is already at step {step} of {num_train_steps}; --num_train_steps asks for more"
-            )
+        step, num_train_steps = step_of(run.checkpoint) if run.checkpoint else 0, run.config.num_train_steps
+        if step > num_train_steps or (step == num_train_steps and run.is_finished):
+            print(f"{run.folder} is already at step {step} of {num_train_steps}; a larger --num_train_steps goes on")
             sys.exit(0)
-    elif not (run.facts["finished"] or run.options.overwrite or _holds_nothing(run.folder)):
+    elif not (run.is_finished or run.options.overwrite or _holds_nothing(run.folder)):
         raise InputError(
             f"output_dir: {run.folder} holds an unfinished run; --resume goes on with it, --overwrite deletes it, "
             "another --output_dir leaves it alone"
@@ -281,7 +292,8 @@ def _stopping_gently(run: RunFolder) -> Iterator[None]:
         if run.stop_requested or not run.is_training:
             raise KeyboardInterrupt
         run.stop_requested = True
-        tqdm.write("stopping: this step will be finished and saved; Ctrl-C again stops at once", file=sys.stderr)
+        # Not print: a handler may interrupt a write to the same stream, which Python refuses to nest.
+        os.write(2, b"\nstopping: this step will be finished and saved; Ctrl-C again stops at once\n")
 
     previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

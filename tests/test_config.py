@@ -58,7 +58,7 @@ def test_precedence_is_defaults_then_file_then_flags(tmp_path: Path) -> None:
     assert load_config(file).group_size == 4
     assert load_config(file).learning_rate == 1e-5  # YAML 1.1 would read a text
     assert load_config(file, ["group_size=8"]).group_size == 8
-    parsed = parse_command_line("", ["--config", str(file), "--group_size=2", "--rewards", "[math]"])
+    parsed, _ = parse_command_line("", ["--config", str(file), "--group_size=2", "--rewards", "[math]"])
     assert (parsed.group_size, parsed.learning_rate, parsed.rewards) == (2, 1e-5, ["math"])
 
 
@@ -122,7 +122,8 @@ def test_files_named_in_config_yaml_exist() -> None:
         ("rewards=[]", "rewards: got [], allowed: a list of at least one reward"),
         ("rewards=[math", "rewards: not YAML"),
         ("mask_truncated_completions=1", "mask_truncated_completions: got 1, expected true or false"),
-        ("train_file=7", "train_file: got 7, expected a text"),
+        ("eval_metric=eval/mean_length", "eval_metric: got 'eval/mean_length', allowed: eval/accuracy | eval/reward"),
+        ("output_dir=", "output_dir: got '', allowed: a folder"),
         ("group_size", "override 'group_size': expected key=value"),
     ],
 )

@@ -83,6 +83,7 @@ def evaluate(
         return SimpleNamespace(
             combined=torch.tensor([combined[prompt] for prompt in prompts]),
             is_right=torch.tensor([is_right[prompt] for prompt in prompts]),
+            by_name={"mine": torch.tensor([combined[prompt] for prompt in prompts])},
         )
 
     return evaluate_greedy(model, tokenizer, SAMPLES, score, max_completion_length=6, batch_rows=batch_rows)
@@ -95,7 +96,7 @@ def test_rows_where_no_reward_applies_count_nowhere(llama: PreTrainedModel, toke
     evaluation = evaluate(llama, tokenizer, combined, is_right)
     assert evaluation.is_right == [True, None, False, True, None]
     assert (evaluation.num_right, evaluation.num_scored) == (2, 3)
-    assert evaluation.reward == pytest.approx(0.5)  # (1 + 0 + 0.5) / 3, not / 5
+    assert evaluation.reward == evaluation.rewards["mine"] == pytest.approx(0.5)  # (1 + 0 + 0.5) / 3, not / 5
     row = evaluation.metrics()
     assert row["eval/accuracy"] == pytest.approx(2 / 3)  # not 2/5
     assert (row["eval/accuracy_low"], row["eval/accuracy_high"]) == wilson_interval(2, 3)

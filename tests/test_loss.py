@@ -608,7 +608,7 @@ def run_training(
     def run(**changes: Any) -> list[dict[str, Any]]:
         runs.append(tmp_path / f"run-{len(runs)}")
         chosen = settings | changes | {"output_dir": runs[-1]}
-        train_grpo.train(load_config(overrides=[f"{key}={value}" for key, value in chosen.items()]))
+        train_grpo.main(load_config(overrides=[f"{key}={value}" for key, value in chosen.items()]))
         rows = [json.loads(line) for line in (runs[-1] / "metrics.jsonl").read_text().splitlines()]
         return [row for row in rows if row["step"] > 0]
 

@@ -1,22 +1,28 @@
 """Loading, the frozen reference, the optimizer and its schedule."""
 
+import json
+import re
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.errors import HFValidationError
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from grpo.base_model import build_model, train_tokenizer
 from grpo.checkpoint import save_model
-from grpo.config import InputError, load_config
+from grpo.config import InputError, RunError, load_config
+from grpo.data import JSONLinesDataset
 from grpo.policy import (
+    check_lengths,
     choose_device,
     disable_dropout,
     frozen_copy,
+    learning_rate_at,
     load_policy,
     make_autocast,
     make_optimizer,
-    make_schedule,
 )
 
 CPU = torch.device("cpu")
@@ -40,14 +46,7 @@ def rates(schedule_name: str, *, steps: int, warmup: int, iterations: int = 1, m
             "learning_rate=1.0",
         ],
     )
-    optimizer = make_optimizer(torch.nn.Linear(1, 1), config)
-    schedule = make_schedule(optimizer, config)
-    found = [schedule.get_last_lr()[0]]
-    for _ in range(steps * iterations * minibatches):
-        optimizer.step()
-        schedule.step()
-        found.append(schedule.get_last_lr()[0])
-    return found
+    return [learning_rate_at(config, num_updates) for num_updates in range(steps * iterations * minibatches + 1)]
 
 
 def test_schedules_by_hand() -> None:
@@ -128,11 +127,67 @@ def test_the_reference_is_a_frozen_copy(tokenizer) -> None:
     assert not torch.equal(next(policy.parameters()), next(reference.parameters()))
 
 
-def test_a_model_that_cannot_be_loaded_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(InputError, match=r"model_name: '.*nothing-here' cannot be loaded") as raised:
-        load_policy(str(tmp_path / "nothing-here"), base_seed=0, device=CPU)
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("config.json", "has no configuration (config.json)"),
+        ("model.safetensors", "has no weights (*.safetensors)"),
+        ("tokenizer*", "has no tokenizer (tokenizer.json)"),
+        ("*", "has no configuration (config.json)"),
+    ],
+)
+def test_a_folder_that_is_no_model_says_what_it_lacks(tokenizer, tmp_path: Path, missing: str, message: str) -> None:
+    save_model(build_model(tokenizer, 0), tokenizer, tmp_path / "model")
+    for path in (tmp_path / "model").glob(missing):
+        path.unlink()
+    with pytest.raises(InputError, match=re.escape(message)):
+        load_policy(str(tmp_path / "model"), base_seed=0, device=CPU)
+
+
+def test_a_folder_that_does_not_exist_is_named() -> None:
+    for name in ("/nowhere/at/all", "./model", "a/b/c", "", "~/nowhere"):
+        with pytest.raises(InputError, match=re.escape(f"model_name: there is no folder {name!r}")):
+            load_policy(name, base_seed=0, device=CPU)
+
+
+def test_a_hub_name_without_network_names_the_offline_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_network(*_: object, **__: object) -> None:
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub, "model_info", no_network)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(InputError, match=r"'some/model' here.*Hub cannot be reached.*--model_name tiny") as raised:
+        load_policy("some/model", base_seed=0, device=CPU)
     assert "\n" not in str(raised.value)
+
+
+def test_a_name_that_is_no_model_of_the_hub_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object, **__: object) -> None:
+        raise HFValidationError("Repo id must be …")
+
+    monkeypatch.setattr(huggingface_hub, "model_info", unknown)
+    with pytest.raises(InputError, match="no folder 'some--model' here, and it is no public model"):
+        load_policy("some--model", base_seed=0, device=CPU)
+
+
+def test_a_tokenizer_without_eos_is_refused(tokenizer, tmp_path: Path) -> None:
+    save_model(build_model(tokenizer, 0), tokenizer, tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    del settings["eos_token"]
+    path.write_text(json.dumps(settings))
+    with pytest.raises(InputError, match="has no eos token: no completion could ever end"):
+        load_policy(str(tmp_path / "model"), base_seed=0, device=CPU)
+
+
+def test_completions_must_fit_the_models_positions(tokenizer, tmp_path: Path) -> None:
+    """A GPT-2 would fail with an index error in the middle of the run."""
+    (tmp_path / "data.jsonl").write_text('{"prompt": "1 + 1"}\n')
+    dataset, model = JSONLinesDataset(tmp_path / "data.jsonl"), build_model(tokenizer, 0)
+    longest = len(tokenizer("1 + 1")["input_ids"])
+    check_lengths(dataset, model, tokenizer, load_config(None, [f"max_completion_length={256 - longest}"]))
+    with pytest.raises(InputError, match=r"max_completion_length: got 256.*exceeds the 256 positions"):
+        check_lengths(dataset, model, tokenizer, load_config(None, ["max_completion_length=256"]))
 
 
 def test_damaged_weights_are_named(tokenizer, tmp_path: Path) -> None:
@@ -162,7 +217,7 @@ def test_a_model_folder_appears_whole_or_not_at_all(tokenizer, tmp_path: Path, m
         raise OSError("No space left on device")
 
     monkeypatch.setattr(type(tokenizer), "save_pretrained", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(RunError, match="model cannot be written: No space left"):
         save_model(model, tokenizer, tmp_path / "model")
     assert not list(tmp_path.iterdir())
 
@@ -170,7 +225,7 @@ def test_a_model_folder_appears_whole_or_not_at_all(tokenizer, tmp_path: Path, m
 def test_where_another_process_was_faster_its_folder_stays(tokenizer, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "marker").write_text("theirs")
-    save_model(build_model(tokenizer, 0), tokenizer, tmp_path / "model")
+    save_model(build_model(tokenizer, 0), tokenizer, tmp_path / "model", replace=False)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert (tmp_path / "model" / "marker").read_text() == "theirs"
 

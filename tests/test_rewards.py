@@ -18,7 +18,7 @@ from reward_model import (
     Reward,
     RewardError,
     Scores,
-    check_columns,
+    check_samples,
     last_integer,
     load_rewards,
     nan_std,
@@ -388,8 +388,25 @@ def test_columns_a_reward_needs_are_checked_and_the_place_is_named(module: str) 
     assert [required_columns(reward) for reward in rewards] == [{"answer"}, {"level"}]
     samples = [{"prompt": "p", "answer": 1, "level": 1}, {"prompt": "q", "answer": 2}]
     with pytest.raises(InputError, match=r'file, line 2: has no "level", which reward rewards_of_a_user:count needs'):
-        check_columns(rewards, samples, lambda index: f"file, line {index + 1}")
-    assert check_columns(rewards, samples[:1], str) is None
+        check_samples(rewards, samples, lambda index: f"file, line {index + 1}")
+    assert check_samples(rewards, samples[:1], str) is None
+
+
+@pytest.mark.parametrize("answer", ["0.5", "", "five", None, True, 0.5])
+def test_an_answer_without_an_integer_is_found_before_any_compute(answer: object) -> None:
+    samples = [{"prompt": "p", "answer": 1}, {"prompt": "q", "answer": answer}]
+    with pytest.raises(InputError, match=r"file, line 2: reward math: \"answer\" of 'q' must be an integer, got"):
+        check_samples(load_rewards(["math"]), samples, lambda index: f"file, line {index + 1}")
+
+
+def test_what_an_answer_is_says_the_first_reward() -> None:
+    texts = ["so 5", "no idea", " ", "3.5"]
+    samples = [{"prompt": "p", "answer": 1}] * 4
+    assert score_completions(load_rewards(["math"]), samples, texts, [[1]] * 4).has_answer.tolist() == [
+        True, False, False, False,
+    ]  # fmt: skip
+    (any_text,) = load_rewards(["tests.toy_rewards:even_digits"])
+    assert score_completions([any_text], samples, texts, [[1]] * 4).has_answer.tolist() == [True, True, False, True]
 
 
 def test_an_answer_given_as_a_json_number_is_read_in_full() -> None:

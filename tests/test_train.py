@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import train_grpo
 from grpo.base_model import build_model, train_tokenizer
 from grpo.checkpoint import save_model
-from grpo.config import InputError, load_config
+from grpo.config import InputError, Options, load_config, resumed_config
 from grpo.data import JSONLinesDataset, samples_for_step
 from grpo.policy import load_policy
 from grpo.rollout import generate_completions, step_seed
@@ -30,7 +30,8 @@ EVERY_STEP = {
     "step", "loss", "reward", "reward_std", "rewards/math/mean", "rewards/math/std", "frac_reward_zero_std",
     "completions/mean_length", "completions/clipped_ratio", "kl", "entropy", "clip_ratio/low_mean",
     "clip_ratio/high_mean", "sampling/logp_difference/mean", "sampling/logp_difference/max", "grad_norm",
-    "learning_rate", "num_tokens", "step_time", "rollout_time", "update_time",
+    "learning_rate", "num_tokens", "step_time", "rollout_time", "update_time", "answers/right", "answers/wrong",
+    "answers/none", "answers/truncated",
 }  # fmt: skip
 EVERY_EVALUATION = {
     "eval/accuracy", "eval/accuracy_low", "eval/accuracy_high", "eval/reward", "eval/mean_length", "eval/clipped_ratio",
@@ -69,15 +70,20 @@ def run(settings: dict[str, Any], folder: Path, *arguments: str) -> subprocess.C
 
 def train(settings: dict[str, Any], folder: Path, **changes: object) -> list[dict[str, Any]]:
     """The same within this process; returns the rows of metrics.jsonl."""
-    settings = settings | changes
-    train_grpo.train(
-        load_config(None, [f"{key}={value}" for key, value in settings.items()] + [f"output_dir={folder}"])
-    )
+    settings = settings | changes | {"output_dir": folder}
+    train_grpo.main(load_config(None, [f"{key}={value}" for key, value in settings.items()]))
+    return read(folder / "metrics.jsonl")
+
+
+def resume(folder: Path, **changes: object) -> list[dict[str, Any]]:
+    """`--resume`, within this process."""
+    config = resumed_config(None, [f"output_dir={folder}"] + [f"{key}={value}" for key, value in changes.items()])
+    train_grpo.main(config, Options(resume=True))
     return read(folder / "metrics.jsonl")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -222,7 +228,7 @@ def test_another_distribution_than_the_scorers_is_warned_about(small: dict[str, 
         ("--group_sise=3", 2, "error: --group_sise: not a setting; did you mean --group_size?"),
         ("--train_file=missing.jsonl", 2, "error: missing.jsonl: cannot be read: No such file or directory"),
         ("--rewards=[tests.toy_rewards:raises]", 1, "error: reward tests.toy_rewards:raises raised KeyError: 'oops'"),
-        ("--learning_rate=1e30", 1, "error: step 2: the gradient norm is nan"),
+        ("--learning_rate=1e30", 1, "gradient norm nan; the batch lies in"),
     ],
 )
 def test_what_goes_wrong_ends_in_one_line(
@@ -237,10 +243,10 @@ def test_what_goes_wrong_ends_in_one_line(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rewards": "[maths]"}, "rewards: got 'maths', allowed: math, or module:function"),
+        ({"rewards": "[maths]"}, "rewards: got 'maths', allowed: math, or module:function; did you mean math?"),
         ({"rewards": "[tests.toy_rewards:needs_colour]"}, 'train.jsonl, line 1: has no "colour", which reward'),
         ({"max_prompt_length": 3}, "the prompt has 6 tokens, max_prompt_length allows 3"),
-        ({"model_name": "/nowhere/at/all"}, "model_name: '/nowhere/at/all' cannot be loaded"),
+        ({"model_name": "/nowhere/at/all"}, "model_name: there is no folder '/nowhere/at/all'"),
         ({"eval_file": "missing.jsonl"}, "missing.jsonl: cannot be read"),
         ({"group_size": 1}, "group_size: got 1, allowed with advantage_baseline group: >= 2"),
     ],
@@ -254,20 +260,64 @@ def test_wrong_input_leaves_nothing_half_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_ctrl_c_ends_with_130_and_no_traceback(small: dict[str, Any], tmp_path: Path) -> None:
-    flags = [f"--{key}={value}" for key, value in (small | {"num_train_steps": 10_000}).items()]
-    command = [sys.executable, "train_grpo.py", *flags, f"--output_dir={tmp_path / 'run'}"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    metrics = tmp_path / "run" / "metrics.jsonl"
+def start(settings: dict[str, Any], folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """The command, not waited for."""
+    flags = [f"--{key}={value}" for key, value in settings.items()]
+    command = [sys.executable, "train_grpo.py", *flags, f"--output_dir={folder}", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_rows(metrics: Path, number: int) -> None:
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not (metrics.exists() and len(metrics.read_text().splitlines()) > 2):
-        time.sleep(0.1)
+    while time.monotonic() < deadline and not (metrics.exists() and len(metrics.read_text().splitlines()) >= number):
+        time.sleep(0.05)
+
+
+def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(small: dict[str, Any], tmp_path: Path) -> None:
+    """And the resumed run is, bit for bit, the one that was never interrupted."""
+    settings = small | {"num_train_steps": 300, "eval_every": 300}
+    process = start(settings, tmp_path / "run")
+    wait_for_rows(tmp_path / "run" / "metrics.jsonl", 4)
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=30)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    rows = read(tmp_path / "run" / "metrics.jsonl")
+    step = rows[-1]["step"]
+    assert 3 <= step < 300
+    folder = tmp_path / "run"
+    assert stderr.splitlines()[-1] == (
+        f"stopped; step {step} is saved; to go on: python train_grpo.py --resume --output_dir {folder}"
+    )
+    resumed = run({}, folder, "--resume", f"--num_train_steps={step + 3}")
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"Going on after step {step} of {step + 3}" in resumed.stdout
+    assert [row["step"] for row in read(folder / "metrics.jsonl")] == list(range(step + 4))
+
+
+def test_a_second_ctrl_c_stops_at_once(small: dict[str, Any], tmp_path: Path) -> None:
+    process = start(small | {"num_train_steps": 300, "rewards": "[tests.toy_rewards:slow]"}, tmp_path / "run")
+    wait_for_rows(tmp_path / "run" / "metrics.jsonl", 1)
+    time.sleep(1.0)  # by now it is inside step 1, whose reward takes three seconds
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in stderr
-    assert "interrupted" in stderr.splitlines()[-1]
-    assert [row["step"] for row in read(metrics)][:3] == [0, 1, 2]
+    assert "no checkpoint was saved yet" in stderr.splitlines()[-1]
+
+
+def test_ctrl_c_before_the_first_step_leaves_nothing(small: dict[str, Any], tmp_path: Path) -> None:
+    process = start(small | {"rewards": "[tests.toy_rewards:slow]"}, tmp_path / "run")
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (tmp_path / "run" / ".lock").exists():
+        time.sleep(0.05)
+    time.sleep(1.0)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr.splitlines()[-1]) == (130, "stopped before step 1")
+    assert not (tmp_path / "run").exists()
 
 
 def test_two_steps_of_the_loop_worked_by_hand(small: dict[str, Any], tmp_path: Path) -> None:

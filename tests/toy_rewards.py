@@ -1,5 +1,6 @@
 """Reward functions as a user would write them in a module of their own."""
 
+import time
 from typing import Any
 
 
@@ -24,3 +25,9 @@ def scaled(prompts: list[str], completions: list[str], *, scale: float = 1.0, **
 def raises(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
     """A reward with a bug."""
     raise KeyError("oops")
+
+
+def slow(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+    """Three seconds for a batch of groups, none for an evaluation."""
+    time.sleep(3 * (len(set(prompts)) < len(prompts)))
+    return even_digits(prompts, completions)

@@ -1,0 +1,218 @@
+"""How good is a model? Greedy accuracy and pass@k on held-out problems; two models side by side; one question.
+
+    python evaluate.py checkpoints/final                         accuracy, pass@8, rewards on the run's eval_file
+    python evaluate.py checkpoints/final --compare tiny          against the base, with McNemar's test
+    python evaluate.py checkpoints/final --prompt "What is 47 + 38? Answer with an integer."
+
+MODEL is tiny, a folder or a Hub name. Settings (rewards, lengths, base_seed) come from the run.json beside MODEL, else
+from config.yaml; --config and any key as a flag change them.
+
+Reading order: ... -> train_grpo.py -> [evaluate.py].
+"""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from grpo.config import Config, InputError, SettingsParser, errors_explained, load_config, read_run_json
+
+MAX_CHANGED_SHOWN = 5
+
+
+def parse_arguments() -> tuple[argparse.Namespace, Config]:
+    """MODEL and this command's own options, and the settings it is judged with."""
+    parser = SettingsParser(__doc__)
+    add = parser.own.add_argument
+    add("model", metavar="MODEL", help="tiny, a folder or a Hub name")
+    add("--compare", metavar="OTHER", help="a second model, judged with the same settings")
+    add("--data", metavar="FILE", help="problems to solve (default: eval_file)")
+    add("--k", type=int, default=8, metavar="K", help="samples a problem for pass@k, at temperature 1 (default: 8)")
+    add("--prompt", metavar="TEXT", help="answer this one question greedily and stop")
+    add("--output", metavar="FILE", default="evaluation.json", help="where the numbers go (default: evaluation.json)")
+    arguments, overrides = parser.parse()
+    if arguments.k < 1:
+        raise InputError(f"--k: got {arguments.k}, allowed: >= 1")
+    if arguments.prompt is not None and not arguments.prompt:
+        raise InputError("--prompt: got an empty text")
+    run_folder = Path(arguments.model).parent
+    has_run = Path(arguments.model).is_dir() and (run_folder / "run.json").is_file()
+    recorded = read_run_json(run_folder)["settings"] if has_run else None
+    config = load_config(arguments.config, overrides, recorded=recorded)
+    if arguments.data is not None:
+        config = dataclasses.replace(config, eval_file=arguments.data)
+    return arguments, config
+
+
+if __name__ == "__main__":  # before the slow imports: --help and a misspelt flag answer at once
+    with errors_explained():
+        ARGUMENTS, CONFIG = parse_arguments()
+
+from grpo.data import JSONLinesDataset, Sample
+from grpo.evaluation import (
+    Evaluation,
+    ScoreFn,
+    count_right,
+    evaluate_greedy,
+    mcnemar,
+    pass_at_k,
+    side_by_side,
+)
+from grpo.policy import check_lengths, choose_device, load_policy, make_autocast
+from grpo.rollout import Rollout, generate_completions
+from reward_model import Scores, check_samples, load_rewards, score_completions
+
+
+def main(arguments: argparse.Namespace, config: Config) -> None:
+    """Evaluate one model or two, print the numbers and write them to a file."""
+    if arguments.prompt is not None:
+        print(answer(arguments.model, arguments.prompt, config))
+        return
+    rewards = load_rewards(config.rewards)
+    dataset = JSONLinesDataset(config.eval_file)
+    check_samples(rewards, dataset, dataset.place)
+    output = Path(arguments.output)
+    if not output.parent.is_dir():
+        raise InputError(f"--output: there is no folder {output.parent}")
+
+    def score(samples: Sequence[Sample], rollout: Rollout) -> Scores:
+        return score_completions(rewards, samples, rollout.completions, rollout.token_lists())
+
+    names = [arguments.model] + ([arguments.compare] if arguments.compare is not None else [])
+    print(f"{len(dataset)} problems of {dataset.path}")
+    evaluations, reports = [], []
+    for name in names:
+        evaluation, report = measure(name, dataset, score, config, arguments.k)
+        evaluations.append(evaluation)
+        reports.append(report)
+    print(table(reports))
+    result = reports[0]
+    if len(names) == 2:
+        comparison = compare(names, dataset, evaluations)
+        result |= {"compare": reports[1], "comparison": comparison}
+    try:
+        output.write_text(json.dumps(result, indent=2) + "\n")
+    except OSError as error:
+        raise InputError(f"--output: {output} cannot be written: {error.strerror}") from error
+    print(f"The numbers lie in {output}")
+
+
+def measure(
+    name: str, dataset: JSONLinesDataset, score: ScoreFn, config: Config, k: int
+) -> tuple[Evaluation, dict[str, Any]]:
+    """One model: its greedy answers, and the numbers for people and for the file."""
+    device = choose_device(config.device)
+    model, tokenizer = load_policy(name, base_seed=config.base_seed, device=device)
+    check_lengths(dataset, model, tokenizer, config)
+    length, rows = config.max_completion_length, config.batch_size * config.group_size
+    with make_autocast(config.dtype, device)():
+        evaluation = evaluate_greedy(
+            model,
+            tokenizer,
+            dataset,
+            score,
+            max_completion_length=length,
+            batch_rows=rows,
+            progress=f"{name}, greedy",
+        )
+        counts = count_right(
+            model,
+            tokenizer,
+            dataset,
+            score,
+            k=k,
+            max_completion_length=length,
+            batch_rows=rows,
+            seed=config.seed,
+            progress=f"{name}, {k} samples",
+        )
+    scored = [count for count in counts if count is not None]
+    metrics = evaluation.metrics()
+    return evaluation, {
+        "model": name,
+        "data": str(dataset.path),
+        "n": evaluation.num_scored,
+        "accuracy": metrics.get("eval/accuracy"),
+        "accuracy_low": metrics.get("eval/accuracy_low"),
+        "accuracy_high": metrics.get("eval/accuracy_high"),
+        "pass_at_1": sum(pass_at_k(k, count, 1) for count in scored) / len(scored) if scored else None,
+        "pass_at_k": sum(pass_at_k(k, count, k) for count in scored) / len(scored) if scored else None,
+        "k": k,
+        "mean_length": evaluation.mean_length,
+        "clipped_ratio": evaluation.clipped_ratio,
+        "reward": evaluation.reward,
+        "rewards": evaluation.rewards,
+    }
+
+
+def table(reports: Sequence[dict[str, Any]]) -> str:
+    """The numbers, one column a model."""
+
+    def accuracy(report: dict[str, Any]) -> str:
+        if report["accuracy"] is None:
+            return "undefined"
+        return f"{report['accuracy']:.3f} [{report['accuracy_low']:.3f}, {report['accuracy_high']:.3f}]"
+
+    def share(value: float | None) -> str:
+        return "undefined" if value is None else f"{value:.3f}"
+
+    k = reports[0]["k"]
+    rows = {
+        "": [report["model"] for report in reports],
+        f"accuracy, greedy, n = {reports[0]['n']} [95 %]": [accuracy(report) for report in reports],
+        "pass@1, temperature 1": [share(report["pass_at_1"]) for report in reports],
+        f"pass@{k}, temperature 1": [share(report["pass_at_k"]) for report in reports],
+        "tokens an answer": [f"{report['mean_length']:.1f}" for report in reports],
+        "cut off": [f"{report['clipped_ratio']:.1%}" for report in reports],
+    } | {f"reward {name}": [f"{report['rewards'][name]:.3f}" for report in reports] for name in reports[0]["rewards"]}
+    widths = [max(len(cells[column]) for cells in rows.values()) for column in range(len(reports))]
+    label_width = max(map(len, rows))
+    return "\n".join(
+        f"  {label:{label_width}}  {'  '.join(cell.rjust(w) for cell, w in zip(cells, widths, strict=True))}"
+        for label, cells in rows.items()
+    )
+
+
+def compare(names: Sequence[str], dataset: JSONLinesDataset, evaluations: Sequence[Evaluation]) -> dict[str, Any]:
+    """McNemar's test on the problems that exactly one of two models solves; some of them are shown."""
+    first, second = evaluations
+    verdicts = list(zip(first.is_right, second.is_right, strict=True))
+    only_first = [index for index, pair in enumerate(verdicts) if pair == (True, False)]
+    only_second = [index for index, pair in enumerate(verdicts) if pair == (False, True)]
+    p_value = mcnemar(len(only_first), len(only_second))
+    print(
+        f"\n{len(only_first)} problems only {names[0]} solves, {len(only_second)} only {names[1]}: "
+        f"McNemar's test, two-sided, exact: p = {p_value:.2g}"
+    )
+    for name, changed in zip(names, (only_first, only_second), strict=True):
+        if changed:
+            more = f" (the first {MAX_CHANGED_SHOWN} of {len(changed)})" if len(changed) > MAX_CHANGED_SHOWN else ""
+            print(f"Only {name} solves{more}")
+        for index in changed[:MAX_CHANGED_SHOWN]:
+            answers = {names[0]: first.completions[index], names[1]: second.completions[index]}
+            print(side_by_side(dataset[index], answers))
+    prompts = [[dataset[index]["prompt"] for index in changed] for changed in (only_first, only_second)]
+    return {"only_first": prompts[0], "only_second": prompts[1], "mcnemar_p": p_value}
+
+
+def answer(name: str, prompt: str, config: Config) -> str:
+    """The greedy answer to one question."""
+    device = choose_device(config.device)
+    model, tokenizer = load_policy(name, base_seed=config.base_seed, device=device)
+    with make_autocast(config.dtype, device)():
+        rollout = generate_completions(
+            model,
+            tokenizer,
+            [prompt],
+            group_size=1,
+            max_completion_length=config.max_completion_length,
+            temperature=0.0,
+        )
+    return rollout.completions[0]
+
+
+if __name__ == "__main__":
+    with errors_explained():
+        main(ARGUMENTS, CONFIG)
