@@ -104,7 +104,7 @@ def measure(
 ) -> tuple[Evaluation, dict[str, Any]]:
     """One model: its greedy answers, and the numbers for people and for the file."""
     device = choose_device(config.device)
-    model, tokenizer = load_policy(name, base_seed=config.base_seed, device=device)
+    model, tokenizer = load_policy(name, base_seed=config.base_seed, base_steps=config.base_steps, device=device)
     check_lengths(dataset, model, tokenizer, config)
     length, rows = config.max_completion_length, config.batch_size * config.group_size
     with make_autocast(config.dtype, device)():
@@ -200,7 +200,7 @@ def compare(names: Sequence[str], dataset: JSONLinesDataset, evaluations: Sequen
 def answer(name: str, prompt: str, config: Config) -> str:
     """The greedy answer to one question."""
     device = choose_device(config.device)
-    model, tokenizer = load_policy(name, base_seed=config.base_seed, device=device)
+    model, tokenizer = load_policy(name, base_seed=config.base_seed, base_steps=config.base_steps, device=device)
     with make_autocast(config.dtype, device)():
         rollout = generate_completions(
             model,

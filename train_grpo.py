@@ -70,7 +70,9 @@ def train(config: Config, run: RunFolder) -> None:
     if run.options.dry_run:
         print(describe(config, *load_skeleton(config.model_name), train_set))
         return
-    policy, tokenizer = load_policy(config.model_name, base_seed=config.base_seed, device=device)
+    policy, tokenizer = load_policy(
+        config.model_name, base_seed=config.base_seed, base_steps=config.base_steps, device=device
+    )
     for dataset in (train_set, eval_set):
         check_lengths(dataset, policy, tokenizer, config)
     reference = frozen_copy(policy) if config.kl_coeff > 0 else None

@@ -8,7 +8,8 @@ shows two styles of answer to the same problems:
 
 Its first part, mostly worked answers, teaches the arithmetic; the second, nearly all quick ones, makes blurting out the
 habit. After it the model blurts out an answer most of the time and works the problem out now and then, mostly right.
-This file, the training problems and `base_seed` are the key of the cache, so a changed recipe never meets an old model.
+This file, the training problems, `base_seed` and `base_steps` are the key of the cache, so that a changed recipe never
+meets an old model.
 """
 
 import hashlib
@@ -61,9 +62,9 @@ CHAT_TEMPLATE = (
 )
 
 
-def tiny_base_model(base_seed: int) -> Path:
+def tiny_base_model(base_seed: int, num_steps: int = NUM_STEPS) -> Path:
     """The folder of the tiny base model for `base_seed`; built on first use, with a progress bar."""
-    recipe = Path(__file__).read_bytes() + TRAIN_FILE.read_bytes() + str(base_seed).encode()
+    recipe = Path(__file__).read_bytes() + TRAIN_FILE.read_bytes() + f"{base_seed} {num_steps}".encode()
     cache = Path(os.environ.get("GRPO_CACHE") or Path.home() / ".cache" / "grpo")
     folder = cache / f"tiny-{base_seed}-{hashlib.sha256(recipe).hexdigest()[:12]}"
     if not folder.is_dir():
@@ -73,7 +74,7 @@ def tiny_base_model(base_seed: int) -> Path:
             raise InputError(f"GRPO_CACHE: {cache} cannot be made: {error.strerror}") from error
         dataset = JSONLinesDataset(TRAIN_FILE)
         tokenizer = train_tokenizer([sample["prompt"] for sample in dataset])
-        save_model(warm_up(dataset, tokenizer, base_seed), tokenizer, folder, replace=False)
+        save_model(warm_up(dataset, tokenizer, base_seed, num_steps), tokenizer, folder, replace=False)
     return folder
 
 
@@ -123,7 +124,9 @@ def build_model(tokenizer: PreTrainedTokenizerFast, base_seed: int) -> LlamaForC
     return model
 
 
-def warm_up(dataset: JSONLinesDataset, tokenizer: PreTrainedTokenizerFast, base_seed: int) -> LlamaForCausalLM:
+def warm_up(
+    dataset: JSONLinesDataset, tokenizer: PreTrainedTokenizerFast, base_seed: int, num_steps: int
+) -> LlamaForCausalLM:
     """Supervised next-token training on the training problems, answered in the two styles."""
     model = build_model(tokenizer, base_seed)
     # Muon for the matrices: in as many steps it teaches the arithmetic far better than AdamW alone (docs/NOTES.md).
@@ -136,12 +139,12 @@ def warm_up(dataset: JSONLinesDataset, tokenizer: PreTrainedTokenizerFast, base_
     rng = random.Random(base_seed)
     sums = [sample for sample in dataset if "+" in sample["prompt"]]
     differences = [sample for sample in dataset if "-" in sample["prompt"]]
-    for step in tqdm(range(NUM_STEPS), desc=f"building the tiny base model (base_seed {base_seed})", unit="step"):
-        worked_share = WORKED_SHARE_SKILL if step < SKILL_PHASE * NUM_STEPS else WORKED_SHARE_HABIT
+    for step in tqdm(range(num_steps), desc=f"building the tiny base model (base_seed {base_seed})", unit="step"):
+        worked_share = WORKED_SHARE_SKILL if step < SKILL_PHASE * num_steps else WORKED_SHARE_HABIT
         samples = [rng.choice(differences if rng.random() < DIFFERENCE_SHARE else sums) for _ in range(BATCH_SIZE)]
         pairs = [(sample["prompt"], styled_answer(sample, worked_share, rng)) for sample in samples]
         supervised_loss(model, tokenizer, pairs).backward()
-        rate = LEARNING_RATE * min((step + 1) / 20, 0.5 * (1 + math.cos(math.pi * step / NUM_STEPS)))
+        rate = LEARNING_RATE * min((step + 1) / 20, 0.5 * (1 + math.cos(math.pi * step / num_steps)))
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate

@@ -44,6 +44,7 @@ class Config:
 
     model_name: str
     base_seed: int
+    base_steps: int
     train_file: str
     eval_file: str
     rewards: list[Any]
@@ -102,6 +103,7 @@ _SEED: Rule = (lambda value: 0 <= value < 2**63, "0 ... 2**63 - 1")
 _BETA: Rule = (lambda value: 0 <= value < 1, "in [0, 1)")
 RULES: dict[str, Rule] = {
     "base_seed": _SEED,
+    "base_steps": _AT_LEAST_0,
     "rewards": (lambda value: len(value) > 0, "a list of at least one reward"),
     "max_prompt_length": _AT_LEAST_1,
     "batch_size": _AT_LEAST_1,

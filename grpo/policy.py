@@ -19,21 +19,21 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from grpo.base_model import tiny_base_model
+from grpo.base_model import NUM_STEPS, tiny_base_model
 from grpo.config import Config, InputError
 from grpo.data import JSONLinesDataset, check_prompt_lengths
 from grpo.rollout import stop_token_ids
 
 
 def load_policy(
-    model_name: str, *, base_seed: int, device: torch.device
+    model_name: str, *, base_seed: int, base_steps: int = NUM_STEPS, device: torch.device
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model in float32 with dropout off, and its tokenizer. `tiny` is built here, anything else is loaded.
 
     float32 is asked for explicitly: transformers 5 loads the file's dtype, often bfloat16, in which a step of 1e-6
     rounds to nothing.
     """
-    source = tiny_base_model(base_seed) if model_name == "tiny" else find_model(model_name)
+    source = tiny_base_model(base_seed, base_steps) if model_name == "tiny" else find_model(model_name)
     options: dict[str, Any] = {"local_files_only": not isinstance(source, str), "trust_remote_code": False}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)

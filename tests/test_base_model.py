@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo import base_model
 from grpo.base_model import build_model, styled_answer, tiny_base_model, train_tokenizer, worked_answer
+from grpo.config import load_config
 from grpo.data import JSONLinesDataset
 from reward_model import last_integer
 
@@ -27,8 +28,7 @@ def tokenizer(dataset: JSONLinesDataset):
 
 @pytest.fixture
 def quick_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Two warm-up steps, into a cache of its own."""
-    monkeypatch.setattr(base_model, "NUM_STEPS", 2)
+    """A cache of its own; two warm-up steps are enough here."""
     monkeypatch.setenv("GRPO_CACHE", str(tmp_path))
     return tmp_path
 
@@ -88,7 +88,7 @@ def test_styles_come_in_the_shares_asked_for(dataset: JSONLinesDataset) -> None:
 
 
 def test_the_model_is_an_ordinary_folder_of_the_stated_size(quick_recipe: Path) -> None:
-    folder = tiny_base_model(0)
+    folder = tiny_base_model(0, 2)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert type(model).__name__ == "LlamaForCausalLM"
     assert 100_000 <= model.num_parameters() <= 200_000
@@ -100,21 +100,21 @@ def test_the_model_is_an_ordinary_folder_of_the_stated_size(quick_recipe: Path) 
 def test_the_second_run_starts_at_once_and_another_seed_is_another_model(
     quick_recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tiny_base_model(0)
+    folder = tiny_base_model(0, 2)
     weights = (folder / "model.safetensors").read_bytes()
-    assert (tiny_base_model(1) / "model.safetensors").read_bytes() != weights
+    assert (tiny_base_model(1, 2) / "model.safetensors").read_bytes() != weights
 
     def fail(*_: object) -> None:
         raise AssertionError("built again")
 
     monkeypatch.setattr(base_model, "warm_up", fail)
-    assert tiny_base_model(0) == folder
+    assert tiny_base_model(0, 2) == folder
 
 
 def test_the_same_seed_builds_the_same_weights(quick_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = (tiny_base_model(3) / "model.safetensors").read_bytes()
+    first = (tiny_base_model(3, 2) / "model.safetensors").read_bytes()
     monkeypatch.setenv("GRPO_CACHE", str(quick_recipe / "other"))
-    assert (tiny_base_model(3) / "model.safetensors").read_bytes() == first
+    assert (tiny_base_model(3, 2) / "model.safetensors").read_bytes() == first
 
 
 def test_a_half_written_cache_is_never_used(quick_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,22 +125,25 @@ def test_a_half_written_cache_is_never_used(quick_recipe: Path, monkeypatch: pyt
     saved = AutoModelForCausalLM.from_pretrained
     monkeypatch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", killed)  # after the weights are written
     with pytest.raises(KeyboardInterrupt):
-        tiny_base_model(0)
+        tiny_base_model(0, 2)
     assert not list(quick_recipe.iterdir())
     monkeypatch.undo()
-    monkeypatch.setattr(base_model, "NUM_STEPS", 2)
     monkeypatch.setenv("GRPO_CACHE", str(quick_recipe))
-    assert saved(tiny_base_model(0)).num_parameters() > 0
+    assert saved(tiny_base_model(0, 2)).num_parameters() > 0
 
 
 def test_a_changed_recipe_is_another_model(
     quick_recipe: Path, monkeypatch: pytest.MonkeyPatch, dataset: JSONLinesDataset
 ) -> None:
-    folder = tiny_base_model(0)
+    folder = tiny_base_model(0, 2)
     changed = quick_recipe / "train.jsonl"
     changed.write_bytes(base_model.TRAIN_FILE.read_bytes() + b"\n")
     monkeypatch.setattr(base_model, "TRAIN_FILE", changed)
-    assert tiny_base_model(0) != folder
+    assert tiny_base_model(0, 2) != folder
+
+
+def test_the_default_number_of_steps_is_the_recipes() -> None:
+    assert load_config().base_steps == base_model.NUM_STEPS
 
 
 def test_building_does_not_touch_the_callers_random_state(tokenizer) -> None:
