@@ -14,8 +14,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from grpo.evaluation import wilson_interval
-
 ROOT = Path(__file__).resolve().parent.parent
 TOY = ROOT / "benchmarks" / "results" / "toy.json"
 TUNED_ON, CONFIRMED_ON = range(5), range(5, 10)
@@ -87,14 +85,8 @@ def summary(runs: Runs) -> str:
 
 
 def output(runs: Runs) -> str:
-    """What the default run prints, from its recorded curve."""
-    run = runs["grpo-0"]
-    num_problems = 500  # of the evaluation file
-    lines = []
-    for step, accuracy in run["held_out_curve"]:
-        low, high = wilson_interval(round(accuracy * num_problems), num_problems)
-        lines.append(f"step {step:4d}  held-out accuracy {accuracy:.3f} [{low:.3f}, {high:.3f}] of {num_problems}  …")
-    return "\n".join(["```text", "$ python train_grpo.py", *lines, "```"])
+    """What the default run printed, its progress bars aside."""
+    return "\n".join(["```text", "$ python train_grpo.py", runs["grpo-0"]["printed"].strip(), "```"])
 
 
 def seeds_table(runs: Runs) -> str:

@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 import transformers
+from PIL import Image
 from tqdm import tqdm
 
 from grpo.base_model import parse_problem, supervised_loss, tiny_base_model, worked_answer
@@ -39,12 +40,14 @@ from grpo.config import Config, load_config
 from grpo.data import JSONLinesDataset, samples_for_step
 from grpo.evaluation import pass_at_k, wilson_interval
 from grpo.policy import load_policy, make_optimizer, set_learning_rate
+from grpo.records import read_jsonl
 from grpo.rollout import generate_completions, step_seed
 from reward_model import MathRewardModel, math_reward
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "toy.json"
 TEST_FILE = ROOT / "data" / "math_tasks_test.jsonl"
+PICTURE = ROOT / "docs" / "training_curves.png"
 KINDS = ("grpo", "shuffled", "rejection_sampling")
 NUM_SAMPLES = 16  # completions a problem for pass@16
 
@@ -109,17 +112,17 @@ def describe(folder: Path, config: Config) -> dict[str, Any]:
 def run_command(seed: int, output: Path, *flags: str) -> dict[str, Any]:
     """`python train_grpo.py` in a process of its own: its wall clock, its parts, its peak memory."""
     shutil.rmtree(output, ignore_errors=True)
-    log = output.with_suffix(".log")
+    printed, bars = output.with_suffix(".out"), output.with_suffix(".err")
     command = ["train_grpo.py", f"--seed={seed}", f"--base_seed={seed}", f"--output_dir={output}", *flags]
     start = time.perf_counter()
-    with log.open("w") as file:
-        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=file, stderr=file)
+    with printed.open("w") as out, bars.open("w") as err:
+        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=out, stderr=err)
         _, status, usage = os.wait4(process.pid, 0)
     total = time.perf_counter() - start
     if status:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{log.read_text()[-2000:]}")
-    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    bar = re.findall(r"building the tiny base model.*?(\d+)/\1 \[.*?, *([\d.]+)step/s\]", log.read_text())
+        raise RuntimeError(f"{' '.join(command)} failed:\n{bars.read_text()[-2000:]}")
+    rows = read_jsonl(output / "metrics.jsonl")
+    bar = re.findall(r"building the tiny base model.*?(\d+)/\1 \[.*?, *([\d.]+)step/s\]", bars.read_text())
     return {
         "command": " ".join(["python", *command]).replace(str(output), "…"),
         "seconds": {
@@ -131,12 +134,15 @@ def run_command(seed: int, output: Path, *flags: str) -> dict[str, Any]:
         },
         "peak_memory_gb": usage.ru_maxrss * 1024 / 1e9,  # ru_maxrss counts KiB on Linux
         "held_out_curve": [[row["step"], row["eval/accuracy"]] for row in rows if "eval/accuracy" in row],
+        "printed": printed.read_text().replace(str(output), "checkpoints"),
     }
 
 
 def measure_grpo(seed: int, config: Config, work: Path) -> dict[str, Any]:
     shutil.rmtree(Path(os.environ["GRPO_CACHE"]), ignore_errors=True)  # so that the time includes the base model
     run = run_command(seed, work / f"grpo-{seed}")
+    if seed == 0:  # the default run: its picture, in 64 colours, is the README's
+        Image.open(work / "grpo-0/training_curves.png").convert("RGB").quantize(64).save(PICTURE, optimize=True)
     return {
         "base": describe(tiny_base_model(seed), config),
         "final": describe(work / f"grpo-{seed}/final", config),

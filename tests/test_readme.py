@@ -1,16 +1,26 @@
 """The README tells the truth: its numbers, tags, commands, flags, files and metric names."""
 
+import dataclasses
+import inspect
+import itertools
 import json
 import re
-import subprocess
-import sys
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.readme import BLOCKS, TOY, rendered
-from grpo.config import TYPES
-from tests.test_train import EVERY_EVALUATION, EVERY_STEP
+from grpo.advantages import group_advantages
+from grpo.base_model import build_model, train_tokenizer
+from grpo.config import TYPES, Options, load_config
+from grpo.dry_run import load_skeleton
+from grpo.policy import load_policy
+from grpo.rollout import generate_completions
+from reward_model import load_rewards, score_completions
+from tests.test_train import EVERY_EVALUATION, EVERY_STEP, small, train  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -60,25 +70,122 @@ def test_its_two_commands_are_the_ones_ci_runs() -> None:
     ]
 
 
+OWN_FLAGS = {
+    "train_grpo.py": {"config", "help", *(field.name for field in dataclasses.fields(Options))},
+    "evaluate.py": {"config", "help", "compare", "data", "k", "prompt", "output"},
+    "-m grpo.plots": {"output", "help"},
+}
+
+
 def test_every_flag_it_names_exists() -> None:
-    flags = set(re.findall(r"--(\w+)", README)) - {"help", "config"}
+    flags = set(re.findall(r"(?<![\w-])--(\w+)", README))
     assert flags
-    assert flags <= set(TYPES)
+    assert flags <= set(TYPES).union(*OWN_FLAGS.values())
 
 
-def test_every_command_it_shows_is_accepted() -> None:
-    commands = re.findall(r"^python train_grpo.py (.*?)(?: +#.*)?$", README, flags=re.MULTILINE)
-    assert len(commands) >= 3
-    for arguments in commands:
-        code = f"import shlex; from grpo.config import parse_command_line as p; p('', shlex.split({arguments!r}))"
-        result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
+def commands() -> list[tuple[str, list[str]]]:
+    """Every line of a code block that starts with python: the script and its arguments."""
+    found = []
+    for block in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL):
+        for line in block.splitlines():
+            words = shlex.split(line, comments=True)
+            if words[0] == "python":
+                script = " ".join(words[1:3]) if words[1] == "-m" else words[1]
+                found.append((script, words[len(script.split()) + 1 :]))
+    return found
+
+
+def test_it_shows_every_command() -> None:
+    assert {script for script, _ in commands()} == set(OWN_FLAGS)
+    assert len(commands()) > 12
+
+
+@pytest.mark.parametrize(("script", "arguments"), commands())
+def test_every_command_it_shows_is_accepted(script: str, arguments: list[str]) -> None:
+    """Flags exist for this script, settings have allowed values, files exist."""
+    own = OWN_FLAGS[script]
+    flags = [word.removeprefix("--") for word in arguments if word.startswith("--")]
+    assert set(flags) <= own | (set() if script == "-m grpo.plots" else set(TYPES))
+    pairs = dict(itertools.pairwise(arguments))
+    overrides = [f"{flag}={pairs[f'--{flag}']}" for flag in flags if flag in TYPES]
+    config = load_config(pairs.get("--config"), overrides)
+    assert all((ROOT / path).exists() for path in (config.train_file, config.eval_file))
+    assert "--data" not in pairs or (ROOT / pairs["--data"]).is_file()
+
+
+def test_the_snippet_that_loads_the_trained_model_answers(
+    small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (snippet,) = [
+        code for code in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if "from_pretrained" in code
+    ]
+    assert snippet.count('"checkpoints/final"') == 2
+    monkeypatch.chdir(tmp_path)
+    train(small | {"num_train_steps": 1}, tmp_path / "checkpoints")
+    capsys.readouterr()
+    exec(snippet, {})
+    answer = capsys.readouterr().out
+    model, tokenizer = load_policy("checkpoints/final", base_seed=0, device=torch.device("cpu"))
+    (expected,) = generate_completions(
+        model, tokenizer, ["What is 47 + 38? Answer with an integer."], group_size=1, max_completion_length=28,
+        temperature=0.0,
+    ).completions  # fmt: skip
+    assert answer == expected + "\n"
+
+
+def test_the_reward_it_shows_runs_with_the_command_it_shows(
+    small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (code,) = [code for code in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if "def brevity" in code]
+    (tmp_path / "my_rewards.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (rewards,) = [dict(itertools.pairwise(a))["--rewards"] for _, a in commands() if "my_rewards" in " ".join(a)]
+    rows = train(small | {"num_train_steps": 1, "rewards": rewards}, tmp_path / "run")
+    assert "rewards/my_rewards:brevity/mean" in rows[1]
+    scores = score_completions(
+        load_rewards(["my_rewards:brevity"]),
+        [{"prompt": "p", "answer": "85"}] * 3,
+        ["85", "7+8=15 85", "no"],
+        [[1]] * 3,
+    )
+    assert scores.combined.tolist() == pytest.approx([1.0, 0.3, 0.0])
+
+
+def test_the_numbers_it_types_are_the_settings() -> None:
+    config = load_config()
+    assert f"(`kl_coeff` {config.kl_coeff})" in README
+    assert f"max_new_tokens={config.max_completion_length}" in README
+    assert config.learning_rate == 5e-4
+    assert "toy's 5e-4" in README
+    assert inspect.signature(group_advantages).parameters["eps"].default == 1e-4
+    assert "+ 1e-4)" in README
+    assert build_model(train_tokenizer(["What is 1 + 2?"]), 0).config.num_hidden_layers == 2
+    weights = load_skeleton("tiny")[0].num_parameters()
+    assert f"Llama of {weights / 1e6:.2f} M weights" in README
+
+
+def test_every_function_of_the_algorithm_is_where_it_says() -> None:
+    pairs = re.findall(r"\| `(\w+)` in `([\w/.]+)` \|", README)
+    assert len(pairs) == 9
+    for name, path in pairs:
+        assert f"def {name}(" in (ROOT / path).read_text(), name
+
+
+def test_its_picture_is_there_and_small() -> None:
+    (path,) = re.findall(r"!\[.*?\]\((.*?)\)", README)
+    assert (ROOT / path).read_bytes().startswith(b"\x89PNG")
+    assert (ROOT / path).stat().st_size < 150_000
+
+
+def test_it_answers_the_eleven_questions() -> None:
+    questions = README.split("## Questions")[1].split("## Limits")[0]
+    assert re.findall(r"^(\d+)\. \*\*", questions, flags=re.MULTILINE) == [str(n) for n in range(1, 12)]
 
 
 def test_every_file_it_names_exists() -> None:
-    names = set(re.findall(r"\b(?:grpo|data|benchmarks|docs)/[\w./]*\w", README))
-    names |= set(re.findall(r"[\w-]+\.(?:py|yaml|txt)\b", README))
-    names -= {path.name for folder in ("grpo", "data", "benchmarks") for path in (ROOT / folder).iterdir()}
+    names = set(re.findall(r"(?<![\w/])(?:grpo|data|benchmarks|docs|configs)/[\w./]*\w", README))
+    names |= set(re.findall(r"[\w-]+\.(?:py|yaml|txt)\b", README)) - {"my_rewards.py"}
+    names -= {path.name for folder in ("grpo", "data", "benchmarks", "configs") for path in (ROOT / folder).iterdir()}
     assert names
     assert [name for name in names if not (ROOT / name).exists()] == []
 
@@ -95,15 +202,13 @@ def test_every_core_file_says_where_it_stands_in_the_reading_order() -> None:
 
 
 def test_every_metric_is_defined() -> None:
-    glossary = README.split("| metric | meaning |")[1].split("## Files")[0]
+    glossary = README.split("| metric | meaning and formula |")[1].split("## Files")[0]
     named = set()
     for row in glossary.splitlines():
         last = ""
         for name in re.findall(r"`([^`]+)`", row.split("|")[1] if row.startswith("|") else ""):
-            if name.startswith("…_"):
-                name = last.rsplit("accuracy", 1)[0] + "accuracy" + name[1:]
-            elif name.startswith("…/"):
+            if name.startswith("…/"):
                 name = last.rsplit("/", 1)[0] + name[1:]
             last = name
             named.add(name.replace("{name}", "math"))
-    assert named | {"step"} == EVERY_STEP | EVERY_EVALUATION
+    assert named == EVERY_STEP | EVERY_EVALUATION

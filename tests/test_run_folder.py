@@ -71,7 +71,7 @@ def start(settings: dict[str, Any], folder: Path, *, overwrite: bool = False, **
 def fail(config: Config, error: Exception) -> None:
     """A run that raises as soon as it has begun."""
     with open_run(config, Options()) as run:
-        run.begin(config, base_sha256="", examples=[])
+        run.begin(base_sha256="", examples=[])
         raise error
 
 
@@ -135,7 +135,7 @@ def test_a_second_run_is_refused_while_the_first_one_lasts_also_after_it_moved_a
             with pytest.raises(InputError, match="in use by another run"), open_run(config, Options()):
                 pytest.fail("two runs in one folder")
             if not run.is_training:
-                run.begin(config, base_sha256="", examples=[])
+                run.begin(base_sha256="", examples=[])
     assert len(names_in(tmp_path)) == 2
 
 
@@ -193,7 +193,7 @@ def test_one_completion_is_enough_for_a_run_to_be_missed(small: dict[str, Any], 
     """Also without a checkpoint: the samples of two hundred steps may be all that somebody wanted."""
     config = settings_of(tmp_path / "run", **small)
     with open_run(config, Options()) as run:
-        run.begin(config, base_sha256="", examples=[])
+        run.begin(base_sha256="", examples=[])
         run.append({"step": 1}, [{"step": 1}])
     with pytest.raises(InputError, match="unfinished run"), open_run(config, Options()):
         pytest.fail("deleted or moved")
@@ -205,7 +205,7 @@ def test_a_run_stopped_before_its_first_step_is_replaced_without_a_word(
     folder = tmp_path / "run"
     config = settings_of(folder, **small)
     with open_run(config, Options()) as run:
-        run.begin(config, base_sha256="", examples=[])
+        run.begin(base_sha256="", examples=[])
         run.append({"step": 0, "eval/accuracy": 0.0})
     (folder / "best").mkdir()
     (folder / "best" / "about.json").write_text('{"value": 99}')
@@ -303,16 +303,16 @@ def test_a_command_that_fails_leaves_the_earlier_run_where_it_was(
     assert (folder / "final" / "model.safetensors").is_file()
 
 
-def test_an_eval_metric_that_is_undefined_is_found_before_anything_is_moved(
+def test_rewards_that_apply_to_nothing_are_found_before_anything_is_moved(
     small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "silent.py").write_text("def fn(prompts, completions, **_):\n    return [None] * len(prompts)\n")
     monkeypatch.syspath_prepend(tmp_path)
     start(small, tmp_path / "run")
     before = (tmp_path / "run" / "run.json").read_bytes()
-    with pytest.raises(InputError, match="eval_metric: got eval/accuracy"):
+    with pytest.raises(InputError, match="rewards: none of them applies"):
         start(small, tmp_path / "run", rewards="[silent:fn]")
-    with pytest.raises(InputError, match="eval_metric: got eval/accuracy"):
+    with pytest.raises(InputError, match="rewards: none of them applies"):
         start(small, tmp_path / "new", rewards="[silent:fn]")
     assert (tmp_path / "run" / "run.json").read_bytes() == before
     assert not (tmp_path / "new").exists()
@@ -401,7 +401,7 @@ def test_run_json_is_unfinished_until_the_end(
 
     monkeypatch.setattr(train_grpo, "save_model", spy)
     start(small, tmp_path / "run")
-    assert seen == [("best", None), ("final", None)]
+    assert seen == [("final", None)]
     assert facts_of(tmp_path / "run")["finished"]
 
 
@@ -425,20 +425,12 @@ def test_a_failed_run_says_how_to_go_on(small: dict[str, Any], tmp_path: Path) -
     assert str(raised.value) == f"the reward is broken; no checkpoint was saved yet; to go on: {command}"
     for step in (900, 1000000, 20):
         (tmp_path / "my run" / f"step-{step:06d}").mkdir()
-    assert RunFolder(tmp_path / "my run").how_to_go_on() == f"step 1000000 is saved; to go on: {command}"
-    assert RunFolder(Path("checkpoints")).how_to_go_on().endswith("python train_grpo.py --resume")
-
-
-def test_the_first_of_equals_stays_the_best(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path)
-    assert run.is_best(-5.0)
-    (tmp_path / "best").mkdir()
-    (tmp_path / "best" / "about.json").write_text('{"step": 1, "value": 0.5}')
-    assert [run.is_best(value) for value in (0.4, 0.5, 0.6)] == [False, False, True]
+    assert RunFolder(config).how_to_go_on() == f"step 1000000 is saved; to go on: {command}"
+    assert RunFolder(settings_of(Path("checkpoints"))).how_to_go_on().endswith("python train_grpo.py --resume")
 
 
 def test_the_bar_shows_the_newest_numbers(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path)
+    run = RunFolder(settings_of(tmp_path))
     assert run.status() == {}
     run.append({"step": 0, "eval/accuracy": 0.25})
     run.append({"step": 1, "reward": 0.5, "completions/mean_length": 6.04}, [{"step": 1, "completion": "a"}])

@@ -1,0 +1,633 @@
+"""Checkpoints and --resume: an interrupted run goes on, bit for bit, as the run that was never interrupted."""
+
+import dataclasses
+import errno
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import grpo.checkpoint
+import grpo.plots
+import train_grpo
+from grpo.checkpoint import (
+    checkpoints,
+    complete_folder,
+    remove_folder,
+    save_model,
+    sha256,
+    step_of,
+    weights_sha256,
+    write_atomically,
+)
+from grpo.config import MAY_CHANGE_ON_RESUME, TYPES, InputError, Options, RunError, load_config, resumed_config
+from tests import test_train as helpers
+from tests.test_train import read, resume, train
+
+small = helpers.small  # the fixture
+
+FOUR = {"num_train_steps": 4, "save_every": 2, "eval_every": 2, "warmup_steps": 1}  # changes to `small`
+CLOCKS = ("step_time", "rollout_time", "update_time", "eval/time")
+
+FLAKY = """
+broken = True
+num_batches = 0
+
+def fn(prompts, completions, **_):
+    global num_batches
+    num_batches += len(set(prompts)) < len(prompts)  # groups, not an evaluation; the first ones are the pre-flight's
+    if broken and num_batches == {batch}:
+        raise ValueError("no such luck")
+    return [sum(letter in "02468" for letter in text) / max(len(text), 1) for text in completions]
+"""
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take longer than these runs."""
+    monkeypatch.setattr(grpo.plots, "_save", lambda figure, path: None)
+
+
+@pytest.fixture(scope="module")
+def whole(small: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of four steps with checkpoints after the second and the fourth; not to be touched."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grpo.plots, "_save", lambda figure, path: None)
+        train(small, folder, **FOUR)
+    return folder
+
+
+def interrupted(whole: Path, folder: Path, *, after: int = 2) -> Path:
+    """A copy of a finished run as a power cut leaves it: killed while it worked at what comes after step `after`."""
+    shutil.copytree(whole, folder)
+    for step in checkpoints(folder):
+        if step_of(step) > after:
+            shutil.rmtree(step)
+    shutil.rmtree(folder / "final")
+    facts = json.loads((folder / "run.json").read_text())
+    facts["settings"]["output_dir"] = str(folder)
+    (folder / "run.json").write_text(json.dumps(facts | {"finished": None}))
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        with (folder / name).open("a") as file:
+            file.write('{"step": 99, "reward": 1e9}\n{"step": 100, "rew')
+    return folder
+
+
+def undisturbed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows without what a clock says."""
+    return [{key: value for key, value in row.items() if key not in CLOCKS} for row in rows]
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    """Samples, metrics, weights, optimizer: every bit."""
+    assert (first / "samples.jsonl").read_bytes() == (second / "samples.jsonl").read_bytes()
+    rows = [read(folder / "metrics.jsonl") for folder in (first, second)]
+    assert undisturbed(rows[0]) == undisturbed(rows[1])
+    last = checkpoints(first)[-1].name
+    for name in ("final", "best", last):
+        assert (first / name / "model.safetensors").read_bytes() == (second / name / "model.safetensors").read_bytes()
+    states = [torch.load(folder / last / "optimizer.pt", weights_only=True) for folder in (first, second)]
+    assert states[0]["param_groups"] == states[1]["param_groups"]
+    assert states[0]["state"].keys() == states[1]["state"].keys()
+    assert len(states[0]["state"]) > 10
+    for weight, moments in states[0]["state"].items():
+        assert set(moments) == {"step", "exp_avg", "exp_avg_sq"}
+        for name, value in moments.items():
+            assert torch.equal(value, states[1]["state"][weight][name])
+    assert (first / last / "reference.safetensors").is_file() == (second / last / "reference.safetensors").is_file()
+
+
+# The same run
+
+
+@pytest.mark.parametrize("num_iterations", [1, 2])
+@pytest.mark.parametrize("ref_update_every", [0, 1])
+@pytest.mark.parametrize("kl_coeff", [0, 0.1])
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
+    small: dict[str, Any], tmp_path: Path, kl_coeff: float, ref_update_every: int, num_iterations: int
+) -> None:
+    changes = {"kl_coeff": kl_coeff, "ref_update_every": ref_update_every, "num_iterations": num_iterations}
+    train(small, tmp_path / "whole", **FOUR, **changes)
+    folder = interrupted(tmp_path / "whole", tmp_path / "run")
+    rows = resume(folder)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert_same_run(tmp_path / "whole", folder)
+    moved = (folder / "step-000004" / "reference.safetensors").is_file()
+    assert moved == (kl_coeff > 0 and ref_update_every > 0)
+
+
+def test_a_reference_that_moved_is_saved_with_its_weights(small: dict[str, Any], tmp_path: Path) -> None:
+    train(small, tmp_path / "run", **FOUR, ref_update_every=3)
+    base = AutoModelForCausalLM.from_pretrained(small["model_name"]).state_dict()
+    name = "model.layers.0.mlp.up_proj.weight"
+    saved = [load_file(tmp_path / "run" / f"step-00000{step}" / "reference.safetensors")[name] for step in (2, 4)]
+    assert torch.equal(saved[0], base[name])
+    assert not torch.equal(saved[1], base[name])
+    assert not torch.equal(saved[1], load_file(tmp_path / "run" / "step-000004" / "model.safetensors")[name])
+
+
+def test_a_run_that_only_lacks_its_end_gets_it(whole: Path, tmp_path: Path) -> None:
+    """Killed between the last checkpoint and final/: nothing is left to train."""
+    folder = interrupted(whole, tmp_path / "run", after=4)
+    resume(folder)
+    assert_same_run(whole, folder)
+    assert json.loads((folder / "run.json").read_text())["finished"]
+
+
+def test_run_json_remembers_every_resume(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train_grpo.py", "--resume"])
+    folder = interrupted(whole, tmp_path / "run")
+    resume(folder)
+    resume(folder, num_train_steps=5)
+    before, after = (json.loads((path / "run.json").read_text()) for path in (whole, folder))
+    assert [entry["after_step"] for entry in after["resumed"]] == [2, 4]
+    assert set(after["resumed"][0]) == {"after_step", "at", "command", "commit", "versions"}
+    assert after["resumed"][0]["command"] == ["train_grpo.py", "--resume"]
+    for key in ("started", "command", "base_sha256", "examples"):
+        assert after[key] == before[key]
+    assert (before["settings"]["num_train_steps"], after["settings"]["num_train_steps"]) == (4, 5)
+
+
+def test_without_a_checkpoint_the_run_begins_again(whole: Path, tmp_path: Path) -> None:
+    folder = interrupted(whole, tmp_path / "run", after=0)
+    resume(folder)
+    assert_same_run(whole, folder)
+    assert json.loads((folder / "run.json").read_text())["resumed"] == []
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]  # nothing was moved aside
+
+
+def test_only_the_newest_checkpoints_are_kept(small: dict[str, Any], tmp_path: Path) -> None:
+    train(small, tmp_path / "run", num_train_steps=5, save_every=1, keep_checkpoints=3)
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-000003", "step-000004", "step-000005"]
+    resume(tmp_path / "run", num_train_steps=6, keep_checkpoints=1)
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-000006"]
+
+
+def test_what_a_killed_process_left_half_written_is_removed(whole: Path, tmp_path: Path) -> None:
+    folder = interrupted(whole, tmp_path / "run")
+    (folder / ".step-000004.123.unfinished").mkdir()
+    (folder / ".step-000004.123.unfinished" / "model.safetensors").write_text("half of it")
+    (folder / ".run.json.123.unfinished").write_text("{")
+    resume(folder)
+    assert not list(folder.glob(".*unfinished*"))
+    assert_same_run(whole, folder)
+
+
+# A finished run, and more steps
+
+
+def test_a_finished_run_says_so_and_is_left_alone(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    before = (tmp_path / "run" / "run.json").read_bytes()
+    for changes in ({}, {"num_train_steps": 3}):
+        with pytest.raises(SystemExit) as raised:
+            resume(tmp_path / "run", **changes)
+        assert raised.value.code == 0
+        said = capsys.readouterr().out
+        assert f"already at step 4 of {changes.get('num_train_steps', 4)}" in said
+        assert "--num_train_steps" in said
+    assert (tmp_path / "run" / "run.json").read_bytes() == before
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
+def test_more_steps_go_on_and_the_jump_of_the_learning_rate_is_said(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    rows = resume(tmp_path / "run", num_train_steps=6)
+    assert [row["step"] for row in rows] == list(range(7))
+    said = capsys.readouterr().out
+    assert "Going on after step 4 of 6" in said
+    # after 1 step of warm-up a cosine over 3 has come to 0, one over 5 is at cos^2(3/5 * pi/2) = 0.3455 of 5e-4
+    assert "jumps from 0 to 0.000173" in said
+    assert rows[5]["learning_rate"] == pytest.approx(0.345491503 * 5e-4)
+    assert undisturbed(rows[:5]) == undisturbed(read(whole / "metrics.jsonl"))
+
+
+def test_a_constant_learning_rate_does_not_jump(
+    small: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So that N steps and N more are those of one run of 2N."""
+    constant = FOUR | {"lr_schedule": "constant", "eval_every": 4}
+    train(small, tmp_path / "whole", **constant)
+    train(small, tmp_path / "run", **(constant | {"num_train_steps": 2}))
+    capsys.readouterr()
+    resume(tmp_path / "run", num_train_steps=4)
+    assert "jump" not in capsys.readouterr().out
+    assert (tmp_path / "run" / "samples.jsonl").read_bytes() == (tmp_path / "whole" / "samples.jsonl").read_bytes()
+    finals = [(tmp_path / name / "final" / "model.safetensors").read_bytes() for name in ("run", "whole")]
+    assert finals[0] == finals[1]
+
+
+# What may not change
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model_name", "tiny"), ("base_seed", 1), ("train_file", "data/math_tasks_train.jsonl"),
+        ("eval_file", "data/math_tasks_eval.jsonl"), ("rewards", "[math]"), ("batch_size", 8), ("group_size", 8),
+        ("max_completion_length", 7), ("temperature", 0.5), ("kl_coeff", 0), ("ref_update_every", 1),
+        ("learning_rate", 1e-3), ("lr_schedule", "constant"), ("num_iterations", 2), ("num_minibatches", 2),
+        ("seed", 1), ("eval_metric", "eval/reward"), ("dtype", "bfloat16"),
+    ],
+)  # fmt: skip
+def test_a_setting_that_would_make_it_another_run_is_refused(whole: Path, key: str, value: object) -> None:
+    with pytest.raises(InputError) as raised:
+        resumed_config(None, [f"output_dir={whole}", f"{key}={value}"])
+    assert str(raised.value).startswith(f"--resume: {key}: got ")
+    assert all(name in str(raised.value) for name in MAY_CHANGE_ON_RESUME)
+
+
+def test_a_settings_file_may_change_no_more_than_a_flag(whole: Path, tmp_path: Path) -> None:
+    (tmp_path / "more.yaml").write_text(f"num_train_steps: 9\noutput_dir: {whole}\n")
+    assert resumed_config(tmp_path / "more.yaml").num_train_steps == 9
+    (tmp_path / "more.yaml").write_text(f"seed: 9\noutput_dir: {whole}\n")
+    with pytest.raises(InputError, match=r"^--resume: seed: got 9, the run in .* has 0"):
+        resumed_config(tmp_path / "more.yaml")
+
+
+def test_what_may_change_changes_and_everything_else_is_the_runs_own(whole: Path) -> None:
+    changes = {"num_train_steps": 9, "eval_every": 3, "save_every": 5, "keep_checkpoints": 7, "micro_batch_size": 2}
+    config = resumed_config(None, [f"output_dir={whole}"] + [f"{key}={value}" for key, value in changes.items()])
+    recorded = json.loads((whole / "run.json").read_text())["settings"]
+    assert set(changes) | {"device"} == set(MAY_CHANGE_ON_RESUME)
+    for key in TYPES:
+        assert getattr(config, key) == changes.get(key, recorded[key]), key
+
+
+def test_a_run_may_be_copied_elsewhere_before_it_goes_on(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "elsewhere")
+    resume(tmp_path / "elsewhere", num_train_steps=5)
+    settings = json.loads((tmp_path / "elsewhere" / "run.json").read_text())["settings"]
+    assert settings["output_dir"] == str(tmp_path / "elsewhere")
+    assert len(read(whole / "metrics.jsonl")) == 5
+
+
+def test_another_base_under_the_same_name_is_no_new_anchor(small: dict[str, Any], whole: Path, tmp_path: Path) -> None:
+    folder = interrupted(whole, tmp_path / "run")
+    shutil.copytree(small["model_name"], tmp_path / "model")
+    facts = json.loads((folder / "run.json").read_text())
+    facts["settings"]["model_name"] = str(tmp_path / "model")
+    (folder / "run.json").write_text(json.dumps(facts))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        model.lm_head.weight[3, 5] += 1e-3
+    model.save_pretrained(tmp_path / "model")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+    with pytest.raises(InputError) as raised:
+        resume(folder)
+    assert "--resume: model_name no longer has the weights that this run started from" in str(raised.value)
+    assert facts["base_sha256"][:12] in str(raised.value)
+    assert before == {path: path.read_bytes() for path in before}  # not even the half lines were cut off
+
+
+# Damage
+
+
+def truncate(folder: Path) -> str:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    return "model.safetensors differs from its checksum"
+
+
+def flip_a_bit(folder: Path) -> str:
+    content = bytearray((folder / "optimizer.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "optimizer.pt").write_bytes(content)
+    return "optimizer.pt differs from its checksum"
+
+
+def lose_a_file(folder: Path) -> str:
+    (folder / "optimizer.pt").unlink()
+    return "optimizer.pt is missing"
+
+
+def lose_the_list(folder: Path) -> str:
+    (folder / "checkpoint.json").unlink()
+    return "checkpoint.json cannot be read"
+
+
+def garble_the_list(folder: Path) -> str:
+    (folder / "checkpoint.json").write_text('{"step": 4, "sha')
+    return "checkpoint.json cannot be read"
+
+
+def empty_the_folder(folder: Path) -> str:
+    shutil.rmtree(folder)
+    folder.mkdir()
+    return "checkpoint.json cannot be read"
+
+
+DAMAGES = [truncate, flip_a_bit, lose_a_file, lose_the_list, garble_the_list, empty_the_folder]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_a_damaged_checkpoint_is_named_with_a_way_on_that_works(
+    whole: Path, tmp_path: Path, damage: Callable[[Path], str]
+) -> None:
+    folder = interrupted(whole, tmp_path / "run", after=4)
+    problem = damage(folder / "step-000004")
+    before = (folder / "samples.jsonl").read_bytes()
+    with pytest.raises(InputError) as raised:
+        resume(folder)
+    newest = folder / "step-000004"
+    assert str(raised.value) == (
+        f"--resume: {newest} is damaged: {problem}; to go on without it: "
+        f"rm -r {newest} && python train_grpo.py --resume --output_dir {folder}"
+    )
+    assert (folder / "samples.jsonl").read_bytes() == before
+    shutil.rmtree(newest)
+    resume(folder)
+    assert_same_run(whole, folder)
+
+
+def test_an_older_checkpoint_that_is_damaged_does_not_matter(whole: Path, tmp_path: Path) -> None:
+    folder = interrupted(whole, tmp_path / "run", after=4)
+    truncate(folder / "step-000002")
+    resume(folder, num_train_steps=5)
+    assert [row["step"] for row in read(folder / "metrics.jsonl")] == [0, 1, 2, 3, 4, 5]
+
+
+def test_with_no_good_checkpoint_left_overwrite_is_named(small: dict[str, Any], whole: Path, tmp_path: Path) -> None:
+    folder = interrupted(whole, tmp_path / "run", after=4)
+    truncate(folder / "step-000002")
+    problem = lose_a_file(folder / "step-000004")
+    with pytest.raises(InputError) as raised:
+        resume(folder)
+    command = re.search(r"rm -r (.*) && (.*)", str(raised.value))
+    assert command is not None
+    assert problem in str(raised.value)
+    assert set(command[1].split()) == {str(folder / "step-000004"), str(folder / "step-000002")}
+    assert command[2] == f"python train_grpo.py --overwrite --output_dir {folder}"
+    config = load_config(None, [f"{key}={value}" for key, value in (small | {"output_dir": folder}).items()])
+    train_grpo.main(config, Options(overwrite=True))
+    assert [row["step"] for row in read(folder / "metrics.jsonl")] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
+def test_rows_that_the_checkpoint_counts_on_must_be_there(whole: Path, tmp_path: Path, name: str) -> None:
+    folder = interrupted(whole, tmp_path / "run")
+    (folder / name).write_bytes((folder / name).read_bytes()[:200])
+    with pytest.raises(InputError, match=rf"--resume: .*{name} is shorter than it was at step 2"):
+        resume(folder)
+    (folder / name).unlink()
+    with pytest.raises(InputError, match=rf"--resume: .*{name}"):
+        resume(folder)
+
+
+# Failures on the way
+
+
+def flaky(folder: Path, name: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reward module of the user's that raises at this batch of groups, until it is mended."""
+    (folder / f"{name}.py").write_text(FLAKY.format(batch=batch))
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+
+
+def test_a_reward_that_raises_costs_no_step(
+    small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flaky(tmp_path, "flaky_at_3", 4, monkeypatch)
+    settings = small | FOUR | {"rewards": "[flaky_at_3:fn]", "save_every": 50}
+    folder = tmp_path / "run"
+    with pytest.raises(RunError) as raised:
+        train(settings, folder)
+    assert str(raised.value) == (
+        "reward flaky_at_3:fn raised ValueError: no such luck (flaky_at_3.py, line 9); step 2 is saved; "
+        f"to go on: python train_grpo.py --resume --output_dir {folder}"
+    )
+    assert [path.name for path in checkpoints(folder)] == ["step-000002"]
+    assert [row["step"] for row in read(folder / "metrics.jsonl")] == [0, 1, 2]
+    sys.modules["flaky_at_3"].broken = False  # type: ignore[attr-defined]
+    resume(folder)
+    train(settings, tmp_path / "whole")
+    assert_same_run(tmp_path / "whole", folder)
+
+
+def test_a_reward_that_raises_at_once_leaves_nothing_to_save(
+    small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flaky(tmp_path, "flaky_at_1", 2, monkeypatch)
+    with pytest.raises(RunError, match=r"no such luck .*; no checkpoint was saved yet; to go on: .* --resume"):
+        train(small | FOUR | {"rewards": "[flaky_at_1:fn]"}, tmp_path / "run")
+    sys.modules["flaky_at_1"].broken = False  # type: ignore[attr-defined]
+    resume(tmp_path / "run")
+    assert [row["step"] for row in read(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("PytorchStreamWriter failed writing file"), OSError(errno.ENOSPC, "No space left on device")],
+    ids=["torch", "system"],
+)
+def test_a_full_disk_costs_only_the_checkpoint_that_did_not_fit(
+    small: dict[str, Any], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    folder = tmp_path / "run"
+    save = torch.save
+
+    def save_once(content: object, path: Path) -> None:
+        if "step-000004" in str(path):
+            path.write_bytes(b"half of it")
+            raise error
+        save(content, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(grpo.checkpoint.torch, "save", save_once)
+        with pytest.raises(RunError) as raised:
+            train(small, folder, **FOUR)
+    reason = error.strerror if isinstance(error, OSError) else str(error)
+    assert str(raised.value).startswith(f"{folder / 'step-000004'} cannot be written: {reason}; step 2 is saved; ")
+    assert [path.name for path in checkpoints(folder)] == ["step-000002"]
+    assert not list(folder.glob(".*unfinished*"))
+    resume(folder)
+    assert_same_run(whole, folder)
+
+
+def test_a_loss_that_is_not_finite_leaves_its_batch(small: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(RunError) as raised:
+        train(small, folder, **(FOUR | {"learning_rate": 1e30, "save_every": 1}))
+    path = next(folder.glob("failed-*.jsonl"))
+    step = int(path.stem.removeprefix("failed-"))
+    assert re.match(rf"step {step}: loss \S+, gradient norm nan; the batch lies in {path}; try", str(raised.value))
+    assert f"step {step - 1} is saved" in str(raised.value)
+    rows, tensors = read(path), load_file(path.with_suffix(".safetensors"))
+    assert [row["step"] for row in rows] == [step] * 16
+    assert rows[0].keys() == read(folder / "samples.jsonl")[0].keys()
+    assert set(tensors) == {
+        "prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "sampling_logps", "is_truncated",
+        "advantages",
+    }  # fmt: skip
+    assert {len(tensor) for tensor in tensors.values()} == {16}
+    assert tensors["advantages"].flatten().tolist() == pytest.approx([row["advantage"] for row in rows])
+    assert read(folder / "metrics.jsonl")[-1]["step"] == step - 1
+
+
+# best/
+
+
+def test_best_is_the_best_and_the_first_of_equals(
+    small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = iter([0.1, 0.5, 0.3, 0.5, 0.4])  # of steps 0 ... 4
+    evaluate = train_grpo.evaluate_greedy
+
+    def scripted(*arguments: Any, **settings: Any) -> Any:
+        return dataclasses.replace(evaluate(*arguments, **settings), reward=next(values))
+
+    monkeypatch.setattr(train_grpo, "evaluate_greedy", scripted)
+    changes = FOUR | {"eval_every": 1, "save_every": 1, "keep_checkpoints": 9, "eval_metric": "eval/reward"}
+    rows = train(small, tmp_path / "run", **changes)
+    assert [row["eval/reward"] for row in rows] == [0.1, 0.5, 0.3, 0.5, 0.4]
+    best = tmp_path / "run" / "best"
+    assert json.loads((best / "about.json").read_text()) == {"step": 1, "metric": "eval/reward", "value": 0.5}
+    weights = [(folder / "model.safetensors").read_bytes() for folder in checkpoints(tmp_path / "run")]
+    assert [(best / "model.safetensors").read_bytes() == bits for bits in weights] == [True, False, False, False]
+
+
+def test_a_resumed_run_keeps_a_better_best(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = interrupted(whole, tmp_path / "run")
+    about = json.loads((folder / "best" / "about.json").read_text())
+    (folder / "best" / "about.json").write_text(json.dumps(about | {"value": 0.99}))
+    resume(folder)
+    assert json.loads((folder / "best" / "about.json").read_text())["value"] == 0.99
+
+
+# Whole or absent
+
+
+def test_a_folder_appears_whole_and_replaces_the_earlier_one(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    for text in ("one", "two"):
+        with complete_folder(folder) as unfinished:
+            (unfinished / text).write_text(text)
+            assert not (folder / text).exists()
+        assert [path.name for path in folder.iterdir()] == [text]
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), RunError),
+        (RuntimeError("file write failed"), RunError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (TypeError("a bug of ours"), TypeError),
+    ],
+    ids=lambda value: getattr(value, "__name__", type(value).__name__),
+)
+def test_a_folder_that_could_not_be_written_leaves_the_earlier_one(
+    tmp_path: Path, error: BaseException, expected: type[BaseException]
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "earlier").write_text("safe")
+
+    def write() -> None:
+        with complete_folder(folder) as unfinished:
+            (unfinished / "half").write_text("hal")
+            raise error
+
+    with pytest.raises(expected) as raised:
+        write()
+    if expected is RunError:
+        assert str(raised.value).startswith(f"{folder} cannot be written: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    assert [path.name for path in folder.iterdir()] == ["earlier"]
+
+
+def test_the_faster_process_keeps_its_folder_where_nothing_is_to_be_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    with complete_folder(folder, replace=False) as unfinished:
+        (unfinished / "mine").write_text("")
+        folder.mkdir()
+        (folder / "theirs").write_text("")
+    assert [path.name for path in folder.iterdir()] == ["theirs"]
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_folder_without_a_parent_is_a_run_error(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"cannot be written: No such file"), complete_folder(tmp_path / "a" / "b"):
+        pytest.fail("there is nowhere to write to")
+
+
+def test_a_text_is_replaced_in_one_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run.json"
+    write_atomically(path, "größer\n")
+    write_atomically(path, "two\n")
+    assert path.read_text(encoding="utf-8") == "two\n"
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(RunError, match=r"run\.json cannot be written: No space left on device"):
+        write_atomically(path, "three\n")
+    assert path.read_text(encoding="utf-8") == "two\n"
+
+
+def test_a_removed_folder_is_gone_and_its_name_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "step-000001"
+    folder.mkdir()
+    (folder / "model.safetensors").write_text("")
+    seen = []
+    delete = shutil.rmtree
+
+    def spy(path: Path, **_: Any) -> None:
+        seen.append((folder.exists(), path.name.startswith("."), path.name.endswith(".unfinished")))
+        delete(path)
+
+    monkeypatch.setattr(grpo.checkpoint.shutil, "rmtree", spy)
+    remove_folder(folder)
+    assert seen == [(False, True, True)]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_checkpoints_are_sorted_by_number_and_nothing_else_counts(tmp_path: Path) -> None:
+    for name in ("step-1000000", "step-999999", "step-000002", "step-notes", ".step-000003.1.unfinished", "best"):
+        (tmp_path / name).mkdir()
+    assert [step_of(path) for path in checkpoints(tmp_path)] == [2, 999999, 1000000]
+
+
+def test_a_checkpoint_lists_all_its_files(whole: Path) -> None:
+    folder = whole / "step-000002"
+    state = json.loads((folder / "checkpoint.json").read_text())
+    assert state["step"] == 2
+    assert state["num_tokens"] == read(whole / "metrics.jsonl")[2]["num_tokens"]
+    assert set(state["sha256"]) == {path.name for path in folder.iterdir()} - {"checkpoint.json"}
+    assert state["sha256"]["optimizer.pt"] == sha256(folder / "optimizer.pt")
+    for name, rows in (("metrics.jsonl", 3), ("samples.jsonl", 32)):
+        assert (whole / name).read_bytes()[: state[name]].count(b"\n") == rows
+        assert (whole / name).read_bytes()[state[name] - 1 : state[name]] == b"\n"
+
+
+def test_the_sum_of_the_weights_knows_names_shapes_and_values(small: dict[str, Any], tmp_path: Path) -> None:
+    base = torch.nn.Linear(2, 3)
+    same, turned, other = torch.nn.Linear(2, 3), torch.nn.Linear(3, 2), torch.nn.Linear(2, 3)
+    with torch.no_grad():
+        for model in (base, same, other):
+            model.weight.copy_(torch.arange(6.0).view(3, 2))
+            model.bias.fill_(1.0)
+        turned.weight.copy_(torch.arange(6.0).view(2, 3))
+        other.weight[2, 1] = 5.0000005
+    sums = [weights_sha256(model) for model in (base, same, turned, other, torch.nn.Sequential(base))]  # type: ignore[arg-type]
+    assert sums[0] == sums[1]
+    assert len(set(sums)) == 4
+    model = AutoModelForCausalLM.from_pretrained(small["model_name"])
+    save_model(model, helpers.AutoTokenizer.from_pretrained(small["model_name"]), tmp_path / "copy")
+    copy = AutoModelForCausalLM.from_pretrained(tmp_path / "copy")
+    assert weights_sha256(copy) == weights_sha256(model)
