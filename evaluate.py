@@ -61,6 +61,7 @@ from grpo.evaluation import (
     side_by_side,
 )
 from grpo.policy import check_lengths, choose_device, load_policy, make_autocast
+from grpo.records import without_nan
 from grpo.rollout import Rollout, generate_completions
 from reward_model import Scores, check_samples, load_rewards, score_completions
 
@@ -93,7 +94,7 @@ def main(arguments: argparse.Namespace, config: Config) -> None:
         comparison = compare(names, dataset, evaluations)
         result |= {"compare": reports[1], "comparison": comparison}
     try:
-        output.write_text(json.dumps(result, indent=2) + "\n")
+        output.write_text(json.dumps(without_nan(result), indent=2) + "\n")
     except OSError as error:
         raise InputError(f"--output: {output} cannot be written: {error.strerror}") from error
     print(f"The numbers lie in {output}")

@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 from grpo.advantages import group_advantages, groups_without_spread
 from grpo.checkpoint import load_checkpoint, save_checkpoint, save_model, saved_if_it_fails, weights_sha256
 from grpo.data import JSONLinesDataset, Sample, samples_for_step
-from grpo.dry_run import describe, load_skeleton
+from grpo.dry_run import describe
 from grpo.evaluation import Evaluation, evaluate_greedy, outcome_shares, pick_examples, preflight
 from grpo.logprobs import compute_logprobs
 from grpo.loss import clipped_surrogate, clipped_tokens, kl_divergence, loss_weights
@@ -41,6 +41,7 @@ from grpo.policy import (
     choose_device,
     frozen_copy,
     load_policy,
+    load_skeleton,
     make_autocast,
     make_optimizer,
     set_learning_rate,
@@ -65,16 +66,16 @@ def train(config: Config, run: RunFolder) -> None:
     autocast = make_autocast(config.dtype, device)
     rewards = load_rewards(config.rewards)
     train_set, eval_set = JSONLinesDataset(config.train_file), JSONLinesDataset(config.eval_file)
+    skeleton, tokenizer = load_skeleton(config.model_name)
     for dataset in (train_set, eval_set):
         check_samples(rewards, dataset, dataset.place)
+        check_lengths(dataset, skeleton, tokenizer, config)
     if run.options.dry_run:
-        print(describe(config, *load_skeleton(config.model_name), train_set))
+        print(describe(config, skeleton, tokenizer, train_set))
         return
     policy, tokenizer = load_policy(
         config.model_name, base_seed=config.base_seed, base_steps=config.base_steps, device=device
     )
-    for dataset in (train_set, eval_set):
-        check_lengths(dataset, policy, tokenizer, config)
     reference = frozen_copy(policy) if config.kl_coeff > 0 else None
     optimizer = make_optimizer(policy, config)
 

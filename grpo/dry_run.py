@@ -1,32 +1,11 @@
 """What the settings of a run amount to, without loading any weights: sizes, estimated memory, one rendered prompt."""
 
-from typing import Any
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-
-from grpo.base_model import TRAIN_FILE, build_model, train_tokenizer
-from grpo.config import Config, InputError
+from grpo.config import Config
 from grpo.data import JSONLinesDataset, check_prompt_lengths
-from grpo.policy import find_model
 
 BYTES = 4  # of a float32
-
-
-def load_skeleton(model_name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The architecture without weights, and the tokenizer."""
-    if model_name == "tiny":  # not trained, so at once
-        tokenizer = train_tokenizer([sample["prompt"] for sample in JSONLinesDataset(TRAIN_FILE)])
-        return build_model(tokenizer, base_seed=0), tokenizer
-    source = find_model(model_name)
-    options: dict[str, Any] = {"local_files_only": not isinstance(source, str), "trust_remote_code": False}
-    try:
-        architecture = AutoConfig.from_pretrained(source, **options)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(architecture), AutoTokenizer.from_pretrained(source, **options)
-    except Exception as error:  # foreign files are read by foreign code, which may raise anything
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"model_name: {model_name!r} cannot be loaded: {reason}") from error
 
 
 def describe(

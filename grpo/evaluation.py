@@ -217,9 +217,8 @@ def preflight(samples: Sequence[Sample], rollout: Rollout, score_fn: ScoreFn) ->
     kinds: Counter[str] = Counter()
     for start in range(0, len(verdicts), group_size):
         found = {verdict for verdict in verdicts[start : start + group_size] if verdict is not None}
-        kinds[
-            "mixed" if len(found) == 2 else "all right" if True in found else "all wrong" if found else "unscored"
-        ] += 1
+        kind = "mixed" if len(found) == 2 else "all right" if True in found else "all wrong" if found else "unscored"
+        kinds[kind] += 1
     num_signal = int((~groups_without_spread(scores.combined.view(-1, group_size))).sum())
     cut = rollout.is_truncated.float().mean().item()
     lines = [
@@ -231,8 +230,7 @@ def preflight(samples: Sequence[Sample], rollout: Rollout, score_fn: ScoreFn) ->
     # Show a right completion if there is one: it says what the reward takes for right.
     row = verdicts.index(True) if True in verdicts else 0
     sample = samples[row // group_size]
-    expected = f" (answer: {sample['answer']})" if "answer" in sample else ""
-    lines.append(f"  {sample['prompt']!r} -> {rollout.completions[row]!r}{expected}: reward {scores.combined[row]:.2f}")
+    lines.append(side_by_side(sample, {f"reward {scores.combined[row]:.2f}": rollout.completions[row]}))
     if not kinds["mixed"]:
         lines.append(f"  No group is mixed: {_advice(kinds, cut)}")
         if num_signal:

@@ -127,7 +127,7 @@ def _line(axis: Axes, rows: Rows, metric: str, colour: str, label: str, **style:
 def _accuracy(axis: Axes, rows: Rows, colour: str, label: str, **style: Any) -> None:
     steps, low = _series(rows, "eval/accuracy_low")
     if steps:
-        axis.fill_between(steps, low, _series(rows, "eval/accuracy_high")[1], color=colour, alpha=0.2, linewidth=0)
+        axis.fill_between(steps, low, _series(rows, "eval/accuracy_high")[1], color=colour, alpha=0.3, linewidth=0)
         _line(axis, rows, "eval/accuracy", colour, label, marker=".", **style)
         axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
 
@@ -139,7 +139,9 @@ def _legend(axis: Axes, also: Axes | None = None) -> None:
         first = also.get_legend_handles_labels()
         handles, labels = first[0] + handles, first[1] + labels
     if handles:
-        axis.legend(handles, labels, fontsize=9, framealpha=0.85, loc="best", borderaxespad=0.3)
+        axis.legend(
+            handles, labels, fontsize=9, framealpha=0.85, loc="center right" if also else "best", borderaxespad=0.3
+        )
 
 
 def _save(figure: Figure, path: Path) -> None:

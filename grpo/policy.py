@@ -2,8 +2,8 @@
 
 import copy
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -19,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from grpo.base_model import NUM_STEPS, tiny_base_model
+from grpo.base_model import NUM_STEPS, TRAIN_FILE, build_model, tiny_base_model, train_tokenizer
 from grpo.config import Config, InputError
 from grpo.data import JSONLinesDataset, check_prompt_lengths
 from grpo.rollout import stop_token_ids
@@ -34,19 +35,48 @@ def load_policy(
     rounds to nothing.
     """
     source = tiny_base_model(base_seed, base_steps) if model_name == "tiny" else find_model(model_name)
-    options: dict[str, Any] = {"local_files_only": not isinstance(source, str), "trust_remote_code": False}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
-    except Exception as error:  # foreign files are read by foreign code, which may raise anything
-        reason = " ".join(str(error).split())[:200]  # some of these messages are pages long
-        raise InputError(f"model_name: {model_name!r} cannot be loaded: {reason}") from error
-    if tokenizer.eos_token_id is None:
-        raise InputError(f"model_name: the tokenizer of {model_name!r} has no eos token: no completion could ever end")
+    with _foreign_files(model_name):
+        tokenizer = AutoTokenizer.from_pretrained(source, **_options(source))
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **_options(source))
+    _check_eos(model_name, tokenizer)
     disable_dropout(model)
     _set_special_tokens(model, tokenizer)
     model.to(device)  # type: ignore[arg-type]  # transformers wraps nn.Module.to
     return model, tokenizer
+
+
+def load_skeleton(model_name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The architecture without weights worth having, and the tokenizer: enough to check the input before any compute."""
+    if model_name == "tiny":
+        tiny_tokenizer = train_tokenizer([sample["prompt"] for sample in JSONLinesDataset(TRAIN_FILE)])
+        return build_model(tiny_tokenizer, base_seed=0), tiny_tokenizer
+    source = find_model(model_name)
+    with _foreign_files(model_name):
+        tokenizer = AutoTokenizer.from_pretrained(source, **_options(source))
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, **_options(source)))
+    _check_eos(model_name, tokenizer)
+    return model, tokenizer
+
+
+@contextmanager
+def _foreign_files(model_name: str) -> Iterator[None]:
+    """Foreign files are read by foreign code, which may raise anything, pages long."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"model_name: {model_name!r} cannot be loaded: {reason}") from error
+
+
+def _options(source: str | Path) -> dict[str, Any]:
+    """How to load from a folder of this machine (a Path) or from the Hub (a name): never with code that comes along."""
+    return {"local_files_only": isinstance(source, Path), "trust_remote_code": False}
+
+
+def _check_eos(model_name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"model_name: the tokenizer of {model_name!r} has no eos token: no completion could ever end")
 
 
 def find_model(model_name: str) -> str | Path:

@@ -21,7 +21,7 @@ def append_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """One JSON object a line; NaN becomes null, which is JSON."""
     try:
         with path.open("a", encoding="utf-8", errors="backslashreplace") as file:  # half a surrogate pair: \\ud83d
-            file.writelines(json.dumps(_without_nan(row), ensure_ascii=False) + "\n" for row in rows)
+            file.writelines(json.dumps(without_nan(row), ensure_ascii=False) + "\n" for row in rows)
     except OSError as error:
         raise RunError(f"{path} cannot be written: {error.strerror}") from error
 
@@ -31,9 +31,10 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]  # not splitlines: U+2028
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """The same with null for NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

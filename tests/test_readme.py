@@ -16,8 +16,7 @@ from benchmarks.readme import BLOCKS, TOY, rendered
 from grpo.advantages import group_advantages
 from grpo.base_model import build_model, train_tokenizer
 from grpo.config import TYPES, Options, load_config
-from grpo.dry_run import load_skeleton
-from grpo.policy import load_policy
+from grpo.policy import load_policy, load_skeleton
 from grpo.rollout import generate_completions
 from reward_model import load_rewards, score_completions
 from tests.test_train import EVERY_EVALUATION, EVERY_STEP, small, train  # noqa: F401

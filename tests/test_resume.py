@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grpo.checkpoint
 import grpo.plots
@@ -628,6 +628,6 @@ def test_the_sum_of_the_weights_knows_names_shapes_and_values(small: dict[str, A
     assert sums[0] == sums[1]
     assert len(set(sums)) == 4
     model = AutoModelForCausalLM.from_pretrained(small["model_name"])
-    save_model(model, helpers.AutoTokenizer.from_pretrained(small["model_name"]), tmp_path / "copy")
+    save_model(model, AutoTokenizer.from_pretrained(small["model_name"]), tmp_path / "copy")
     copy = AutoModelForCausalLM.from_pretrained(tmp_path / "copy")
     assert weights_sha256(copy) == weights_sha256(model)
