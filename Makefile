@@ -1,9 +1,41 @@
 # Conveniences; nothing depends on this file.
 PYTHON ?= .venv/bin/python
 
-.PHONY: check
-check:
+.PHONY: install train smoke resume evaluate curves test check benchmark readme clean
+
+install: ## the environment of tests and runs
+	python3 -m venv .venv && $(PYTHON) -m pip install -r requirements-dev.txt
+
+train: ## the default run, about a minute
+	$(PYTHON) train_grpo.py
+
+smoke: ## does everything work here?
+	$(PYTHON) train_grpo.py --config configs/cpu_smoke.yaml
+
+resume: ## go on with an interrupted run
+	$(PYTHON) train_grpo.py --resume
+
+evaluate: ## the trained model against its base, on problems never used to choose anything
+	$(PYTHON) evaluate.py checkpoints/final --compare tiny --data data/math_tasks_test.jsonl
+
+curves: ## redraw the picture of the run
+	$(PYTHON) -m grpo.plots checkpoints
+
+test: ## everything but the slow tests
+	$(PYTHON) -m pytest -q -m "not slow"
+
+check: ## what a commit must pass
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m mypy
 	$(PYTHON) -m pytest
+
+benchmark: ## ten seeds and two controls, half an hour
+	$(PYTHON) -m benchmarks.toy
+
+readme: ## carry measured numbers into the READMEs
+	$(PYTHON) -m benchmarks.readme
+
+clean: ## runs moved aside and caches of the tools; checkpoints/ itself stays
+	rm -rf checkpoints-* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -46,7 +46,7 @@ def load_policy(
 
 
 def load_skeleton(model_name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The architecture without weights worth having, and the tokenizer: enough to check the input before any compute."""
+    """The architecture without weights worth having, and the tokenizer: enough to check the input with."""
     if model_name == "tiny":
         tiny_tokenizer = train_tokenizer([sample["prompt"] for sample in JSONLinesDataset(TRAIN_FILE)])
         return build_model(tiny_tokenizer, base_seed=0), tiny_tokenizer

@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo.config import Config, InputError, load_config
 from grpo.data import JSONLinesDataset
-from grpo.dry_run import describe, estimate_memory, load_skeleton
+from grpo.dry_run import describe, estimate_memory
+from grpo.policy import load_skeleton
 from tests import test_train as helpers
-from tests.test_train import ROOT
 
 small = helpers.small  # the fixture
 
@@ -142,19 +142,14 @@ def snapshot(*folders: Path) -> dict[Path, float]:
     return {path: path.stat().st_mtime for folder in folders for path in [folder, *folder.rglob("*")]}
 
 
-def top_level() -> set[str]:
-    return {path.name for path in ROOT.iterdir()}
-
-
 def test_a_dry_run_prints_and_writes_nothing(small: dict[str, Any], tmp_path: Path) -> None:
-    before, at_the_top = snapshot(Path(small["model_name"]).parent), top_level()
+    before = snapshot(Path(small["model_name"]).parent)
     result = helpers.run(small, tmp_path / "run", "--dry_run")
     assert (result.returncode, result.stderr) == (0, "")
     assert "4 prompts x 4 completions = 16 completions" in result.stdout
     assert "'What is 0 + 0?'" in result.stdout
     assert list(tmp_path.iterdir()) == []
     assert snapshot(Path(small["model_name"]).parent) == before
-    assert top_level() == at_the_top
 
 
 def test_a_preflight_prints_the_groups_and_writes_nothing(small: dict[str, Any], tmp_path: Path) -> None:

@@ -223,6 +223,28 @@ def test_measure_by_hand(small: dict[str, Any], tmp_path: Path, monkeypatch: pyt
     assert set(report) == REPORTED
 
 
+def test_what_is_undefined_is_null_in_the_file(
+    small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not NaN, which is no JSON; nor 0, which would be a result."""
+    (tmp_path / "silent_one.py").write_text("def fn(prompts, completions, **_):\n    return [None] * len(prompts)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    output = tmp_path / "numbers.json"
+    arguments, config = parsed(
+        monkeypatch, small["model_name"], "--output", output, "--k", 2, "--rewards", "[silent_one:fn, math]",
+        "--eval_file", small["eval_file"], "--max_completion_length", 3,
+    )  # fmt: skip
+    evaluate.main(arguments, config)
+
+    def refuse(text: str) -> None:
+        raise AssertionError(f"{text} in the file")
+
+    report = json.loads(output.read_text(), parse_constant=refuse)
+    assert [report[name] for name in ("n", "accuracy", "accuracy_low", "pass_at_1", "pass_at_k")] == [0] + [None] * 4
+    assert report["rewards"] == {"silent_one:fn": None, "math": 0.0}
+    assert "accuracy, greedy, n = 0 [95 %]" in capsys.readouterr().out
+
+
 def reports() -> list[dict[str, Any]]:
     first = {
         "model": "a", "n": 10, "accuracy": 0.5, "accuracy_low": 0.25, "accuracy_high": 0.75, "pass_at_1": 0.4,
@@ -365,32 +387,33 @@ def preflight_of(rights: list[float], combined: list[float] | None = None, num_c
 
 
 def test_preflight_counts_kinds_of_groups_and_shows_a_right_completion() -> None:
-    first, shown, *advice = preflight_of([0, 0, 1, 1, 0, 1, NAN, 1, NAN, NAN, NAN, 0], num_cut=3)
+    first, question, shown, *advice = preflight_of([0, 0, 1, 1, 0, 1, NAN, 1, NAN, NAN, NAN, 0], num_cut=3)
     assert first == (
         "pre-flight: 6 groups of 2 from the base: 2 all right, 1 mixed, 2 all wrong, 1 not scored; "
         "25% of the completions cut off"
     )
-    assert shown == "  'problem 1' -> 'completion 2' (answer: 1): reward 1.00"
+    assert question == "  problem 1   (answer: 1)"
+    assert shown == "    reward 1.00  completion 2"
     assert advice == []
 
 
 def test_preflight_says_when_the_base_can_do_it_already() -> None:
-    first, _, advice = preflight_of([1, 1, 1, 1, 0, 0])
+    first, *_, advice = preflight_of([1, 1, 1, 1, 0, 0])
     assert "2 all right, 0 mixed, 1 all wrong; 0% of" in first
     assert advice == "  No group is mixed: the base can do this already; take harder problems."
 
 
 def test_preflight_says_when_nothing_is_ever_right() -> None:
-    _, shown, advice = preflight_of([0, 0, 0, 0], num_cut=2)
-    assert shown == "  'problem 0' -> 'completion 0' (answer: 0): reward 0.00"
+    *_, shown, advice = preflight_of([0, 0, 0, 0], num_cut=2)
+    assert shown == "    reward 0.00  completion 0"
     assert "hardly ever finds a right answer" in advice
     assert "group_size" in advice
     assert "max_completion_length" not in advice
-    assert "max_completion_length" in preflight_of([0, 0, 0, 0], num_cut=3)[2]
+    assert "max_completion_length" in preflight_of([0, 0, 0, 0], num_cut=3)[-1]
 
 
 def test_preflight_says_when_the_first_reward_applies_to_nothing() -> None:
-    first, _, advice = preflight_of([NAN] * 4, combined=[0.0] * 4)
+    first, *_, advice = preflight_of([NAN] * 4, combined=[0.0] * 4)
     assert "0 all right, 0 mixed, 0 all wrong, 2 not scored" in first
     assert "the first of the rewards applies to none of these rows" in advice
 

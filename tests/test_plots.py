@@ -145,7 +145,7 @@ def test_loss_and_gradient_norm_share_a_panel_and_a_legend(figures: list[Figure]
     loss = panel(figures[0], "Loss")
     twins = [axis for axis in figures[0].axes if axis.get_position().bounds == loss.get_position().bounds]
     assert len(twins) == 2
-    assert sorted(sum((labels_in(axis) for axis in twins), [])) == ["gradient norm (right)", "loss (left)"]
+    assert sorted(label for axis in twins for label in labels_in(axis)) == ["gradient norm (right)", "loss (left)"]
 
 
 def test_nine_runs_can_be_told_apart(figures: list[Figure], tmp_path: Path) -> None:
