@@ -36,6 +36,6 @@ benchmark: ## ten seeds and two controls, half an hour
 readme: ## carry measured numbers into the READMEs
 	$(PYTHON) -m benchmarks.readme
 
-clean: ## runs moved aside and caches of the tools; checkpoints/ itself stays
-	rm -rf checkpoints-* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ## caches of the tools; runs stay
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
