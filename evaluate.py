@@ -37,7 +37,7 @@ def parse_arguments() -> tuple[argparse.Namespace, Config]:
         raise InputError(f"--k: got {arguments.k}, allowed: >= 1")
     if arguments.prompt is not None and not arguments.prompt:
         raise InputError("--prompt: got an empty text")
-    run_folder = Path(arguments.model).parent
+    run_folder = Path(arguments.model).resolve().parent
     has_run = Path(arguments.model).is_dir() and (run_folder / "run.json").is_file()
     recorded = read_run_json(run_folder)["settings"] if has_run else None
     config = load_config(arguments.config, overrides, recorded=recorded)
@@ -60,7 +60,7 @@ from grpo.evaluation import (
     pass_at_k,
     side_by_side,
 )
-from grpo.policy import check_lengths, choose_device, load_policy, make_autocast
+from grpo.policy import check_lengths, check_positions, choose_device, load_policy, load_skeleton, make_autocast
 from grpo.records import without_nan
 from grpo.rollout import Rollout, generate_completions
 from reward_model import Scores, check_samples, load_rewards, score_completions
@@ -75,13 +75,15 @@ def main(arguments: argparse.Namespace, config: Config) -> None:
     dataset = JSONLinesDataset(config.eval_file)
     check_samples(rewards, dataset, dataset.place)
     output = Path(arguments.output)
-    if not output.parent.is_dir():
-        raise InputError(f"--output: there is no folder {output.parent}")
+    if output.is_dir() or not output.parent.is_dir():
+        raise InputError(f"--output: got {output}, expected a file in a folder that exists")
+    names = [arguments.model] + ([arguments.compare] if arguments.compare is not None else [])
+    for name in names:  # before the first one is measured
+        check_lengths(dataset, *load_skeleton(name), config)
 
     def score(samples: Sequence[Sample], rollout: Rollout) -> Scores:
         return score_completions(rewards, samples, rollout.completions, rollout.token_lists())
 
-    names = [arguments.model] + ([arguments.compare] if arguments.compare is not None else [])
     print(f"{len(dataset)} problems of {dataset.path}")
     evaluations, reports = [], []
     for name in names:
@@ -106,7 +108,6 @@ def measure(
     """One model: its greedy answers, and the numbers for people and for the file."""
     device = choose_device(config.device)
     model, tokenizer = load_policy(name, base_seed=config.base_seed, base_steps=config.base_steps, device=device)
-    check_lengths(dataset, model, tokenizer, config)
     length, rows = config.max_completion_length, config.batch_size * config.group_size
     with make_autocast(config.dtype, device)():
         evaluation = evaluate_greedy(
@@ -202,6 +203,7 @@ def answer(name: str, prompt: str, config: Config) -> str:
     """The greedy answer to one question."""
     device = choose_device(config.device)
     model, tokenizer = load_policy(name, base_seed=config.base_seed, base_steps=config.base_steps, device=device)
+    check_positions(model, len(tokenizer(prompt)["input_ids"]), config.max_completion_length, what="this prompt")
     with make_autocast(config.dtype, device)():
         rollout = generate_completions(
             model,

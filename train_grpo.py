@@ -17,6 +17,7 @@ Differs from the paper ("DeepSeekMath", 2402.03300, algorithm 1):
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from grpo.config import Config, Options, RunError, errors_explained, parse_command_line, warn
@@ -30,7 +31,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from grpo.advantages import group_advantages, groups_without_spread
-from grpo.checkpoint import load_checkpoint, save_checkpoint, save_model, saved_if_it_fails, weights_sha256
+from grpo.checkpoint import load_checkpoint, rescue, save_checkpoint, save_model, weights_sha256
 from grpo.data import JSONLinesDataset, Sample, samples_for_step
 from grpo.dry_run import describe
 from grpo.evaluation import Evaluation, evaluate_greedy, outcome_shares, pick_examples, preflight
@@ -122,7 +123,8 @@ def train(config: Config, run: RunFolder) -> None:
             )
 
     def save(step: int) -> None:
-        save_checkpoint(run.folder, step, config, policy, tokenizer, optimizer, reference, num_tokens)
+        if step > 0:  # step 0 is the base, which can be had again
+            save_checkpoint(run.folder, step, config, policy, tokenizer, optimizer, reference, num_tokens)
 
     # The base as it is, or the newest checkpoint as it was.
     policy.train()
@@ -157,7 +159,7 @@ def train(config: Config, run: RunFolder) -> None:
 
         # [3] Rewards: what each completion is worth; row p * G + g belongs to prompt p.
         row_samples = [sample for sample in samples for _ in range(config.group_size)]  # B
-        with saved_if_it_fails(save, step - 1):  # a reward is the user's code: its bug must not cost the run
+        with rescue(partial(save, step - 1)):  # a reward is the user's code: its bug must not cost the run
             scores = score(row_samples, rollout)
         grouped_rewards = scores.combined.view(num_groups, config.group_size)  # (P, G)
 
@@ -251,7 +253,8 @@ def train(config: Config, run: RunFolder) -> None:
             "rollout_time": rollout_time,
             "update_time": now - update_start,
         }
-        evaluation = evaluate() if step % config.eval_every == 0 or step == last_step else None
+        with rescue(partial(run.append, row, completions), partial(save, step)):
+            evaluation = evaluate() if step % config.eval_every == 0 or step == last_step else None
         run.append(row | (evaluation.metrics() if evaluation else {}), completions)
         if evaluation:
             run.report(step, evaluation, policy, tokenizer)

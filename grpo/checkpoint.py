@@ -3,7 +3,8 @@
     step-000100/  model.safetensors, config.json, tokenizer …   an ordinary Hugging Face folder
                   optimizer.pt                                  AdamW's moments, loaded with weights_only=True
                   reference.safetensors                         only once ref_update_every has moved the reference
-                  checkpoint.json                               step, counters, sha256 of every other file
+                  state.json                                    step, counters, sizes of the run's .jsonl files
+                  checksums.json                                sha256 of every other file
 
 There is no random state to save: data order and sampling noise are functions of (seed, step), and dropout is off.
 """
@@ -11,6 +12,7 @@ There is no random state to save: data order and sampling noise are functions of
 import hashlib
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -73,8 +75,9 @@ def save_checkpoint(
         for name in ("metrics.jsonl", "samples.jsonl"):
             sync(run_folder / name)
             state[name] = (run_folder / name).stat().st_size  # bytes
-        state["sha256"] = {path.name: sha256(path) for path in sorted(unfinished.iterdir())}
-        (unfinished / "checkpoint.json").write_text(json.dumps(state, indent=2) + "\n")
+        (unfinished / "state.json").write_text(json.dumps(state) + "\n")
+        hashes = {path.name: sha256(path) for path in sorted(unfinished.iterdir())}
+        (unfinished / "checksums.json").write_text(json.dumps(hashes, indent=2) + "\n")
     for folder in checkpoints(run_folder)[: -config.keep_checkpoints]:
         remove_folder(folder)
 
@@ -86,7 +89,7 @@ def load_checkpoint(
     reference: PreTrainedModel | None,
     base_sha256: str,
 ) -> dict[str, Any]:
-    """Put everything back as it was after the checkpoint's step; returns what checkpoint.json says.
+    """Put everything back as it was after the checkpoint's step; returns what state.json says.
 
     `policy` and `reference` come in as the base, whose weights must still be those the run started from: the KL would
     silently be measured against another reference.
@@ -104,7 +107,7 @@ def load_checkpoint(
     optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
     if reference is not None and (folder / "reference.safetensors").is_file():
         load_safetensors(reference, folder / "reference.safetensors")
-    return json.loads((folder / "checkpoint.json").read_text())
+    return json.loads((folder / "state.json").read_text())
 
 
 def check_integrity(run_folder: Path, resume_command: str) -> None:
@@ -119,7 +122,7 @@ def check_integrity(run_folder: Path, resume_command: str) -> None:
         resume_command = resume_command.replace("--resume", "--overwrite")  # nothing is left to resume from
     if damaged:
         folder, problem = damaged[0]
-        remove = " ".join(str(folder) for folder, _ in damaged)
+        remove = " ".join(shlex.quote(str(folder)) for folder, _ in damaged)
         raise InputError(
             f"--resume: {folder} is damaged: {problem}; to go on without it: rm -r {remove} && {resume_command}"
         )
@@ -128,9 +131,11 @@ def check_integrity(run_folder: Path, resume_command: str) -> None:
 def _damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint; None if it is whole."""
     try:
-        hashes = json.loads((folder / "checkpoint.json").read_text())["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return "checkpoint.json cannot be read"
+        hashes = dict(json.loads((folder / "checksums.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return "checksums.json cannot be read"
+    if missing := {"state.json", "optimizer.pt", "model.safetensors"} - set(hashes):
+        return f"checksums.json does not name {sorted(missing)[0]}"
     for name, expected in hashes.items():
         if not (folder / name).is_file():
             return f"{name} is missing"
@@ -166,13 +171,13 @@ def weights_sha256(model: PreTrainedModel) -> str:
 
 
 @contextmanager
-def saved_if_it_fails(save: Callable[[int], None], step: int) -> Iterator[None]:
-    """Save `step` if the block raises a RunError; the block must not have changed any weights."""
+def rescue(*actions: Callable[[], None]) -> Iterator[None]:
+    """If the block raises a RunError, do what saves the run, then let it go on its way."""
     try:
         yield
     except RunError:
-        if step > 0:
-            save(step)
+        for action in actions:
+            action()
         raise
 
 

@@ -240,14 +240,14 @@ def preflight(samples: Sequence[Sample], rollout: Rollout, score_fn: ScoreFn) ->
 
 def _advice(kinds: Counter[str], cut: float) -> str:
     """What to change where right and wrong never meet in one group."""
-    if kinds["all right"] > kinds["all wrong"]:
-        return "the base can do this already; take harder problems."
+    if kinds["all right"] and kinds["all wrong"]:
+        return "every problem is solved always or never. Try a larger group_size, or problems between the two."
+    if kinds["all right"]:
+        return "the base can do this already. Try harder problems."
     if not kinds["all wrong"]:
         return "the first of the rewards applies to none of these rows; see eval_metric."
     longer = " a larger max_completion_length (many are cut off)," if cut > 0.5 else ""
-    return (
-        f"the base hardly ever finds a right answer. Try{longer} a larger group_size, easier problems, a better base."
-    )
+    return f"the base never found a right answer. Try{longer} a larger group_size, easier problems, a better base."
 
 
 def pick_examples(evaluation: Evaluation, num_examples: int = 3) -> list[dict[str, Any]]:

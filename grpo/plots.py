@@ -13,7 +13,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from grpo.config import InputError, RunError, errors_explained
+from grpo.config import InputError, RunError, errors_explained, unreadable
 from grpo.records import read_jsonl
 
 Rows = Sequence[dict[str, Any]]
@@ -153,6 +153,19 @@ def _save(figure: Figure, path: Path) -> None:
         raise RunError(f"{path} cannot be written: {error.strerror}") from error
 
 
+def _read_run(folder: Path) -> Rows:
+    path = folder / "metrics.jsonl"
+    try:
+        rows = read_jsonl(path)
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except ValueError as error:
+        raise InputError(f"{path}: not the metrics of a run: {error}") from error
+    if not rows or not all(isinstance(row, dict) and "step" in row for row in rows):
+        raise InputError(f'{path}: not the metrics of a run: expected JSON objects with "step"')
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
@@ -160,13 +173,8 @@ def main() -> None:
         "--output", type=Path, metavar="FILE", help="picture to write (one run: its own; else comparison.png)"
     )
     arguments = parser.parse_args()
-    runs = {}
-    for folder in arguments.runs:
-        try:
-            runs[str(folder)] = read_jsonl(folder / "metrics.jsonl")
-        except (OSError, ValueError) as error:
-            raise InputError(f"{folder / 'metrics.jsonl'}: cannot be read: {error}") from error
-    if len(runs) == 1:
+    runs = {str(folder): _read_run(folder) for folder in arguments.runs}
+    if len(arguments.runs) == 1:
         path = arguments.output or arguments.runs[0] / "training_curves.png"
         draw_curves(next(iter(runs.values())), path)
     else:

@@ -122,11 +122,16 @@ def check_lengths(
 ) -> None:
     """Prompts must fit max_prompt_length, and a prompt with its completion the model's positions."""
     longest = check_prompt_lengths(dataset, tokenizer, config.max_prompt_length)
+    check_positions(model, longest, config.max_completion_length, what=f"the longest prompt of {dataset.path}")
+
+
+def check_positions(model: PreTrainedModel, prompt_length: int, max_completion_length: int, *, what: str) -> None:
+    """A model with learned positions would fail in the middle of a completion; others would answer nonsense."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and longest + config.max_completion_length > positions:
+    if positions is not None and prompt_length + max_completion_length > positions:
         raise InputError(
-            f"max_completion_length: got {config.max_completion_length}; with the longest prompt of {dataset.path} "
-            f"({longest} tokens) that exceeds the {positions} positions of {config.model_name!r}"
+            f"max_completion_length: got {max_completion_length}; with {what} ({prompt_length} tokens) that exceeds "
+            f"the {positions} positions of the model"
         )
 
 

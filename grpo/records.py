@@ -27,8 +27,9 @@ def append_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file that `append_jsonl` wrote."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]  # not splitlines: U+2028
+    """The rows of a file that `append_jsonl` wrote. A last line without its end is still being written: left out."""
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # not splitlines, which splits at U+2028 too
+    return [json.loads(line) for line in lines]
 
 
 def without_nan(value: Any) -> Any:

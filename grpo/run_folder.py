@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -45,7 +45,9 @@ except ImportError:  # Windows: two runs in one folder go unnoticed there
     fcntl = None  # type: ignore[assignment]
 
 # What a run leaves behind; the only names that --overwrite deletes.
-RUN_FILES = ("run.json", "metrics.jsonl", "samples.jsonl", "training_curves.png", "best", "final", "step-*", "failed-*")
+RUN_FILES = re.compile(
+    r"run\.json|metrics\.jsonl|samples\.jsonl|training_curves\.png|best|final|step-\d+|failed-\d+\.(jsonl|safetensors)"
+)
 
 
 @dataclass
@@ -75,6 +77,12 @@ class RunFolder:
         return bool(self.facts.get("finished", (self.folder / "final").is_dir()))
 
     @property
+    def holds_nothing(self) -> bool:
+        """Whether the run in the folder was stopped before its first step: nobody misses it."""
+        samples = self.folder / "samples.jsonl"
+        return not (self.is_finished or checkpoints(self.folder) or (samples.is_file() and samples.stat().st_size))
+
+    @property
     def checkpoint(self) -> Path | None:
         """The checkpoint that --resume goes on from; None: the run starts at step 0."""
         return next(reversed(checkpoints(self.folder)), None) if self.options.resume else None
@@ -99,9 +107,16 @@ class RunFolder:
                 raise InputError(f"--resume: {path} is shorter than it was at step {step}: damaged")
             os.truncate(path, state[name])
         _remove_unfinished(self.folder)
-        self.rows = read_jsonl(self.folder / "metrics.jsonl")
+        try:
+            self.rows = read_jsonl(self.folder / "metrics.jsonl")
+        except ValueError as error:
+            raise InputError(f"--resume: {self.folder / 'metrics.jsonl'} is damaged: {error}") from error
+        if (best := self._best()) and best[
+            "step"
+        ] > step:  # it will be made again, unless changed settings lead elsewhere
+            remove_folder(self.folder / "best")
         self._say_where(step, load_config(recorded=self.facts["settings"]))
-        resumed = [*self.facts["resumed"], {"after_step": step, "at": _now(), **_origin()}]
+        resumed = [*self.facts.get("resumed", []), {"after_step": step, "at": _now(), **_origin()}]
         self._write_facts(self.facts | {"finished": None, "resumed": resumed})
         self.is_training = True
 
@@ -117,10 +132,10 @@ class RunFolder:
         """What an evaluation leaves: a line, a fresh picture, and best/ if none was better: the first of equals."""
         tqdm.write(f"step {step:4d}  {evaluation}")
         draw_curves(self.rows, self.folder / "training_curves.png")
-        metric, best = self.config.eval_metric, self.folder / "best"
+        metric = self.config.eval_metric
         about = {"step": step, "metric": metric, "value": evaluation.metrics()[metric]}
-        if not best.is_dir() or about["value"] > json.loads((best / "about.json").read_text())["value"]:
-            save_model(policy, tokenizer, best, about=about)
+        if (best := self._best()) is None or about["value"] > best["value"]:
+            save_model(policy, tokenizer, self.folder / "best", about=about)
 
     def status(self) -> dict[str, str]:
         """The newest numbers, for the progress bar."""
@@ -139,13 +154,21 @@ class RunFolder:
         metric = "eval/accuracy" if "eval/accuracy" in after else "eval/reward"
         change = f"{_with_interval(before, metric)} -> {_with_interval(after, metric)}"
         print(f"\nHeld-out {metric.removeprefix('eval/')}: {change}, n = {len(eval_set)} ({eval_set.path})")
-        for example in self.facts["examples"]:
+        for example in self.facts.get("examples", []):
             answers = {"base": example["completion"], "trained": evaluation.completions[example["index"]]}
             print(side_by_side(eval_set[example["index"]], answers))
         names = [path.name + "/" * path.is_dir() for path in sorted(self.folder.iterdir()) if path.name[0] != "."]
         print(f"{self.folder} holds {', '.join(names)}")
         models = [shlex.quote(str(name)) for name in (self.folder / "final", self.config.model_name)]
         print(f"Next: python evaluate.py {models[0]} --compare {models[1]}")
+
+    def _best(self) -> dict[str, Any] | None:
+        """What best/ says of itself; None where there is no best/ that says it."""
+        try:
+            about = json.loads((self.folder / "best" / "about.json").read_text())
+            return {"step": int(about["step"]), "value": float(about["value"])}
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def _newest(self, metric: str) -> float | None:
         return next((row[metric] for row in reversed(self.rows) if metric in row), None)
@@ -172,19 +195,19 @@ class RunFolder:
 
     def _make_room(self) -> None:
         """The earlier run in this folder: deleted on request or when nothing was trained yet, else moved aside."""
-        if self.options.overwrite or self.options.resume or _holds_nothing(self.folder):
-            for pattern in RUN_FILES:
-                for path in self.folder.glob(pattern):
+        if self.options.overwrite or self.options.resume or self.holds_nothing:
+            for path in list(self.folder.iterdir()):
+                if RUN_FILES.fullmatch(path.name):
                     remove_folder(path) if path.is_dir() else path.unlink()
             return
         started = re.sub(r"[^0-9T-]", "-", str(self.facts.get("started")))  # no colons in names
-        folder = self.folder.resolve()
+        folder = self.folder.resolve()  # output_dir may be a link to where there is space
         aside = folder.with_name(f"{folder.name}-{started}")
         while aside.exists():  # several runs within a second
             aside = aside.with_name(f"{aside.name}+")
         folder.rename(aside)  # its lock goes with it
         print(f"The earlier run in {self.folder} now lies in {aside.name} beside it")
-        self.folder.mkdir()
+        folder.mkdir()
         self.lock = _acquire_lock(self.folder)
 
 
@@ -199,6 +222,10 @@ def open_run(config: Config, options: Options) -> Iterator[RunFolder]:
     if options.dry_run or options.preflight:
         yield run
         return
+    if Path.cwd().is_relative_to(run.folder.resolve()):
+        raise InputError(
+            f"output_dir: got {config.output_dir}, expected a folder that can be moved aside, not this one"
+        )
     missing = [path for path in (run.folder, *run.folder.parents) if not path.exists()]
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
@@ -214,14 +241,14 @@ def open_run(config: Config, options: Options) -> Iterator[RunFolder]:
     except RunError as error:
         raise RunError(f"{error}; {run.how_to_go_on()}" if run.is_training else str(error)) from error
     except KeyboardInterrupt as error:
-        raise KeyboardInterrupt(
-            f"stopped; {run.how_to_go_on()}" if run.is_training else "stopped before step 1"
-        ) from error
+        can_go_on = run.is_training or options.resume
+        raise KeyboardInterrupt(f"stopped; {run.how_to_go_on()}" if can_go_on else "stopped before step 1") from error
     finally:
-        if missing and not (run.folder / "run.json").exists():
-            (run.folder / ".lock").unlink()
-            for path in missing:
-                path.rmdir()
+        with suppress(OSError):  # a folder that another run uses meanwhile stays
+            if not (run.folder / "run.json").exists():
+                (run.folder / ".lock").unlink()
+                for path in missing:
+                    path.rmdir()
         if run.lock:
             run.lock.close()
 
@@ -237,21 +264,17 @@ def _check_folder(run: RunFolder) -> None:
         check_integrity(run.folder, run.how_to_go_on().partition("to go on: ")[2])
         if run.is_finished and run.checkpoint is None:
             raise InputError(f"--resume: {run.folder} holds a finished run, but no step-… folder to go on from")
+        if run.checkpoint and not isinstance(run.facts.get("base_sha256"), str):
+            raise InputError(f'--resume: {run.folder / "run.json"} has no "base_sha256": damaged')
         step, num_train_steps = step_of(run.checkpoint) if run.checkpoint else 0, run.config.num_train_steps
         if step > num_train_steps or (step == num_train_steps and run.is_finished):
             print(f"{run.folder} is already at step {step} of {num_train_steps}; a larger --num_train_steps goes on")
             sys.exit(0)
-    elif not (run.is_finished or run.options.overwrite or _holds_nothing(run.folder)):
+    elif not (run.is_finished or run.options.overwrite or run.holds_nothing):
         raise InputError(
             f"output_dir: {run.folder} holds an unfinished run; --resume goes on with it, --overwrite deletes it, "
             "another --output_dir leaves it alone"
         )
-
-
-def _holds_nothing(folder: Path) -> bool:
-    """A run that was stopped before its first step: nobody misses it."""
-    samples = folder / "samples.jsonl"
-    return not (samples.is_file() and samples.stat().st_size) and not any(folder.glob("step-*"))
 
 
 def _remove_unfinished(folder: Path) -> None:

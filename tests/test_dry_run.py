@@ -157,7 +157,7 @@ def test_a_preflight_prints_the_groups_and_writes_nothing(small: dict[str, Any],
     result = helpers.run(small | {"rewards": "[math]"}, tmp_path / "run", "--preflight")
     assert result.returncode == 0, result.stderr
     assert "pre-flight: 4 groups of 4 from the base: 0 all right, 0 mixed, 4 all wrong" in result.stdout
-    assert "No group is mixed: the base hardly ever finds a right answer." in result.stdout
+    assert "No group is mixed: the base never found a right answer." in result.stdout
     assert "held-out" not in result.stdout
     assert list(tmp_path.iterdir()) == []
     assert snapshot(Path(small["model_name"]).parent) == before

@@ -398,15 +398,18 @@ def test_preflight_counts_kinds_of_groups_and_shows_a_right_completion() -> None
 
 
 def test_preflight_says_when_the_base_can_do_it_already() -> None:
-    first, *_, advice = preflight_of([1, 1, 1, 1, 0, 0])
-    assert "2 all right, 0 mixed, 1 all wrong; 0% of" in first
-    assert advice == "  No group is mixed: the base can do this already; take harder problems."
+    assert preflight_of([1, 1, 1, 1])[-1] == "  No group is mixed: the base can do this already. Try harder problems."
+
+
+def test_preflight_says_when_problems_are_either_too_easy_or_too_hard() -> None:
+    for rights in ([1, 1, 1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0, 0, 0]):
+        assert "every problem is solved always or never" in preflight_of(rights)[-1]
 
 
 def test_preflight_says_when_nothing_is_ever_right() -> None:
     *_, shown, advice = preflight_of([0, 0, 0, 0], num_cut=2)
     assert shown == "    reward 0.00  completion 0"
-    assert "hardly ever finds a right answer" in advice
+    assert "never found a right answer" in advice
     assert "group_size" in advice
     assert "max_completion_length" not in advice
     assert "max_completion_length" in preflight_of([0, 0, 0, 0], num_cut=3)[-1]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 import grpo.plots
-from grpo.config import RunError
+from grpo.config import InputError, RunError
 from grpo.plots import draw_comparison, draw_curves
 
 ROOT = Path(__file__).parent.parent
@@ -207,14 +208,35 @@ def test_one_run_gets_its_own_picture(
     assert (folder / "training_curves.png").read_bytes().startswith(PNG)
 
 
-@pytest.mark.parametrize("text", [None, '{"step": 0}\n{"ste'], ids=["no such run", "half a line"])
-def test_a_run_that_cannot_be_read_ends_in_one_line(tmp_path: Path, text: str | None) -> None:
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (None, "cannot be read: No such file or directory"),
+        ("half a line\n", "not the metrics of a run"),
+        ('{"loss": 1}\n', 'not the metrics of a run: expected JSON objects with "step"'),
+        ("[1]\n", "not the metrics of a run"),
+        ("", "not the metrics of a run"),
+    ],
+)
+def test_a_run_that_cannot_be_read_ends_in_one_line(
+    tmp_path: Path, text: str | None, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     good, bad = write_run(tmp_path / "good", rows_of(2)), tmp_path / "bad"
     if text is not None:
         bad.mkdir()
         (bad / "metrics.jsonl").write_text(text)
-    result = command(good, bad, "--output", tmp_path / "both.png")
-    assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.count("\n") == 1
-    assert result.stderr.startswith(f"error: {bad / 'metrics.jsonl'}: cannot be read")
+    monkeypatch.setattr("sys.argv", ["plots", str(good), str(bad), "--output", str(tmp_path / "both.png")])
+    with pytest.raises(InputError, match=re.escape(f"{bad / 'metrics.jsonl'}: {problem}")):
+        grpo.plots.main()
     assert not (tmp_path / "both.png").exists()
+
+
+def test_a_run_that_is_still_writing_its_last_line_can_be_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_run(tmp_path / "run", rows_of(2))
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "los')
+    monkeypatch.setattr("sys.argv", ["plots", str(folder)])
+    grpo.plots.main()
+    assert (folder / "training_curves.png").read_bytes().startswith(PNG)

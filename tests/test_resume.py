@@ -314,23 +314,42 @@ def lose_a_file(folder: Path) -> str:
     return "optimizer.pt is missing"
 
 
-def lose_the_list(folder: Path) -> str:
-    (folder / "checkpoint.json").unlink()
-    return "checkpoint.json cannot be read"
+def lose_the_sums(folder: Path) -> str:
+    (folder / "checksums.json").unlink()
+    return "checksums.json cannot be read"
 
 
-def garble_the_list(folder: Path) -> str:
-    (folder / "checkpoint.json").write_text('{"step": 4, "sha')
-    return "checkpoint.json cannot be read"
+def garble_the_sums(folder: Path) -> str:
+    (folder / "checksums.json").write_text('{"optimizer.pt": "12')
+    return "checksums.json cannot be read"
+
+
+def list_the_sums(folder: Path) -> str:
+    (folder / "checksums.json").write_text("[1, 2]")
+    return "checksums.json cannot be read"
+
+
+def forget_a_sum(folder: Path) -> str:
+    (folder / "checksums.json").write_text("{}")
+    return "checksums.json does not name model.safetensors"
+
+
+def change_the_state(folder: Path) -> str:
+    path = folder / "state.json"
+    path.write_text(path.read_text().replace('"step": 4', '"step": 3'))
+    return "state.json differs from its checksum"
 
 
 def empty_the_folder(folder: Path) -> str:
     shutil.rmtree(folder)
     folder.mkdir()
-    return "checkpoint.json cannot be read"
+    return "checksums.json cannot be read"
 
 
-DAMAGES = [truncate, flip_a_bit, lose_a_file, lose_the_list, garble_the_list, empty_the_folder]
+DAMAGES = [
+    truncate, flip_a_bit, lose_a_file, lose_the_sums, garble_the_sums, list_the_sums, forget_a_sum, change_the_state,
+    empty_the_folder,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
@@ -417,15 +436,39 @@ def test_a_reward_that_raises_costs_no_step(
     assert_same_run(tmp_path / "whole", folder)
 
 
-def test_a_reward_that_raises_at_once_leaves_nothing_to_save(
+def test_a_reward_that_raises_at_once_leaves_nothing_in_the_way(
     small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Neither of going on nor of the same command again, once the reward is mended."""
     flaky(tmp_path, "flaky_at_1", 2, monkeypatch)
+    settings = small | FOUR | {"rewards": "[flaky_at_1:fn]"}
     with pytest.raises(RunError, match=r"no such luck .*; no checkpoint was saved yet; to go on: .* --resume"):
-        train(small | FOUR | {"rewards": "[flaky_at_1:fn]"}, tmp_path / "run")
+        train(settings, tmp_path / "run")
     sys.modules["flaky_at_1"].broken = False  # type: ignore[attr-defined]
-    resume(tmp_path / "run")
-    assert [row["step"] for row in read(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2, 3, 4]
+    for again in (lambda: resume(tmp_path / "run"), lambda: train(settings, tmp_path / "run")):
+        assert [row["step"] for row in again()] == [0, 1, 2, 3, 4]
+
+
+def test_a_reward_that_raises_on_the_held_out_problems_costs_no_step(
+    small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate, calls = train_grpo.evaluate_greedy, []
+
+    def failing(*arguments: Any, **settings: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:  # the first one is the base's
+            raise RunError("the judge is away")
+        return evaluate(*arguments, **settings)
+
+    monkeypatch.setattr(train_grpo, "evaluate_greedy", failing)
+    folder = tmp_path / "run"
+    with pytest.raises(RunError, match="the judge is away; step 3 is saved"):
+        train(small | FOUR, folder, eval_every=3, save_every=50)
+    assert [row["step"] for row in resume(folder)] == [0, 1, 2, 3, 4]
+    train(small | FOUR, tmp_path / "whole", eval_every=3, save_every=50)
+    assert (tmp_path / "whole/final/model.safetensors").read_bytes() == (
+        folder / "final/model.safetensors"
+    ).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -499,12 +542,62 @@ def test_best_is_the_best_and_the_first_of_equals(
     assert [(best / "model.safetensors").read_bytes() == bits for bits in weights] == [True, False, False, False]
 
 
-def test_a_resumed_run_keeps_a_better_best(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_keeps_a_better_best(whole: Path, tmp_path: Path) -> None:
     folder = interrupted(whole, tmp_path / "run")
-    about = json.loads((folder / "best" / "about.json").read_text())
-    (folder / "best" / "about.json").write_text(json.dumps(about | {"value": 0.99}))
+    best_before(folder, step=2, value=0.99)
     resume(folder)
     assert json.loads((folder / "best" / "about.json").read_text())["value"] == 0.99
+
+
+def best_before(folder: Path, *, step: int, value: float) -> None:
+    about = {"step": step, "metric": "eval/accuracy", "value": value}
+    (folder / "best" / "about.json").write_text(json.dumps(about))
+
+
+def test_a_best_from_steps_that_were_lost_is_forgotten(whole: Path, tmp_path: Path) -> None:
+    """They are made again; with changed settings they may lead elsewhere, and no row would have its value."""
+    folder = interrupted(whole, tmp_path / "run")
+    best_before(folder, step=4, value=0.99)
+    values = [row["eval/accuracy"] for row in resume(folder) if "eval/accuracy" in row]
+    assert json.loads((folder / "best" / "about.json").read_text())["value"] in values
+
+
+@pytest.mark.parametrize("text", [None, "", "[]", '{"step": 2}'])
+def test_a_best_that_does_not_say_what_it_is_is_made_anew(whole: Path, tmp_path: Path, text: str | None) -> None:
+    folder = interrupted(whole, tmp_path / "run")
+    about = folder / "best" / "about.json"
+    about.unlink() if text is None else about.write_text(text)
+    resume(folder)
+    assert json.loads(about.read_text())["step"] == 4
+
+
+@pytest.mark.parametrize("key", ["base_sha256", "resumed", "examples"])
+def test_a_run_json_that_lacks_something_is_no_traceback(whole: Path, tmp_path: Path, key: str) -> None:
+    folder = interrupted(whole, tmp_path / "run")
+    run = json.loads((folder / "run.json").read_text())
+    del run[key]
+    (folder / "run.json").write_text(json.dumps(run))
+    if key == "base_sha256":
+        with pytest.raises(InputError, match=r'run\.json has no "base_sha256": damaged'):
+            resume(folder)
+    else:
+        assert resume(folder)[-1]["step"] == 4
+
+
+def test_a_damaged_row_of_metrics_is_named(whole: Path, tmp_path: Path) -> None:
+    folder = interrupted(whole, tmp_path / "run")
+    path = folder / "metrics.jsonl"
+    path.write_text("x" + path.read_text()[1:])
+    with pytest.raises(InputError, match=r"--resume: .*metrics.jsonl is damaged"):
+        resume(folder)
+
+
+def test_the_way_on_quotes_a_folder_with_a_space(whole: Path, tmp_path: Path) -> None:
+    """Unquoted, `rm -r` would delete something else."""
+    folder = interrupted(whole, tmp_path / "my run", after=4)
+    truncate(folder / "step-000004")
+    with pytest.raises(InputError, match=re.escape(f"rm -r '{folder}/step-000004' && ")):
+        resume(folder)
 
 
 # Whole or absent
@@ -605,11 +698,11 @@ def test_checkpoints_are_sorted_by_number_and_nothing_else_counts(tmp_path: Path
 
 def test_a_checkpoint_lists_all_its_files(whole: Path) -> None:
     folder = whole / "step-000002"
-    state = json.loads((folder / "checkpoint.json").read_text())
+    state, sums = (json.loads((folder / name).read_text()) for name in ("state.json", "checksums.json"))
     assert state["step"] == 2
     assert state["num_tokens"] == read(whole / "metrics.jsonl")[2]["num_tokens"]
-    assert set(state["sha256"]) == {path.name for path in folder.iterdir()} - {"checkpoint.json"}
-    assert state["sha256"]["optimizer.pt"] == sha256(folder / "optimizer.pt")
+    assert set(sums) == {path.name for path in folder.iterdir()} - {"checksums.json"}
+    assert sums["optimizer.pt"] == sha256(folder / "optimizer.pt")
     for name, rows in (("metrics.jsonl", 3), ("samples.jsonl", 32)):
         assert (whole / name).read_bytes()[: state[name]].count(b"\n") == rows
         assert (whole / name).read_bytes()[state[name] - 1 : state[name]] == b"\n"

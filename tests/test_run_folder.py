@@ -438,3 +438,72 @@ def test_the_bar_shows_the_newest_numbers(tmp_path: Path) -> None:
     assert run.status() == {"reward": "0.13", "accuracy": "0.250", "length": "7.0"}
     assert read(tmp_path / "metrics.jsonl") == run.rows
     assert [row["completion"] for row in read(tmp_path / "samples.jsonl")] == ["a", "b"]
+
+
+def test_a_linked_output_dir_is_moved_aside_behind_its_link(small: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "scratch" / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "scratch" / "real")
+    for _ in range(2):
+        start(small, tmp_path / "link")
+    assert (tmp_path / "link" / "final").is_dir()
+    assert len(list((tmp_path / "scratch").glob("real*/final"))) == 2
+
+
+def test_the_current_folder_is_no_output_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    for folder in (".", "..", tmp_path):
+        with pytest.raises(InputError, match=r"output_dir: got .*, expected a folder that can be moved aside"):
+            fail(settings_of(folder), ValueError())
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_no_lock_is_left_where_no_run_began(tmp_path: Path, exists: bool) -> None:
+    folder = tmp_path / "run"
+    if exists:
+        folder.mkdir()
+    with pytest.raises(InputError, match="wrong"), open_run(settings_of(folder), Options()):
+        raise InputError("wrong")
+    assert folder.exists() == exists
+    assert not exists or not list(folder.iterdir())
+
+
+def test_no_lock_is_left_in_somebody_elses_folder(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(InputError, match="holds no run"):
+        fail(settings_of(tmp_path), ValueError())
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_parent_that_another_run_uses_by_now_stays(tmp_path: Path) -> None:
+    def wrong_input_beside_another_run() -> None:
+        with open_run(settings_of(tmp_path / "sweep" / "a"), Options()):
+            (tmp_path / "sweep" / "b").mkdir()
+            raise InputError("wrong")
+
+    with pytest.raises(InputError, match="wrong"):
+        wrong_input_beside_another_run()
+    assert [path.name for path in (tmp_path / "sweep").iterdir()] == ["b"]
+
+
+def test_a_finished_run_of_no_steps_is_moved_aside_too(small: dict[str, Any], tmp_path: Path) -> None:
+    for _ in range(2):
+        start(small, tmp_path / "run", num_train_steps=0)
+    assert len(list(tmp_path.glob("run*/final"))) == 2
+
+
+def test_overwrite_spares_files_that_only_look_like_a_runs(small: dict[str, Any], tmp_path: Path) -> None:
+    start(small, tmp_path / "run")
+    mine = ["step-by-step.md", "failed-ideas.txt", "best-of.txt", "step-1.txt"]
+    for name in mine:
+        (tmp_path / "run" / name).write_text("precious")
+    start(small, tmp_path / "run", overwrite=True)
+    assert [name for name in mine if not (tmp_path / "run" / name).exists()] == []
+
+
+def test_ctrl_c_while_a_resumed_run_is_loading_says_what_is_saved(small: dict[str, Any], tmp_path: Path) -> None:
+    start(small, tmp_path / "run")
+    config = settings_of(tmp_path / "run", num_train_steps=2)
+    with pytest.raises(KeyboardInterrupt, match="stopped; step 1 is saved"), open_run(config, Options(resume=True)):
+        raise KeyboardInterrupt

@@ -215,11 +215,12 @@ def test_zero_steps_evaluate_and_save_the_base(small: dict[str, Any], tmp_path: 
     assert (tmp_path / "run" / "final" / "config.json").is_file()
 
 
-def test_another_distribution_than_the_scorers_is_warned_about(small: dict[str, Any], tmp_path: Path) -> None:
-    result = run(small | {"top_k": 2, "num_train_steps": 1}, tmp_path / "run")
-    assert result.returncode == 0
-    assert "warning: top_k 2" in result.stderr
-    assert read(tmp_path / "run" / "metrics.jsonl")[1]["sampling/logp_difference/mean"] > 0.1
+def test_another_distribution_than_the_scorers_is_warned_about(
+    small: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = train(small, tmp_path / "run", top_k=2, num_train_steps=1)
+    assert "warning: top_k 2" in capsys.readouterr().err
+    assert rows[1]["sampling/logp_difference/mean"] > 0.1
 
 
 @pytest.mark.parametrize(
