@@ -206,9 +206,8 @@ def _asked_for(path: str | Path | None, overrides: Iterable[str]) -> dict[str, A
         key, separator, text = override.partition("=")
         if not separator:
             raise InputError(f"override {override!r}: expected key=value")
-        is_plain_text = TYPES.get(key) is str and not text.startswith(
-            ("'", '"')
-        )  # a folder may be called 2024 or "a #1"
+        # A folder may be called 2024 or "a #1": a text is taken as it stands, unless it is quoted.
+        is_plain_text = TYPES.get(key) is str and not text.startswith(("'", '"'))
         value = text if is_plain_text else _parse_yaml(text, where=key)
         settings |= _known({key: value}, where="command line")
     return settings
@@ -294,7 +293,7 @@ def errors_explained() -> Iterator[None]:
     except RunError as error:
         sys.exit(f"error: {error}")  # status 1
     except KeyboardInterrupt as interrupt:
-        print(interrupt or "interrupted", file=sys.stderr)
+        print(str(interrupt) or "interrupted", file=sys.stderr)
         sys.exit(130)
 
 
@@ -374,7 +373,13 @@ def _checked(key: str, value: Any) -> Any:
     return value
 
 
-_TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", list: "a list"}
+_TYPE_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+    list: "a list, such as [math]",
+}
 
 
 def _check_contradictions(settings: dict[str, Any]) -> None:
