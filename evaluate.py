@@ -35,10 +35,13 @@ def parse_arguments() -> tuple[argparse.Namespace, Config]:
     arguments, overrides = parser.parse()
     if arguments.k < 1:
         raise InputError(f"--k: got {arguments.k}, allowed: >= 1")
+    if arguments.model_name is not None:
+        raise InputError("--model_name: the model to evaluate is the first argument, without a flag")
     if arguments.prompt is not None and not arguments.prompt:
         raise InputError("--prompt: got an empty text")
-    run_folder = Path(arguments.model).resolve().parent
-    has_run = Path(arguments.model).is_dir() and (run_folder / "run.json").is_file()
+    folder = Path(arguments.model).expanduser()
+    run_folder = folder.resolve().parent
+    has_run = folder.is_dir() and (run_folder / "run.json").is_file()
     recorded = read_run_json(run_folder)["settings"] if has_run else None
     config = load_config(arguments.config, overrides, recorded=recorded)
     if arguments.data is not None:
@@ -78,8 +81,11 @@ def main(arguments: argparse.Namespace, config: Config) -> None:
     if output.is_dir() or not output.parent.is_dir():
         raise InputError(f"--output: got {output}, expected a file in a folder that exists")
     names = [arguments.model] + ([arguments.compare] if arguments.compare is not None else [])
-    for name in names:  # before the first one is measured
-        check_lengths(dataset, *load_skeleton(name), config)
+    for which, name in zip(("MODEL", "--compare"), names, strict=False):  # before the first one is measured
+        try:
+            check_lengths(dataset, *load_skeleton(name), config)
+        except InputError as error:
+            raise InputError(str(error).replace("model_name:", f"{which}:")) from error
 
     def score(samples: Sequence[Sample], rollout: Rollout) -> Scores:
         return score_completions(rewards, samples, rollout.completions, rollout.token_lists())

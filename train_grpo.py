@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from grpo.config import Config, Options, RunError, errors_explained, parse_command_line, warn
+from grpo.config import Config, Options, errors_explained, parse_command_line, warn
 
 if __name__ == "__main__":  # before the slow imports: --help and a misspelt flag answer at once
     CONFIG, OPTIONS = parse_command_line(__doc__)
@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 from grpo.advantages import group_advantages, groups_without_spread
 from grpo.checkpoint import load_checkpoint, rescue, save_checkpoint, save_model, weights_sha256
 from grpo.data import JSONLinesDataset, Sample, samples_for_step
-from grpo.dry_run import describe
+from grpo.dry_run import describe, opening_line
 from grpo.evaluation import Evaluation, evaluate_greedy, outcome_shares, pick_examples, preflight
 from grpo.logprobs import compute_logprobs
 from grpo.loss import clipped_surrogate, clipped_tokens, kl_divergence, loss_weights
@@ -47,7 +47,7 @@ from grpo.policy import (
     make_optimizer,
     set_learning_rate,
 )
-from grpo.records import TokenMeans, sample_rows, save_failed_batch
+from grpo.records import TokenMeans, check_finite, sample_rows
 from grpo.rollout import Rollout, generate_completions, step_seed
 from grpo.run_folder import RunFolder, open_run
 from reward_model import Scores, check_samples, load_rewards, score_completions
@@ -74,6 +74,7 @@ def train(config: Config, run: RunFolder) -> None:
     if run.options.dry_run:
         print(describe(config, skeleton, tokenizer, train_set))
         return
+    print(opening_line(config, device))
     policy, tokenizer = load_policy(
         config.model_name, base_seed=config.base_seed, base_steps=config.base_steps, device=device
     )
@@ -84,6 +85,7 @@ def train(config: Config, run: RunFolder) -> None:
     minibatches = split_rows(slice(0, num_rows), num_rows // config.num_minibatches)  # one optimizer step each
     num_updates = config.num_iterations * config.num_minibatches  # optimizer steps a rollout
     num_tokens = 0  # prompt and completion tokens so far
+    last_step = config.num_train_steps
 
     def roll_out(samples: Sequence[Sample], step: int) -> Rollout:
         """A group of completions for every prompt, from the policy as it is now; the noise belongs to the step."""
@@ -122,6 +124,9 @@ def train(config: Config, run: RunFolder) -> None:
                 policy, tokenizer, eval_set, score, max_completion_length=length, batch_rows=num_rows
             )
 
+    def is_due(step: int) -> bool:
+        return step % config.eval_every == 0 or step == last_step
+
     def save(step: int) -> None:
         if step > 0:  # step 0 is the base, which can be had again
             save_checkpoint(run.folder, step, config, policy, tokenizer, optimizer, reference, num_tokens)
@@ -143,10 +148,13 @@ def train(config: Config, run: RunFolder) -> None:
         state = load_checkpoint(run.checkpoint, policy, optimizer, reference, run.facts["base_sha256"])
         run.resume(state)
         first_step, num_tokens = state["step"] + 1, state["num_tokens"]
+        if is_due(state["step"]) and "eval/reward" not in run.rows[-1]:  # it failed then, or this is a new last step
+            evaluation = evaluate()
+            run.amend(evaluation.metrics())
+            run.report(state["step"], evaluation, policy, tokenizer)
 
-    last_step = config.num_train_steps
     steps = range(first_step, last_step + 1)
-    progress = tqdm(steps, desc="training", unit="step", initial=first_step - 1, total=last_step)
+    progress = tqdm(steps, desc="training", unit="step", initial=first_step - 1, total=last_step, disable=None)
     for step in progress:
         step_start = time.perf_counter()
 
@@ -224,11 +232,7 @@ def train(config: Config, run: RunFolder) -> None:
                     maxima=["sampling/logp_difference/mean"],
                 )
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
-            if not (grad_norm + loss_sum).isfinite():
-                raise RunError(
-                    f"step {step}: loss {loss_sum.item():.3g}, gradient norm {grad_norm.item():.3g}; the batch lies in "
-                    f"{save_failed_batch(run.folder, completions, rollout, advantages)}; try a lower learning_rate"
-                )
+            check_finite(loss_sum, grad_norm, run.folder, completions, rollout, advantages)
             learning_rate = set_learning_rate(optimizer, config, update)
             optimizer.step()
             optimizer.zero_grad()
@@ -254,7 +258,7 @@ def train(config: Config, run: RunFolder) -> None:
             "update_time": now - update_start,
         }
         with rescue(partial(run.append, row, completions), partial(save, step)):
-            evaluation = evaluate() if step % config.eval_every == 0 or step == last_step else None
+            evaluation = evaluate() if is_due(step) else None
         run.append(row | (evaluation.metrics() if evaluation else {}), completions)
         if evaluation:
             run.report(step, evaluation, policy, tokenizer)

@@ -8,6 +8,7 @@ A block stands between `<!-- toy:NAME -->` and `<!-- /toy:NAME -->`.
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -81,12 +82,20 @@ def summary(runs: Runs) -> str:
     ]
     lines = ["| | seeds 0–4 (tuned on) | seeds 5–9 (confirmed once) |", "|---|---|---|"]
     lines += [f"| {name} | {cell(TUNED_ON)} | {cell(CONFIRMED_ON)} |" for name, cell in rows]
-    return "\n".join(lines)
+    commits = sorted({run["commit"][:7] for run in runs.values()})
+    return "\n".join([*lines, "", f"Measured at commit {', '.join(commits)}."])
 
 
 def output(runs: Runs) -> str:
-    """What the default run printed, its progress bars aside."""
-    return "\n".join(["```text", "$ python train_grpo.py", runs["grpo-0"]["printed"].strip(), "```"])
+    """What the default run printed: without its progress bars, and without most of its evaluations."""
+    lines: list[str] = []
+    for line in runs["grpo-0"]["printed"].strip().splitlines():
+        step = re.match(r"step +(\d+)  held-out", line)
+        if step and 50 <= int(step[1]) < 150:
+            line = "…"
+        if not (line == "…" and lines[-1] == "…"):
+            lines.append(line)
+    return "\n".join(["```text", "$ python train_grpo.py", *lines, "```"])
 
 
 def seeds_table(runs: Runs) -> str:

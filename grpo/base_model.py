@@ -139,7 +139,10 @@ def warm_up(
     rng = random.Random(base_seed)
     sums = [sample for sample in dataset if "+" in sample["prompt"]]
     differences = [sample for sample in dataset if "-" in sample["prompt"]]
-    for step in tqdm(range(num_steps), desc=f"building the tiny base model (base_seed {base_seed})", unit="step"):
+    bar = tqdm(
+        range(num_steps), desc=f"building the tiny base model (base_seed {base_seed})", unit="step", mininterval=0.5
+    )
+    for step in bar:
         worked_share = WORKED_SHARE_SKILL if step < SKILL_PHASE * num_steps else WORKED_SHARE_HABIT
         samples = [rng.choice(differences if rng.random() < DIFFERENCE_SHARE else sums) for _ in range(BATCH_SIZE)]
         pairs = [(sample["prompt"], styled_answer(sample, worked_share, rng)) for sample in samples]

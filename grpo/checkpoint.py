@@ -3,7 +3,7 @@
     step-000100/  model.safetensors, config.json, tokenizer …   an ordinary Hugging Face folder
                   optimizer.pt                                  AdamW's moments, loaded with weights_only=True
                   reference.safetensors                         only once ref_update_every has moved the reference
-                  state.json                                    step, counters, sizes of the run's .jsonl files
+                  state.json                                    step, tokens so far, bytes of samples.jsonl
                   checksums.json                                sha256 of every other file
 
 There is no random state to save: data order and sampling noise are functions of (seed, step), and dropout is off.
@@ -15,7 +15,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,24 +62,26 @@ def save_checkpoint(
 ) -> None:
     """`run_folder`/step-N with all that step N + 1 depends on; then all but the newest ones are deleted.
 
-    The reference is the base, which can be loaded again, unless ref_update_every moves it. The sizes of the run's
-    .jsonl files say which of their rows belong to this checkpoint.
+    The reference is the base, which can be loaded again, unless ref_update_every moves it. The size of samples.jsonl
+    says which of its lines belong to this checkpoint.
     """
+    if (run_folder / f"step-{step:06d}").is_dir():
+        return  # a run has one state after a step
     with complete_folder(run_folder / f"step-{step:06d}") as unfinished:
         policy.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         torch.save(optimizer.state_dict(), unfinished / "optimizer.pt")
         if reference is not None and config.ref_update_every:
             save_safetensors(reference, str(unfinished / "reference.safetensors"))
-        state: dict[str, Any] = {"step": step, "num_tokens": num_tokens}
         for name in ("metrics.jsonl", "samples.jsonl"):
             sync(run_folder / name)
-            state[name] = (run_folder / name).stat().st_size  # bytes
+        state = {"step": step, "num_tokens": num_tokens, "samples_size": (run_folder / "samples.jsonl").stat().st_size}
         (unfinished / "state.json").write_text(json.dumps(state) + "\n")
-        hashes = {path.name: sha256(path) for path in sorted(unfinished.iterdir())}
+        hashes = {str(path.relative_to(unfinished)): sha256(path) for path in _files(unfinished)}
         (unfinished / "checksums.json").write_text(json.dumps(hashes, indent=2) + "\n")
-    for folder in checkpoints(run_folder)[: -config.keep_checkpoints]:
-        remove_folder(folder)
+    with suppress(OSError):  # the checkpoint itself is safe
+        for folder in checkpoints(run_folder)[: -config.keep_checkpoints]:
+            remove_folder(folder)
 
 
 def load_checkpoint(
@@ -102,7 +104,9 @@ def load_checkpoint(
             "--resume: model_name no longer has the weights that this run started from "
             f"(run.json: sha256 {base_sha256[:12]}…), so it cannot be the reference of the KL"
         )
-    saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    saved = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    )
     policy.load_state_dict(saved.state_dict())
     optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
     if reference is not None and (folder / "reference.safetensors").is_file():
@@ -110,22 +114,19 @@ def load_checkpoint(
     return json.loads((folder / "state.json").read_text())
 
 
-def check_integrity(run_folder: Path, resume_command: str) -> None:
-    """The newest checkpoint must be as it was written; if not, an InputError says how to go on from an older one."""
-    damaged = []
+def check_integrity(run_folder: Path, resume_command: str, restart_command: str) -> None:
+    """The newest checkpoint must be as it was written; if not, an InputError says how to go on without it."""
+    damaged: list[tuple[Path, str]] = []
     for folder in reversed(checkpoints(run_folder)):
         problem = _damage(folder)
         if problem is None:
             break
         damaged.append((folder, problem))
-    else:
-        resume_command = resume_command.replace("--resume", "--overwrite")  # nothing is left to resume from
     if damaged:
-        folder, problem = damaged[0]
+        command = resume_command if len(damaged) < len(checkpoints(run_folder)) else restart_command
         remove = " ".join(shlex.quote(str(folder)) for folder, _ in damaged)
-        raise InputError(
-            f"--resume: {folder} is damaged: {problem}; to go on without it: rm -r {remove} && {resume_command}"
-        )
+        newest, problem = damaged[0]
+        raise InputError(f"--resume: {newest} is damaged: {problem}; to go on without it: rm -r {remove} && {command}")
 
 
 def _damage(folder: Path) -> str | None:
@@ -190,25 +191,28 @@ def complete_folder(folder: Path, *, replace: bool = True) -> Iterator[Path]:
     Raises:
         RunError: it could not be written; an earlier `folder` is untouched.
     """
-    unfinished = _unfinished(folder)
+    unfinished, earlier = _unfinished(folder), _unfinished(folder).with_suffix(".earlier.unfinished")
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
         yield unfinished
-        for path in [*unfinished.iterdir(), unfinished]:
+        for path in [*_files(unfinished), *(path for path in unfinished.rglob("*") if path.is_dir()), unfinished]:
             sync(path)
         if replace and folder.is_dir():
-            remove_folder(folder)
+            folder.rename(earlier)
         try:
             unfinished.rename(folder)
         except OSError:
+            if earlier.is_dir():
+                earlier.rename(folder)
             if replace or not folder.is_dir():
                 raise
         sync(folder.parent)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
         raise RunError(f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}") from error
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        for leftover in (unfinished, earlier):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -228,6 +232,11 @@ def remove_folder(folder: Path) -> None:
     doomed = _unfinished(folder).with_suffix(".deleted.unfinished")
     folder.rename(doomed)
     shutil.rmtree(doomed)
+
+
+def _files(folder: Path) -> list[Path]:
+    """All of them, also those of subfolders: a tokenizer with several chat templates has one."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def sync(path: Path) -> None:

@@ -9,9 +9,11 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import io
 import json
 import math
 import re
+import signal
 import sys
 import types
 import typing
@@ -31,6 +33,10 @@ class InputError(ValueError):
 
 class RunError(RuntimeError):
     """The run itself failed: the message is one line for people, the exit status 1."""
+
+
+class NotFiniteError(RunError):
+    """A loss or gradient that is no number: the same settings would lead there again."""
 
 
 def unreadable(path: str | Path, error: OSError | UnicodeDecodeError) -> InputError:
@@ -255,6 +261,10 @@ class SettingsParser(argparse.ArgumentParser):
     def parse(self, arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
         """The arguments, and what they say of settings as overrides for `load_config`."""
         known, unknown = self.parse_known_args(arguments)
+        if (
+            arguments is None
+        ):  # the slow imports come next, and Ctrl-C there shall be no traceback; see errors_explained
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         if unknown:
             flag = unknown[0].partition("=")[0]
             names = [option.lstrip("-") for option in self._option_string_actions]
@@ -286,6 +296,10 @@ def parse_command_line(description: str, arguments: Sequence[str] | None = None)
 @contextlib.contextmanager
 def errors_explained() -> Iterator[None]:
     """What is not a bug of ours ends in one line: wrong input with status 2, a failed run with 1, Ctrl-C with 130."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # it was off during the imports
+    for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show must not end the run
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except InputError as error:
@@ -321,8 +335,10 @@ _Loader.add_implicit_resolver(
 def _parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    except yaml.YAMLError as error:
-        raise InputError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, ValueError) as error:  # 2024-13-45 looks like a date, 0b_ like a number
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise InputError(f"{where}{line}: not YAML: {' '.join(problem.split())}") from error
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -364,8 +380,10 @@ def _checked(key: str, value: Any) -> Any:
             return None
         expected = options[0]
     expected = typing.get_origin(expected) or expected
-    if expected is float and type(value) is int:
+    if expected is float and type(value) is int and abs(value) < 2**1000:  # the largest float is about 2**1024
         value = float(value)
+    if value == ".inf" and key in MAY_BE_INFINITE:  # as run.json writes it: JSON has no infinity
+        value = math.inf
     if type(value) is not expected or (expected is float and not math.isfinite(value) and key not in MAY_BE_INFINITE):
         raise InputError(f"{key}: got {value!r}, expected {_TYPE_NAMES[expected]}")
     if key in RULES and not RULES[key][0](value):

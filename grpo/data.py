@@ -43,10 +43,12 @@ class JSONLinesDataset(Sequence[Sample]):
         try:
             sample = json.loads(line)
         except json.JSONDecodeError as error:
-            raise InputError(f"{self.path}, line {number}: not JSON: {error}") from error
+            raise InputError(f"{self.path}, line {number}: not JSON: {error.msg} (column {error.colno})") from error
         if not isinstance(sample, dict):
             raise InputError(f"{self.path}, line {number}: got {type(sample).__name__}, expected a JSON object")
-        if not isinstance(sample.get("prompt"), str) or not sample["prompt"]:
+        if "prompt" not in sample:
+            raise InputError(f'{self.path}, line {number}: has no "prompt"; it has {", ".join(sample) or "nothing"}')
+        if not isinstance(sample["prompt"], str) or not sample["prompt"]:
             raise InputError(f'{self.path}, line {number}: "prompt" must be a text that is not empty')
         return sample
 
@@ -72,7 +74,7 @@ def check_prompt_lengths(dataset: JSONLinesDataset, tokenizer: PreTrainedTokeniz
         raise InputError(f"{dataset.place(shortest)}: the prompt has no tokens")
     if lengths[longest] > max_prompt_length:
         raise InputError(
-            f"{dataset.place(longest)}: the prompt has {lengths[longest]} tokens, "
+            f"{dataset.place(longest)}: the longest prompt has {lengths[longest]} tokens, "
             f"max_prompt_length allows {max_prompt_length}"
         )
     return lengths[longest]

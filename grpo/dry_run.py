@@ -1,11 +1,20 @@
 """What the settings of a run amount to, without loading any weights: sizes, estimated memory, one rendered prompt."""
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.config import Config
 from grpo.data import JSONLinesDataset, check_prompt_lengths
 
 BYTES = 4  # of a float32
+
+
+def opening_line(config: Config, device: torch.device) -> str:
+    """The first thing a run says."""
+    return (
+        f"Training {config.model_name} on {device}: {config.num_train_steps} steps of {config.batch_size} prompts x "
+        f"{config.group_size} completions; everything goes to {config.output_dir}"
+    )
 
 
 def describe(
@@ -37,10 +46,11 @@ def describe(
 
 
 def estimate_memory(config: Config, model: PreTrainedModel, prompt_length: int) -> dict[str, int]:
-    """Bytes by purpose, for completions of full length and float32. A rule of thumb.
+    """Bytes by purpose, for completions of full length and float32: a rule of thumb.
 
-    Activations per token and layer: about 34 hidden-sized values (Korthikanti et al., 2205.05198), and the attention
-    weights. Logits: three copies, since log-softmax and its gradient are as large as they are.
+    The update keeps about 24 hidden-sized values per token and layer, the attention weights, and five copies of the
+    logits: their float32 form, log-softmax, entropy and their gradients. The sampler keeps a cache and four rows of the
+    vocabulary for each completion.
     """
     architecture = model.config.get_text_config()
     hidden, layers, heads = architecture.hidden_size, architecture.num_hidden_layers, architecture.num_attention_heads
@@ -50,9 +60,9 @@ def estimate_memory(config: Config, model: PreTrainedModel, prompt_length: int) 
     length = prompt_length + config.max_completion_length
     completions = config.batch_size * config.group_size
     rows = min(config.micro_batch_size, completions // config.num_minibatches)
-    update = layers * (34 * hidden * length + 2 * heads * length**2)
-    update += 3 * config.max_completion_length * architecture.vocab_size
-    rollout = completions * length * layers * 2 * kv_heads * head_size
+    update = layers * (24 * hidden * length + 2 * heads * length**2)
+    update += 5 * config.max_completion_length * architecture.vocab_size
+    rollout = completions * (length * layers * 2 * kv_heads * head_size + 4 * architecture.vocab_size)
     return {
         "weights": BYTES * weights,
         "reference": BYTES * weights if config.kl_coeff > 0 else 0,

@@ -156,7 +156,7 @@ def count_right(
     seed: int,
     progress: str | None = None,
 ) -> list[int | None]:
-    """How many of k completions sampled at temperature 1 are right, for every sample; None where none is scored.
+    """How many of k completions sampled at temperature 1 are right, for every sample; None where not all are scored.
 
     The noise of completion g of sample i depends on (seed, i, g) alone, so `batch_rows` changes nothing.
     """
@@ -176,7 +176,7 @@ def count_right(
         verdicts = _verdicts(score_fn([sample for sample in batch for _ in range(k)], rollout))
         for row in range(0, len(verdicts), k):
             scored = [verdict for verdict in verdicts[row : row + k] if verdict is not None]
-            counts.append(sum(scored) if scored else None)
+            counts.append(sum(scored) if len(scored) == k else None)
     return counts
 
 

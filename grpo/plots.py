@@ -29,36 +29,36 @@ STYLES = ("-", "--", ":", "-.")  # the second cue where colours repeat
 
 def draw_curves(rows: Rows, path: Path) -> None:
     """The picture of one run, drawn anew from its rows."""
-    figure, axes = _grid("step")
+    figure, axes = _grid()
     reward, length, divergence, loss, signal, answers = axes
 
-    reward.set_title("Reward and held-out accuracy")
-    _line(reward, rows, "reward", BLUE, "reward of the samples")
-    _accuracy(reward, rows, VERMILLION, "held-out accuracy, 95 % interval")
+    _name(reward, "Reward and held-out accuracy", "reward, share right")
+    _line(reward, rows, "reward", BLUE, "samples")
+    _accuracy(reward, rows, VERMILLION, "held-out, 95 % interval")
 
-    length.set_title("Completion length (tokens)")
+    _name(length, "Completion length", "tokens")
     _line(length, rows, "completions/mean_length", BLUE, "samples")
     _line(length, rows, "eval/mean_length", VERMILLION, "held-out, greedy", marker=".")
     length.set_ylim(bottom=0)
 
-    divergence.set_title("KL and entropy (nats a token)")
+    _name(divergence, "KL and entropy", "nats a token")
     _line(divergence, rows, "kl", VERMILLION, "KL to the reference")
-    _line(divergence, rows, "entropy", BLUE, "entropy of the policy")
-    divergence.set_ylim(bottom=0)
+    _line(divergence, rows, "entropy", BLUE, "entropy")
+    divergence.set_ylim(bottom=min(0, divergence.get_ylim()[0]))  # k1 may be negative
 
-    loss.set_title("Loss and gradient norm")
-    _line(loss, rows, "loss", BLUE, "loss (left)")
+    _name(loss, "Loss and gradient norm", "loss")
+    _line(loss, rows, "loss", BLUE, "loss")
     norm = loss.twinx()
     norm.spines.top.set_visible(False)
-    _line(norm, rows, "grad_norm", ORANGE, "gradient norm (right)")
+    _line(norm, rows, "grad_norm", ORANGE, "gradient norm, right axis")
     norm.set_ylim(bottom=0)
 
-    signal.set_title("Groups with signal (share)")
+    _name(signal, "Groups with signal: rewards differ", "share of groups")
     informative = [{**row, "signal": 1 - row["frac_reward_zero_std"]} for row in rows if "frac_reward_zero_std" in row]
-    _line(signal, informative, "signal", BLUE, "rewards differ within the group")
+    _line(signal, informative, "signal", BLUE)
     signal.set_ylim(-0.03, 1.03)
 
-    answers.set_title("How sampled answers end (share)")
+    _name(answers, "How sampled answers end", "share of completions")
     outcomes = {"right": GREEN, "wrong": VERMILLION, "none": SKY, "truncated": BLACK}
     shared = [row for row in rows if "answers/right" in row]
     answers.stackplot(
@@ -72,44 +72,49 @@ def draw_curves(rows: Rows, path: Path) -> None:
     answers.set_ylim(0, 1)
 
     for axis in axes:
-        _legend(axis) if axis is not loss else _legend(norm, loss)
+        _legend(axis, *([norm] if axis is loss else []))
     _save(figure, path)
 
 
 def draw_comparison(runs: Mapping[str, Rows], path: Path) -> None:
     """Several runs in one picture; `runs`: name -> rows."""
-    figure, axes = _grid("step")
+    figure, axes = _grid()
     panels = [
-        ("Reward of the samples", "reward"),
-        ("Held-out accuracy, 95 % interval", "eval/accuracy"),
-        ("Completion length (tokens)", "completions/mean_length"),
-        ("KL to the reference (nats a token)", "kl"),
-        ("Entropy (nats a token)", "entropy"),
-        ("Gradient norm", "grad_norm"),
+        ("Reward of the samples", "reward", "reward"),
+        ("Held-out accuracy, 95 % interval", "share right", "eval/accuracy"),
+        ("Completion length", "tokens", "completions/mean_length"),
+        ("KL to the reference", "nats a token", "kl"),
+        ("Entropy", "nats a token", "entropy"),
+        ("Gradient norm", "gradient norm", "grad_norm"),
     ]
-    for axis, (title, metric) in zip(axes, panels, strict=True):
-        axis.set_title(title)
+    for axis, (title, unit, metric) in zip(axes, panels, strict=True):
+        _name(axis, title, unit)
         for number, (name, rows) in enumerate(runs.items()):
             colour, style = CYCLE[number % len(CYCLE)], STYLES[number // len(CYCLE) % len(STYLES)]
             if metric == "eval/accuracy":
                 _accuracy(axis, rows, colour, name, linestyle=style)
             else:
                 _line(axis, rows, metric, colour, name, linestyle=style)
-    _legend(axes[1])
+        _legend(axis)
     _save(figure, path)
 
 
-def _grid(xlabel: str) -> tuple[Figure, list[Axes]]:
+def _grid() -> tuple[Figure, list[Axes]]:
     """2 x 3 empty panels, at a size that stays legible at the width of a README."""
-    figure = Figure(figsize=(11, 6.2), dpi=100)
-    figure.subplots_adjust(left=0.045, right=0.985, top=0.94, bottom=0.08, wspace=0.3, hspace=0.34)
+    figure = Figure(figsize=(11, 7), dpi=100)
+    figure.subplots_adjust(left=0.06, right=0.985, top=0.955, bottom=0.13, wspace=0.36, hspace=0.5)
     axes = list(figure.subplots(2, 3).flat)
     for axis in axes:
-        axis.set_xlabel(xlabel, labelpad=1)
+        axis.set_xlabel("step", labelpad=1)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
         axis.margins(x=0.02)
     return figure, axes
+
+
+def _name(axis: Axes, title: str, unit: str) -> None:
+    axis.set_title(title, fontsize=11)
+    axis.set_ylabel(unit, labelpad=2)
 
 
 def _series(rows: Rows, metric: str) -> tuple[list[int], list[float]]:
@@ -118,7 +123,7 @@ def _series(rows: Rows, metric: str) -> tuple[list[int], list[float]]:
     return [step for step, _ in found], [value for _, value in found]
 
 
-def _line(axis: Axes, rows: Rows, metric: str, colour: str, label: str, **style: Any) -> None:
+def _line(axis: Axes, rows: Rows, metric: str, colour: str, label: str | None = None, **style: Any) -> None:
     steps, values = _series(rows, metric)
     if steps:
         axis.plot(steps, values, color=colour, label=label, linewidth=1.4, **style)
@@ -132,16 +137,15 @@ def _accuracy(axis: Axes, rows: Rows, colour: str, label: str, **style: Any) -> 
         axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
 
 
-def _legend(axis: Axes, also: Axes | None = None) -> None:
-    """On `axis`, which must be the upper one of two that share a panel; `also`'s lines come first."""
-    handles, labels = axis.get_legend_handles_labels()
-    if also is not None:
-        first = also.get_legend_handles_labels()
-        handles, labels = first[0] + handles, first[1] + labels
+def _legend(axis: Axes, *others: Axes) -> None:
+    """Below the panel, where it hides nothing; `others` share the panel."""
+    parts = [part.get_legend_handles_labels() for part in (axis, *others)]
+    handles = [handle for part in parts for handle in part[0]]
+    labels = [label for part in parts for label in part[1]]
     if handles:
-        axis.legend(
-            handles, labels, fontsize=9, framealpha=0.85, loc="center right" if also else "best", borderaxespad=0.3
-        )
+        columns = 2 if len(handles) < 9 else 3
+        style: dict[str, Any] = {"fontsize": 9, "frameon": False, "columnspacing": 1.2, "handlelength": 1.6}
+        axis.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=columns, **style)
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import huggingface_hub
 import torch
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -93,16 +93,16 @@ def find_model(model_name: str) -> str | Path:
     try:
         huggingface_hub.model_info(model_name, timeout=10)
         return model_name
-    except (HfHubHTTPError, HFValidationError) as error:
+    except (RepositoryNotFoundError, HFValidationError) as error:
         reason = "and it is no public model of the Hugging Face Hub"
         raise InputError(f"model_name: there is no folder {model_name!r} here, {reason}") from error
-    except Exception as error:  # whatever a missing network looks like to the HTTP library of the day
+    except Exception as error:  # no network, a Hub that is down: the HTTP library of the day says which
         try:
             return Path(huggingface_hub.snapshot_download(model_name, local_files_only=True))
         except Exception:
             raise InputError(
                 f"model_name: there is no folder {model_name!r} here, it is not in the download cache, and the Hugging "
-                "Face Hub cannot be reached; without a network, --model_name tiny (the default) needs no download"
+                "Face Hub cannot be reached; tiny, the default model, needs no network"
             ) from error
 
 
@@ -114,7 +114,8 @@ def _check_model_folder(folder: Path) -> None:
     }
     for what, patterns in needed.items():
         if not any(any(folder.glob(pattern)) for pattern in patterns):
-            raise InputError(f"model_name: {folder} is no model folder: it has no {what}")
+            hint = f"; did you mean {folder / 'final'}?" if (folder / "final").is_dir() else ""
+            raise InputError(f"model_name: {folder} is no model folder: it has no {what}{hint}")
 
 
 def check_lengths(

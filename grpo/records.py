@@ -11,19 +11,24 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from grpo.config import RunError
+from grpo.config import NotFiniteError, RunError
 from grpo.data import Sample
 from grpo.evaluation import Scored
 from grpo.rollout import Rollout
 
 
 def append_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """One JSON object a line; NaN becomes null, which is JSON."""
+    """Add rows to a file, one JSON object a line."""
     try:
         with path.open("a", encoding="utf-8", errors="backslashreplace") as file:  # half a surrogate pair: \\ud83d
-            file.writelines(json.dumps(without_nan(row), ensure_ascii=False) + "\n" for row in rows)
+            file.write(to_jsonl(rows))
     except OSError as error:
         raise RunError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def to_jsonl(rows: Sequence[dict[str, Any]]) -> str:
+    """One JSON object a line; NaN becomes null, which is JSON."""
+    return "".join(json.dumps(without_nan(row), ensure_ascii=False) + "\n" for row in rows)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -36,6 +41,8 @@ def without_nan(value: Any) -> Any:
     """The same with null for NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -88,12 +95,22 @@ def sample_rows(
     ]
 
 
-def save_failed_batch(folder: Path, rows: Sequence[dict[str, Any]], rollout: Rollout, advantages: Tensor) -> Path:
-    """The batch on which a step failed, to look at (.jsonl, as samples.jsonl) and to compute with (.safetensors)."""
-    path = folder / f"failed-{rows[0]['step']:06d}.jsonl"
+def check_finite(
+    loss: Tensor, grad_norm: Tensor, folder: Path, rows: Sequence[dict[str, Any]], rollout: Rollout, advantages: Tensor
+) -> None:
+    """A loss or gradient that is no number ends the run before it spoils the weights.
+
+    The batch is left behind, to look at (.jsonl, as samples.jsonl) and to compute with (.safetensors).
+    """
+    if (loss + grad_norm).isfinite():
+        return
+    step = rows[0]["step"]
+    path = folder / f"failed-{step:06d}.jsonl"
     path.unlink(missing_ok=True)
     append_jsonl(path, rows)
     tensors = {name: value for name, value in vars(rollout).items() if isinstance(value, Tensor)}
     tensors = {name: value.contiguous() for name, value in {**tensors, "advantages": advantages}.items()}
     save_file(tensors, path.with_suffix(".safetensors"))
-    return path
+    raise NotFiniteError(
+        f"step {step}: loss {loss.item():.3g}, gradient norm {grad_norm.item():.3g}; the batch lies in {path}"
+    )

@@ -8,7 +8,9 @@ step-000100/           checkpoints to resume from; best/ and final/ beside them;
 """
 
 import dataclasses
+import errno
 import json
+import math
 import os
 import platform
 import re
@@ -31,18 +33,29 @@ import transformers
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from grpo.checkpoint import check_integrity, checkpoints, remove_folder, save_model, step_of, write_atomically
-from grpo.config import Config, InputError, Options, RunError, load_config, read_run_json
+from grpo.checkpoint import check_integrity, checkpoints, remove_folder, save_model, sha256, step_of, write_atomically
+from grpo.config import (
+    Config,
+    InputError,
+    NotFiniteError,
+    Options,
+    RunError,
+    documented_defaults,
+    load_config,
+    read_run_json,
+)
 from grpo.data import JSONLinesDataset
 from grpo.evaluation import Evaluation, side_by_side
 from grpo.plots import draw_curves
 from grpo.policy import learning_rate_at
-from grpo.records import append_jsonl, read_jsonl
+from grpo.records import append_jsonl, read_jsonl, to_jsonl
 
 try:
     import fcntl
 except ImportError:  # Windows: two runs in one folder go unnoticed there
     fcntl = None  # type: ignore[assignment]
+
+DATA_FILES = ("train_file", "eval_file")  # settings whose files a resumed run must find unchanged
 
 # What a run leaves behind; the only names that --overwrite deletes.
 RUN_FILES = re.compile(
@@ -73,8 +86,8 @@ class RunFolder:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run in the folder came to its end (before "finished" was written down, final/ said so)."""
-        return bool(self.facts.get("finished", (self.folder / "final").is_dir()))
+        """Whether the run in the folder came to its end."""
+        return bool(self.facts.get("finished"))
 
     @property
     def holds_nothing(self) -> bool:
@@ -95,30 +108,35 @@ class RunFolder:
             _remove_unfinished(self.folder)
         except OSError as error:
             raise InputError(f"output_dir: {self.folder} cannot be used: {error.strerror}") from error
-        self._write_facts({"started": _now(), "finished": None, **_origin(), **facts, "resumed": []})
+        data = {key: sha256(Path(getattr(self.config, key))) for key in DATA_FILES}
+        self._write_facts(
+            {"started": _now(), "finished": None, **_origin(), "data_sha256": data, **facts, "resumed": []}
+        )
         self.is_training = True
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Go on after the checkpoint `state` was saved with: rows written after it are cut off, to be made again."""
-        step = state["step"]
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            path = self.folder / name
-            if not path.is_file() or path.stat().st_size < state[name]:
-                raise InputError(f"--resume: {path} is shorter than it was at step {step}: damaged")
-            os.truncate(path, state[name])
-        _remove_unfinished(self.folder)
+        """Go on after the checkpoint `state` was saved with: what was written after it is cut off, to be made again."""
+        step, metrics, samples = state["step"], self.folder / "metrics.jsonl", self.folder / "samples.jsonl"
         try:
-            self.rows = read_jsonl(self.folder / "metrics.jsonl")
-        except ValueError as error:
-            raise InputError(f"--resume: {self.folder / 'metrics.jsonl'} is damaged: {error}") from error
-        if (best := self._best()) and best[
-            "step"
-        ] > step:  # it will be made again, unless changed settings lead elsewhere
-            remove_folder(self.folder / "best")
+            rows = [row for row in read_jsonl(metrics) if row["step"] <= step]
+            if [row["step"] for row in rows] != list(range(step + 1)):
+                raise InputError(f"--resume: {metrics} is damaged: it should have a row for every step up to {step}")
+            if samples.stat().st_size < state["samples_size"]:
+                raise InputError(f"--resume: {samples} is damaged: it is shorter than it was at step {step}")
+            self._write_rows(rows)
+            os.truncate(samples, state["samples_size"])
+            self._forget_later_models(step)
+            _remove_unfinished(self.folder)
+        except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+            raise InputError(f"--resume: {metrics} or {samples} is damaged: {error}") from error
         self._say_where(step, load_config(recorded=self.facts["settings"]))
         resumed = [*self.facts.get("resumed", []), {"after_step": step, "at": _now(), **_origin()}]
         self._write_facts(self.facts | {"finished": None, "resumed": resumed})
         self.is_training = True
+
+    def amend(self, metrics: dict[str, float]) -> None:
+        """Add to the newest row what it lacks."""
+        self._write_rows([*self.rows[:-1], self.rows[-1] | metrics])
 
     def append(self, row: dict[str, Any], samples: Sequence[dict[str, Any]] = ()) -> None:
         """One row of metrics.jsonl and the completions it came from."""
@@ -133,8 +151,9 @@ class RunFolder:
         tqdm.write(f"step {step:4d}  {evaluation}")
         draw_curves(self.rows, self.folder / "training_curves.png")
         metric = self.config.eval_metric
-        about = {"step": step, "metric": metric, "value": evaluation.metrics()[metric]}
-        if (best := self._best()) is None or about["value"] > best["value"]:
+        value = evaluation.metrics().get(metric, math.nan)
+        if value > (self._best() or {"value": -math.inf})["value"]:
+            about = {"step": step, "metric": metric, "value": value}
             save_model(policy, tokenizer, self.folder / "best", about=about)
 
     def status(self) -> dict[str, str]:
@@ -151,7 +170,7 @@ class RunFolder:
         """The run is whole, the next one may move it aside; the last words."""
         self._write_facts(self.facts | {"finished": _now()})
         before, after = self.rows[0], evaluation.metrics()
-        metric = "eval/accuracy" if "eval/accuracy" in after else "eval/reward"
+        metric = next(name for name in ("eval/accuracy", "eval/reward") if name in before and name in after)
         change = f"{_with_interval(before, metric)} -> {_with_interval(after, metric)}"
         print(f"\nHeld-out {metric.removeprefix('eval/')}: {change}, n = {len(eval_set)} ({eval_set.path})")
         for example in self.facts.get("examples", []):
@@ -170,11 +189,26 @@ class RunFolder:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
+    def _write_rows(self, rows: list[dict[str, Any]]) -> None:
+        self.rows = rows
+        write_atomically(self.folder / "metrics.jsonl", to_jsonl(rows))
+
+    def _forget_later_models(self, step: int) -> None:
+        """best/ and final/ from after `step` are made again, or, with changed settings, others are."""
+        best = self._best()
+        for name in ("best", "final"):
+            is_later = name == "final" or best is None or best["step"] > step
+            if is_later and (self.folder / name).is_dir():
+                remove_folder(self.folder / name)
+
     def _newest(self, metric: str) -> float | None:
         return next((row[metric] for row in reversed(self.rows) if metric in row), None)
 
     def _write_facts(self, facts: dict[str, Any]) -> None:
-        self.facts = facts | {"settings": dataclasses.asdict(self.config)}
+        settings = dataclasses.asdict(self.config)
+        self.facts = facts | {
+            "settings": {key: ".inf" if value == math.inf else value for key, value in settings.items()}
+        }
         write_atomically(self.folder / "run.json", json.dumps(self.facts, indent=2) + "\n")
 
     def _say_where(self, step: int, earlier: Config) -> None:
@@ -188,17 +222,25 @@ class RunFolder:
 
     def how_to_go_on(self) -> str:
         """What is saved, and what to type to continue from there."""
-        where = "" if self.folder == Path("checkpoints") else f" --output_dir {shlex.quote(str(self.folder))}"
         saved = checkpoints(self.folder)
-        what = f"step {step_of(saved[-1])} is saved" if saved else "no checkpoint was saved yet"
-        return f"{what}; to go on: python train_grpo.py --resume{where}"
+        where = f"step {step_of(saved[-1])} is saved; to go on" if saved else "no step is saved yet; to begin again"
+        return f"{where}: {self.command('--resume')}"
+
+    def command(self, option: str) -> str:
+        """What to type to do something with this folder."""
+        is_default = self.folder == Path(documented_defaults()["output_dir"][0])
+        return f"python train_grpo.py {option}" + (
+            "" if is_default else f" --output_dir {shlex.quote(str(self.folder))}"
+        )
 
     def _make_room(self) -> None:
         """The earlier run in this folder: deleted on request or when nothing was trained yet, else moved aside."""
         if self.options.overwrite or self.options.resume or self.holds_nothing:
             for path in list(self.folder.iterdir()):
-                if RUN_FILES.fullmatch(path.name):
-                    remove_folder(path) if path.is_dir() else path.unlink()
+                if (
+                    RUN_FILES.fullmatch(path.name) and path.name != "run.json"
+                ):  # that one is replaced: killed here, this
+                    remove_folder(path) if path.is_dir() else path.unlink()  # still is a run, with its settings
             return
         started = re.sub(r"[^0-9T-]", "-", str(self.facts.get("started")))  # no colons in names
         folder = self.folder.resolve()  # output_dir may be a link to where there is space
@@ -238,6 +280,15 @@ def open_run(config: Config, options: Options) -> Iterator[RunFolder]:
         _check_folder(run)
         with _stopping_gently(run):
             yield run
+    except torch.OutOfMemoryError as error:
+        advice = "turn down micro_batch_size, then max_completion_length, batch_size or group_size (see --dry_run)"
+        raise RunError(f"the device is out of memory: {advice}") from error
+    except NotFiniteError as error:
+        saved = checkpoints(run.folder)
+        start = f", from the base or with --model_name {saved[-1]}" if saved else ""
+        raise RunError(
+            f"{error}; --resume would lead there again: start anew with a lower learning_rate{start}"
+        ) from error
     except RunError as error:
         raise RunError(f"{error}; {run.how_to_go_on()}" if run.is_training else str(error)) from error
     except KeyboardInterrupt as error:
@@ -246,7 +297,7 @@ def open_run(config: Config, options: Options) -> Iterator[RunFolder]:
     finally:
         with suppress(OSError):  # a folder that another run uses meanwhile stays
             if not (run.folder / "run.json").exists():
-                (run.folder / ".lock").unlink()
+                (run.folder / ".lock").unlink(missing_ok=True)
                 for path in missing:
                     path.rmdir()
         if run.lock:
@@ -261,14 +312,19 @@ def _check_folder(run: RunFolder) -> None:
         if run.options.resume:
             raise InputError(f"--resume: {run.folder} holds no run")
     elif run.options.resume:
-        check_integrity(run.folder, run.how_to_go_on().partition("to go on: ")[2])
+        restart = run.command("--overwrite" if run.is_finished else "--resume")
+        check_integrity(run.folder, run.command("--resume"), restart)
         if run.is_finished and run.checkpoint is None:
             raise InputError(f"--resume: {run.folder} holds a finished run, but no step-… folder to go on from")
         if run.checkpoint and not isinstance(run.facts.get("base_sha256"), str):
             raise InputError(f'--resume: {run.folder / "run.json"} has no "base_sha256": damaged')
+        for key, expected in run.facts.get("data_sha256", {}).items():
+            path = Path(getattr(run.config, key))
+            if path.is_file() and sha256(path) != expected:
+                raise InputError(f"--resume: {key}: {path} is no longer the file that this run started with")
         step, num_train_steps = step_of(run.checkpoint) if run.checkpoint else 0, run.config.num_train_steps
         if step > num_train_steps or (step == num_train_steps and run.is_finished):
-            print(f"{run.folder} is already at step {step} of {num_train_steps}; a larger --num_train_steps goes on")
+            print(f"{run.folder} is already at step {step}; --num_train_steps {num_train_steps} asks for no more")
             sys.exit(0)
     elif not (run.is_finished or run.options.overwrite or run.holds_nothing):
         raise InputError(
@@ -283,25 +339,31 @@ def _remove_unfinished(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _acquire_lock(folder: Path) -> IO[str]:
-    """An exclusive lock that the system releases when its process ends, however it ends."""
+def _acquire_lock(folder: Path) -> IO[str] | None:
+    """An exclusive lock that the system releases when its process ends, however it ends; None where there is none."""
+    if fcntl is None:
+        return None
     path = folder / ".lock"
     while True:
         lock = path.open("a+")
-        if fcntl is not None:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                lock.seek(0)
-                holder = lock.read().strip() or "unknown"
-                raise InputError(f"output_dir: {folder} is in use by another run (process {holder})") from error
-            if not path.exists() or os.fstat(lock.fileno()).st_ino != path.stat().st_ino:
-                lock.close()  # deleted in between: this would be a lock on nothing
-                continue
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        return lock
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.seek(0)
+            holder = lock.read().strip() or "unknown"
+            lock.close()
+            raise InputError(f"output_dir: {folder} is in use by another run (process {holder})") from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # some file systems of clusters have no locks
+                raise
+            lock.close()
+            return None
+        if path.exists() and os.fstat(lock.fileno()).st_ino == path.stat().st_ino:
+            lock.truncate(0)
+            lock.write(str(os.getpid()))
+            lock.flush()
+            return lock
+        lock.close()  # deleted in between: this would be a lock on nothing
 
 
 @contextmanager

@@ -19,16 +19,18 @@ import grpo.checkpoint
 import grpo.plots
 import train_grpo
 from grpo.checkpoint import (
+    check_integrity,
     checkpoints,
     complete_folder,
     remove_folder,
+    save_checkpoint,
     save_model,
     sha256,
     step_of,
     weights_sha256,
     write_atomically,
 )
-from grpo.config import MAY_CHANGE_ON_RESUME, TYPES, InputError, Options, RunError, load_config, resumed_config
+from grpo.config import MAY_CHANGE_ON_RESUME, TYPES, InputError, RunError, load_config, resumed_config
 from tests import test_train as helpers
 from tests.test_train import read, resume, train
 
@@ -379,7 +381,7 @@ def test_an_older_checkpoint_that_is_damaged_does_not_matter(whole: Path, tmp_pa
     assert [row["step"] for row in read(folder / "metrics.jsonl")] == [0, 1, 2, 3, 4, 5]
 
 
-def test_with_no_good_checkpoint_left_overwrite_is_named(small: dict[str, Any], whole: Path, tmp_path: Path) -> None:
+def test_with_no_good_checkpoint_left_the_run_begins_again_with_its_own_settings(whole: Path, tmp_path: Path) -> None:
     folder = interrupted(whole, tmp_path / "run", after=4)
     truncate(folder / "step-000002")
     problem = lose_a_file(folder / "step-000004")
@@ -389,17 +391,26 @@ def test_with_no_good_checkpoint_left_overwrite_is_named(small: dict[str, Any], 
     assert command is not None
     assert problem in str(raised.value)
     assert set(command[1].split()) == {str(folder / "step-000004"), str(folder / "step-000002")}
-    assert command[2] == f"python train_grpo.py --overwrite --output_dir {folder}"
-    config = load_config(None, [f"{key}={value}" for key, value in (small | {"output_dir": folder}).items()])
-    train_grpo.main(config, Options(overwrite=True))
-    assert [row["step"] for row in read(folder / "metrics.jsonl")] == [0, 1, 2]
+    assert command[2] == f"python train_grpo.py --resume --output_dir {folder}"
+    for path in command[1].split():
+        shutil.rmtree(path)
+    resume(folder)
+    assert_same_run(whole, folder)
+
+
+def test_with_no_good_checkpoint_of_a_finished_run_overwrite_is_named(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    for path in checkpoints(tmp_path / "run"):
+        truncate(path)
+    with pytest.raises(InputError, match=r"&& python train_grpo\.py --overwrite"):
+        resume(tmp_path / "run", num_train_steps=9)
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
 def test_rows_that_the_checkpoint_counts_on_must_be_there(whole: Path, tmp_path: Path, name: str) -> None:
     folder = interrupted(whole, tmp_path / "run")
     (folder / name).write_bytes((folder / name).read_bytes()[:200])
-    with pytest.raises(InputError, match=rf"--resume: .*{name} is shorter than it was at step 2"):
+    with pytest.raises(InputError, match=rf"--resume: .*{name} is damaged: it (should have|is shorter)"):
         resume(folder)
     (folder / name).unlink()
     with pytest.raises(InputError, match=rf"--resume: .*{name}"):
@@ -506,8 +517,8 @@ def test_a_loss_that_is_not_finite_leaves_its_batch(small: dict[str, Any], tmp_p
         train(small, folder, **(FOUR | {"learning_rate": 1e30, "save_every": 1}))
     path = next(folder.glob("failed-*.jsonl"))
     step = int(path.stem.removeprefix("failed-"))
-    assert re.match(rf"step {step}: loss \S+, gradient norm nan; the batch lies in {path}; try", str(raised.value))
-    assert f"step {step - 1} is saved" in str(raised.value)
+    assert re.match(rf"step {step}: loss \S+, gradient norm nan; the batch lies in {path}; ", str(raised.value))
+    assert f"start anew with a lower learning_rate, from the base or with --model_name {folder}" in str(raised.value)
     rows, tensors = read(path), load_file(path.with_suffix(".safetensors"))
     assert [row["step"] for row in rows] == [step] * 16
     assert rows[0].keys() == read(folder / "samples.jsonl")[0].keys()
@@ -588,7 +599,7 @@ def test_a_damaged_row_of_metrics_is_named(whole: Path, tmp_path: Path) -> None:
     folder = interrupted(whole, tmp_path / "run")
     path = folder / "metrics.jsonl"
     path.write_text("x" + path.read_text()[1:])
-    with pytest.raises(InputError, match=r"--resume: .*metrics.jsonl is damaged"):
+    with pytest.raises(InputError, match=r"--resume: .*metrics.jsonl or .* is damaged"):
         resume(folder)
 
 
@@ -703,9 +714,43 @@ def test_a_checkpoint_lists_all_its_files(whole: Path) -> None:
     assert state["num_tokens"] == read(whole / "metrics.jsonl")[2]["num_tokens"]
     assert set(sums) == {path.name for path in folder.iterdir()} - {"checksums.json"}
     assert sums["optimizer.pt"] == sha256(folder / "optimizer.pt")
-    for name, rows in (("metrics.jsonl", 3), ("samples.jsonl", 32)):
-        assert (whole / name).read_bytes()[: state[name]].count(b"\n") == rows
-        assert (whole / name).read_bytes()[state[name] - 1 : state[name]] == b"\n"
+    samples = (whole / "samples.jsonl").read_bytes()[: state["samples_size"]]
+    assert samples.count(b"\n") == 32
+    assert samples.endswith(b"\n")
+
+
+def test_a_tokenizer_with_several_chat_templates_can_be_saved(whole: Path, tmp_path: Path) -> None:
+    """Its save_pretrained makes a folder within the folder, and a hash of a folder fails."""
+    folder = interrupted(whole, tmp_path / "run")
+    model = AutoModelForCausalLM.from_pretrained(folder / "step-000002")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "step-000002")
+    tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
+    optimizer = torch.optim.AdamW(model.parameters())
+    save_checkpoint(folder, 3, load_config(), model, tokenizer, optimizer, None, 0)
+    sums = json.loads((folder / "step-000003" / "checksums.json").read_text())
+    assert any("/" in name for name in sums)
+    check_integrity(folder, "", "")
+
+
+@pytest.mark.parametrize("key", ["train_file", "eval_file"])
+def test_other_data_under_the_same_name_is_refused(small: dict[str, Any], tmp_path: Path, key: str) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_bytes(Path(small[key]).read_bytes())
+    train(small | FOUR | {key: data}, tmp_path / "run")
+    data.write_text(data.read_text() + '{"prompt": "What is 1 + 1?", "answer": "2"}\n')
+    with pytest.raises(InputError, match=f"--resume: {key}: .* is no longer the file that this run started with"):
+        resume(tmp_path / "run", num_train_steps=5)
+
+
+def test_a_new_last_step_is_evaluated_like_any_other(small: dict[str, Any], tmp_path: Path) -> None:
+    """A run that was stopped at step 2 and is now to end there."""
+    train(small | FOUR | {"eval_every": 3}, tmp_path / "long")
+    folder = interrupted(tmp_path / "long", tmp_path / "run")
+    rows = resume(folder, num_train_steps=2)
+    short = train(small | FOUR | {"eval_every": 3, "num_train_steps": 2, "lr_schedule": "cosine"}, tmp_path / "short")
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert set(rows[-1]) == set(short[-1])
+    assert "eval/reward" in rows[-1]
 
 
 def test_the_sum_of_the_weights_knows_names_shapes_and_values(small: dict[str, Any], tmp_path: Path) -> None:

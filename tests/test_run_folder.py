@@ -19,7 +19,7 @@ import grpo.plots
 import grpo.run_folder
 import train_grpo
 from grpo.checkpoint import weights_sha256
-from grpo.config import Config, InputError, Options, RunError, load_config
+from grpo.config import Config, InputError, Options, RunError, load_config, resumed_config
 from grpo.run_folder import RunFolder, open_run
 from tests import test_train as helpers
 from tests.test_train import ROOT, read
@@ -362,7 +362,8 @@ def test_run_json_says_by_what_the_run_was_made(
     start(small, tmp_path / "run", seed=3)
     facts = facts_of(tmp_path / "run")
     assert set(facts) == {
-        "started", "finished", "command", "commit", "versions", "base_sha256", "examples", "resumed", "settings",
+        "started", "finished", "command", "commit", "versions", "base_sha256", "data_sha256", "examples", "resumed",
+        "settings",
     }  # fmt: skip
     started, finished = datetime.fromisoformat(facts["started"]), datetime.fromisoformat(facts["finished"])
     assert before <= started <= finished <= datetime.now()
@@ -504,6 +505,39 @@ def test_overwrite_spares_files_that_only_look_like_a_runs(small: dict[str, Any]
 
 def test_ctrl_c_while_a_resumed_run_is_loading_says_what_is_saved(small: dict[str, Any], tmp_path: Path) -> None:
     start(small, tmp_path / "run")
-    config = settings_of(tmp_path / "run", num_train_steps=2)
+    config = settings_of(tmp_path / "run", **(small | {"num_train_steps": 2}))
     with pytest.raises(KeyboardInterrupt, match="stopped; step 1 is saved"), open_run(config, Options(resume=True)):
         raise KeyboardInterrupt
+
+
+def test_an_infinite_setting_survives_in_json(small: dict[str, Any], tmp_path: Path) -> None:
+    start(small, tmp_path / "run", max_grad_norm=".inf")
+    text = (tmp_path / "run" / "run.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["settings"]["max_grad_norm"] == ".inf"
+    assert resumed_config(None, [f"output_dir={tmp_path / 'run'}"]).max_grad_norm == float("inf")
+
+
+def test_a_full_device_says_what_to_turn_down(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="the device is out of memory: turn down micro_batch_size"):
+        fail(settings_of(tmp_path / "run"), torch.OutOfMemoryError())
+
+
+def test_an_overwrite_that_is_killed_leaves_a_run_that_can_be_named(
+    small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start(small, tmp_path / "run")
+    monkeypatch.setattr(grpo.run_folder, "write_atomically", lambda path, text: (_ for _ in ()).throw(SystemExit))
+    with pytest.raises(SystemExit):
+        start(small, tmp_path / "run", overwrite=True)
+    monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "run").iterdir() if path.name[0] != "."] == ["run.json"]
+    start(small, tmp_path / "run", overwrite=True)
+
+
+def test_where_locks_do_not_exist_a_run_goes_without(
+    small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grpo.run_folder, "fcntl", None)
+    for _ in range(2):
+        start(small, tmp_path / "run")
+    assert not (tmp_path / "run" / ".lock").exists()
