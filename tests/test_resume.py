@@ -453,7 +453,7 @@ def test_a_reward_that_raises_at_once_leaves_nothing_in_the_way(
     """Neither of going on nor of the same command again, once the reward is mended."""
     flaky(tmp_path, "flaky_at_1", 2, monkeypatch)
     settings = small | FOUR | {"rewards": "[flaky_at_1:fn]"}
-    with pytest.raises(RunError, match=r"no such luck .*; no checkpoint was saved yet; to go on: .* --resume"):
+    with pytest.raises(RunError, match=r"no such luck .*; no step is saved yet; to begin again: .* --resume"):
         train(settings, tmp_path / "run")
     sys.modules["flaky_at_1"].broken = False  # type: ignore[attr-defined]
     for again in (lambda: resume(tmp_path / "run"), lambda: train(settings, tmp_path / "run")):

@@ -423,7 +423,7 @@ def test_a_failed_run_says_how_to_go_on(small: dict[str, Any], tmp_path: Path) -
     command = f"python train_grpo.py --resume --output_dir '{tmp_path / 'my run'}'"
     with pytest.raises(RunError) as raised:
         fail(config, RunError("the reward is broken"))
-    assert str(raised.value) == f"the reward is broken; no checkpoint was saved yet; to go on: {command}"
+    assert str(raised.value) == f"the reward is broken; no step is saved yet; to begin again: {command}"
     for step in (900, 1000000, 20):
         (tmp_path / "my run" / f"step-{step:06d}").mkdir()
     assert RunFolder(config).how_to_go_on() == f"step 1000000 is saved; to go on: {command}"

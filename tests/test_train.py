@@ -306,7 +306,7 @@ def test_a_second_ctrl_c_stops_at_once(small: dict[str, Any], tmp_path: Path) ->
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in stderr
-    assert "no checkpoint was saved yet" in stderr.splitlines()[-1]
+    assert "no step is saved yet; to begin again" in stderr.splitlines()[-1]
 
 
 def test_ctrl_c_before_the_first_step_leaves_nothing(small: dict[str, Any], tmp_path: Path) -> None:
