@@ -236,11 +236,10 @@ class RunFolder:
     def _make_room(self) -> None:
         """The earlier run in this folder: deleted on request or when nothing was trained yet, else moved aside."""
         if self.options.overwrite or self.options.resume or self.holds_nothing:
+            # run.json is replaced later, not deleted: killed here, this still is a run, with its settings.
             for path in list(self.folder.iterdir()):
-                if (
-                    RUN_FILES.fullmatch(path.name) and path.name != "run.json"
-                ):  # that one is replaced: killed here, this
-                    remove_folder(path) if path.is_dir() else path.unlink()  # still is a run, with its settings
+                if RUN_FILES.fullmatch(path.name) and path.name != "run.json":
+                    remove_folder(path) if path.is_dir() else path.unlink()
             return
         started = re.sub(r"[^0-9T-]", "-", str(self.facts.get("started")))  # no colons in names
         folder = self.folder.resolve()  # output_dir may be a link to where there is space
