@@ -120,7 +120,7 @@ def test_files_named_in_config_yaml_exist() -> None:
         ("num_minibatches=3", "num_minibatches: got 3, must divide batch_size 16"),
         ("rewards=math", "rewards: got 'math', expected a list"),
         ("rewards=[]", "rewards: got [], allowed: a list of at least one reward"),
-        ("rewards=[math", "rewards: not YAML"),
+        ("rewards=[math", "rewards, line 1: not YAML: expected"),
         ("mask_truncated_completions=1", "mask_truncated_completions: got 1, expected true or false"),
         ("eval_metric=eval/mean_length", "eval_metric: got 'eval/mean_length', allowed: eval/accuracy | eval/reward"),
         ("output_dir=", "output_dir: got '', allowed: a folder"),
@@ -144,7 +144,7 @@ def test_a_group_of_one_is_allowed_without_siblings_to_compare() -> None:
     [
         ("group_sise: 4", "mine.yaml: group_sise: not a setting; did you mean group_size?"),
         ("- 1", "mine.yaml: got list, expected lines of key: value"),
-        ("a: [", "mine.yaml: not YAML"),
+        ("a: [", "mine.yaml, line 1: not YAML: expected"),
         ("1: 2", "mine.yaml: 1: not a setting"),
     ],
 )

@@ -109,7 +109,7 @@ def test_a_batch_larger_than_the_data_spans_epochs() -> None:
     [
         ('{"prompt": "a"}\n{"prompt"', r"line 2: not JSON"),
         ('{"prompt": "a"}\n\n[1]\n', r"line 3: got list, expected a JSON object"),
-        ('{"question": "a"}\n', r'line 1: "prompt" must be a text that is not empty'),
+        ('{"question": "a"}\n', r'line 1: has no "prompt"; it has question'),
         ('{"prompt": ""}\n', r'line 1: "prompt" must be a text that is not empty'),
         ("\n\n", r"has no samples"),
     ],
@@ -142,5 +142,5 @@ def test_a_prompt_that_does_not_fit_is_named(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(InputError, match=r"line 2: the prompt has no tokens"):
         check_prompt_lengths(JSONLinesDataset(path), tokenizer, max_prompt_length=7)
     monkeypatch.undo()
-    with pytest.raises(InputError, match=r"line 2: the prompt has 7 tokens, max_prompt_length allows 6"):
+    with pytest.raises(InputError, match=r"line 2: the longest prompt has 7 tokens, max_prompt_length allows 6"):
         check_prompt_lengths(JSONLinesDataset(path), tokenizer, max_prompt_length=6)

@@ -125,7 +125,7 @@ def config_of(small: dict[str, Any], **changes: object) -> Config:
 
 def test_a_prompt_that_is_too_long_is_found(small: dict[str, Any]) -> None:
     config = config_of(small, max_prompt_length=3)
-    with pytest.raises(InputError, match=r"train\.jsonl, line \d+: the prompt has \d+ tokens, .* allows 3"):
+    with pytest.raises(InputError, match=r"train\.jsonl, line \d+: the longest prompt has \d+ tokens, .* allows 3"):
         describe(config, *load_skeleton(config.model_name), JSONLinesDataset(config.train_file))
 
 

@@ -138,7 +138,7 @@ def test_one_question_gets_one_answer_and_no_file(trained: Path, tmp_path: Path)
     [
         (["tiny", "--k=0"], ["--k: got 0, allowed: >= 1"]),
         (["tiny", "--comprae=x"], ["--comprae: not a setting; did you mean --compare?"]),
-        (["/nowhere/final", "--rewards=[math]"], ["model_name: there is no folder '/nowhere/final'"]),
+        (["/nowhere/final", "--rewards=[math]"], ["MODEL: there is no folder '/nowhere/final'"]),
         (["tiny", "--data=missing.jsonl"], ["missing.jsonl: cannot be read: No such file or directory"]),
     ],
     ids=["k", "unknown flag", "missing model", "missing data"],

@@ -155,7 +155,7 @@ def test_nine_runs_can_be_told_apart(figures: list[Figure], tmp_path: Path) -> N
     for axis in figures[0].axes:
         looks = {(line.get_color(), line.get_linestyle()) for line in axis.get_lines()}
         assert len(looks) == len(axis.get_lines()) == 9
-    assert [label for axis in figures[0].axes for label in labels_in(axis)] == list(runs)
+    assert [labels_in(axis) for axis in figures[0].axes] == [list(runs)] * 6
     values = [values[0] for _, values in data_of(panel(figures[0], "Reward of the samples"))]
     assert values == [number / 10 for number in range(9)]
 

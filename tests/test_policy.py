@@ -156,7 +156,9 @@ def test_a_hub_name_without_network_names_the_offline_default(tmp_path: Path, mo
 
     monkeypatch.setattr(huggingface_hub, "model_info", no_network)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(InputError, match=r"'some/model' here.*Hub cannot be reached.*--model_name tiny") as raised:
+    with pytest.raises(
+        InputError, match=r"'some/model' here.*Hub cannot be reached; tiny, the default model, needs no network"
+    ) as raised:
         load_policy("some/model", base_seed=0, device=CPU)
     assert "\n" not in str(raised.value)
 

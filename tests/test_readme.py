@@ -77,7 +77,7 @@ OWN_FLAGS = {
 
 
 def test_every_flag_it_names_exists() -> None:
-    flags = set(re.findall(r"(?<![\w-])--(\w+)", README))
+    flags = set(re.findall(r"(?<![\w-])--(\w+)", README)) - {"index"}  # pip's
     assert flags
     assert flags <= set(TYPES).union(*OWN_FLAGS.values())
 
@@ -144,10 +144,10 @@ def test_the_reward_it_shows_runs_with_the_command_it_shows(
     scores = score_completions(
         load_rewards(["my_rewards:brevity"]),
         [{"prompt": "p", "answer": "85"}] * 3,
-        ["85", "7+8=15 85", "no"],
+        ["85", "7+8=15 85", "185"],
         [[1]] * 3,
     )
-    assert scores.combined.tolist() == pytest.approx([1.0, 0.3, 0.0])
+    assert scores.combined.tolist() == pytest.approx([1.0, 0.86, 0.0])
 
 
 def test_the_numbers_it_types_are_the_settings() -> None:

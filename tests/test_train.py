@@ -246,7 +246,7 @@ def test_what_goes_wrong_ends_in_one_line(
     [
         ({"rewards": "[maths]"}, "rewards: got 'maths', allowed: math, or module:function; did you mean math?"),
         ({"rewards": "[tests.toy_rewards:needs_colour]"}, 'train.jsonl, line 1: has no "colour", which reward'),
-        ({"max_prompt_length": 3}, "the prompt has 6 tokens, max_prompt_length allows 3"),
+        ({"max_prompt_length": 3}, "the longest prompt has 6 tokens, max_prompt_length allows 3"),
         ({"model_name": "/nowhere/at/all"}, "model_name: there is no folder '/nowhere/at/all'"),
         ({"eval_file": "missing.jsonl"}, "missing.jsonl: cannot be read"),
         ({"group_size": 1}, "group_size: got 1, allowed with advantage_baseline group: >= 2"),
