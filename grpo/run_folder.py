@@ -8,28 +8,21 @@ step-000100/           checkpoints to resume from; best/ and final/ beside them;
 """
 
 import dataclasses
-import errno
 import json
 import math
 import os
-import platform
 import re
 import shlex
 import shutil
-import signal
-import subprocess
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from types import FrameType
 from typing import IO, Any
 
 import torch
-import transformers
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -48,12 +41,8 @@ from grpo.data import JSONLinesDataset
 from grpo.evaluation import Evaluation, side_by_side
 from grpo.plots import draw_curves
 from grpo.policy import learning_rate_at
+from grpo.process import acquire_lock, origin, signals_ask
 from grpo.records import append_jsonl, read_jsonl, to_jsonl
-
-try:
-    import fcntl
-except ImportError:  # Windows: two runs in one folder go unnoticed there
-    fcntl = None  # type: ignore[assignment]
 
 DATA_FILES = ("train_file", "eval_file")  # settings whose files a resumed run must find unchanged
 
@@ -110,7 +99,7 @@ class RunFolder:
             raise InputError(f"output_dir: {self.folder} cannot be used: {error.strerror}") from error
         data = {key: sha256(Path(getattr(self.config, key))) for key in DATA_FILES}
         self._write_facts(
-            {"started": _now(), "finished": None, **_origin(), "data_sha256": data, **facts, "resumed": []}
+            {"started": _now(), "finished": None, **origin(), "data_sha256": data, **facts, "resumed": []}
         )
         self.is_training = True
 
@@ -130,7 +119,7 @@ class RunFolder:
         except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
             raise InputError(f"--resume: {metrics} or {samples} is damaged: {error}") from error
         self._say_where(step, load_config(recorded=self.facts["settings"]))
-        resumed = [*self.facts.get("resumed", []), {"after_step": step, "at": _now(), **_origin()}]
+        resumed = [*self.facts.get("resumed", []), {"after_step": step, "at": _now(), **origin()}]
         self._write_facts(self.facts | {"finished": None, "resumed": resumed})
         self.is_training = True
 
@@ -220,6 +209,13 @@ class RunFolder:
             change = f"num_train_steps was {earlier.num_train_steps} and is {self.config.num_train_steps}"
             print(f"The learning rate jumps from {before:.3g} to {now:.3g}: {change}")
 
+    def request_stop(self) -> bool:
+        """Ask the run to end after its step; False where it should stop at once: asked twice, or before training."""
+        if self.stop_requested or not self.is_training:
+            return False
+        self.stop_requested = True
+        return True
+
     def how_to_go_on(self) -> str:
         """What is saved, and what to type to continue from there."""
         saved = checkpoints(self.folder)
@@ -249,7 +245,7 @@ class RunFolder:
         folder.rename(aside)  # its lock goes with it
         print(f"The earlier run in {self.folder} now lies in {aside.name} beside it")
         folder.mkdir()
-        self.lock = _acquire_lock(self.folder)
+        self.lock = acquire_lock(self.folder)
 
 
 @contextmanager
@@ -270,14 +266,14 @@ def open_run(config: Config, options: Options) -> Iterator[RunFolder]:
     missing = [path for path in (run.folder, *run.folder.parents) if not path.exists()]
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
-        run.lock = _acquire_lock(run.folder)
+        run.lock = acquire_lock(run.folder)
     except OSError as error:
         raise InputError(f"output_dir: {run.folder} cannot be used: {error.strerror}") from error
     try:
         if (run.folder / "run.json").is_file():
             run.facts = read_run_json(run.folder)
         _check_folder(run)
-        with _stopping_gently(run):
+        with signals_ask(run.request_stop):
             yield run
     except torch.OutOfMemoryError as error:
         advice = "turn down micro_batch_size, then max_completion_length, batch_size or group_size (see --dry_run)"
@@ -338,55 +334,6 @@ def _remove_unfinished(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _acquire_lock(folder: Path) -> IO[str] | None:
-    """An exclusive lock that the system releases when its process ends, however it ends; None where there is none."""
-    if fcntl is None:
-        return None
-    path = folder / ".lock"
-    while True:
-        lock = path.open("a+")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            lock.seek(0)
-            holder = lock.read().strip() or "unknown"
-            lock.close()
-            raise InputError(f"output_dir: {folder} is in use by another run (process {holder})") from error
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # some file systems of clusters have no locks
-                raise
-            lock.close()
-            return None
-        if path.exists() and os.fstat(lock.fileno()).st_ino == path.stat().st_ino:
-            lock.truncate(0)
-            lock.write(str(os.getpid()))
-            lock.flush()
-            return lock
-        lock.close()  # deleted in between: this would be a lock on nothing
-
-
-@contextmanager
-def _stopping_gently(run: RunFolder) -> Iterator[None]:
-    """SIGINT and SIGTERM ask the run to stop after its step; where nothing is to be saved yet, or twice, at once."""
-    if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
-        yield
-        return
-
-    def ask(signal_number: int, frame: FrameType | None) -> None:
-        if run.stop_requested or not run.is_training:
-            raise KeyboardInterrupt
-        run.stop_requested = True
-        # Not print: a handler may interrupt a write to the same stream, which Python refuses to nest.
-        os.write(2, b"\nstopping: this step will be finished and saved; Ctrl-C again stops at once\n")
-
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
 def _with_interval(metrics: dict[str, Any], metric: str) -> str:
     """ "0.302 [0.263, 0.344]", or the value alone where there is no interval."""
     low, high = metrics.get(f"{metric}_low"), metrics.get(f"{metric}_high")
@@ -395,25 +342,3 @@ def _with_interval(metrics: dict[str, Any], metric: str) -> str:
 
 def _now() -> str:
     return datetime.now().isoformat(timespec="seconds")
-
-
-def _origin() -> dict[str, Any]:
-    """By what this run is made: command, commit, versions."""
-    return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "commit": _commit(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-    }
-
-
-def _commit() -> str | None:
-    """The commit of this project's checkout; None outside of one."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -16,6 +16,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 import grpo.plots
+import grpo.process
 import grpo.run_folder
 import train_grpo
 from grpo.checkpoint import weights_sha256
@@ -537,7 +538,7 @@ def test_an_overwrite_that_is_killed_leaves_a_run_that_can_be_named(
 def test_where_locks_do_not_exist_a_run_goes_without(
     small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grpo.run_folder, "fcntl", None)
+    monkeypatch.setattr(grpo.process, "fcntl", None)
     for _ in range(2):
         start(small, tmp_path / "run")
     assert not (tmp_path / "run" / ".lock").exists()
