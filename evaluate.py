@@ -24,7 +24,7 @@ MAX_CHANGED_SHOWN = 5
 
 def parse_arguments() -> tuple[argparse.Namespace, Config]:
     """MODEL and this command's own options, and the settings it is judged with."""
-    parser = SettingsParser(__doc__)
+    parser = SettingsParser(__doc__, "MODEL [--compare OTHER] [--data FILE] [--k K] [--prompt TEXT] [--output FILE]")
     add = parser.own.add_argument
     add("model", metavar="MODEL", help="tiny, a folder or a Hub name")
     add("--compare", metavar="OTHER", help="a second model, judged with the same settings")

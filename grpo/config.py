@@ -244,9 +244,12 @@ def warnings_about(config: Config) -> list[str]:
 class SettingsParser(argparse.ArgumentParser):
     """A command line with --config and a flag for every key. What is wrong with it is one line, exit status 2."""
 
-    def __init__(self, description: str) -> None:
+    def __init__(self, description: str, usage: str) -> None:
         super().__init__(
-            description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+            usage=f"%(prog)s {usage} [--config FILE] [--KEY VALUE …]",  # argparse's own would name every key
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         self.add_argument("--config", metavar="FILE", help="YAML file with the settings that differ from config.yaml")
         self.own = self.add_argument_group("this command")
@@ -275,7 +278,7 @@ class SettingsParser(argparse.ArgumentParser):
 
 def parse_command_line(description: str, arguments: Sequence[str] | None = None) -> tuple[Config, Options]:
     """Settings and options of train_grpo.py. --help lists every key; wrong input ends the process with status 2."""
-    parser = SettingsParser(description)
+    parser = SettingsParser(description, "[--dry_run | --preflight | --resume | --overwrite]")
     add = functools.partial(parser.own.add_argument, action="store_true")
     add("--dry_run", help="print what the settings amount to and one rendered prompt, then stop")
     add("--preflight", help="sample some groups from the base, say what there is to learn from, then stop")

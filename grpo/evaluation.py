@@ -230,7 +230,9 @@ def preflight(samples: Sequence[Sample], rollout: Rollout, score_fn: ScoreFn) ->
     # Show a right completion if there is one: it says what the reward takes for right.
     row = verdicts.index(True) if True in verdicts else 0
     sample = samples[row // group_size]
-    lines.append(side_by_side(sample, {f"reward {scores.combined[row]:.2f}": rollout.completions[row]}))
+    terms = ", ".join(f"{name} {values[row]:.2f}" for name, values in scores.by_name.items())
+    reward = f"reward {scores.combined[row]:.2f}" + (f" ({terms})" if len(scores.by_name) > 1 else "")
+    lines.append(side_by_side(sample, {reward: rollout.completions[row]}))
     if not kinds["mixed"]:
         lines.append(f"  No group is mixed: {_advice(kinds, cut)}")
         if num_signal:

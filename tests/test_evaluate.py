@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import evaluate
 import grpo.plots
-from grpo.config import Config, load_config
+from grpo.config import TYPES, Config, load_config, parse_command_line
 from grpo.data import JSONLinesDataset
 from grpo.evaluation import (
     Evaluation,
@@ -440,3 +440,24 @@ def test_examples_are_those_with_most_to_learn(verdicts: list[bool | None], expe
         {"index": index, "completion": f"text {index}"} for index in expected
     ]
     assert len(pick_examples(evaluation_of(verdicts), num_examples=1)) == 1
+
+
+def test_preflight_shows_the_terms_of_a_sum_of_rewards() -> None:
+    rollout: Any = SimpleNamespace(completions=["a", "b"], is_truncated=torch.tensor([False, False]))
+    scores = scores_of([0.0, 1.0], combined=[0.1, 1.1])
+    scores.by_name = {"math": torch.tensor([0.0, 1.0]), "mine": torch.tensor([0.5, 0.5])}
+    shown = preflight([{"prompt": "p"}], rollout, lambda *_: scores).split("\n")[2]
+    assert shown == "    reward 1.10 (math 1.00, mine 0.50)  b"
+
+
+def test_a_help_names_every_setting_once_and_fits_its_usage_in_a_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for parse in (lambda: parse_command_line("", ["--help"]), evaluate.parse_arguments):
+        monkeypatch.setattr(sys, "argv", ["x", "--help"])
+        with pytest.raises(SystemExit) as raised:
+            parse()
+        assert raised.value.code == 0
+        text = capsys.readouterr().out
+        assert all(text.count(f"\n  --{key} X") == 1 for key in TYPES)
+        assert "--KEY VALUE" in text.splitlines()[0]
