@@ -250,22 +250,23 @@ def score_completions(
     """Score B completions, each with its sample.
 
     Raises:
-        RewardError: a function raised, or returned the wrong number of values, or a value that is neither a finite
-            number nor None (then the sample is named too).
+        RewardError: a function raised (the first sample it also raises on alone is named), or returned the wrong number
+            of values, or a value that is neither a finite number nor None (the sample is named too).
     """
     keys = {key for sample in samples for key in sample} - {"prompt"}  # the union: rows of a mixture differ
     columns = {key: [sample.get(key) for sample in samples] for key in sorted(keys)}
     prompts = [sample["prompt"] for sample in samples]
     by_name = {}
     for reward in rewards:
+        given = {"prompts": prompts, "completions": list(completions), "completion_ids": completion_ids, **columns}
         try:
-            returned = reward.fn(
-                prompts=prompts, completions=list(completions), completion_ids=completion_ids, **columns
-            )
+            returned = reward.fn(**given)
         except Exception as error:  # a user's function may raise anything; it must stop the run, by name
             place = traceback.extract_tb(error.__traceback__)[-1]
             message = f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"
-            raise RewardError(f"reward {reward.name} raised {message}") from error
+            row = _first_failing_row(reward.fn, given)
+            culprit = "" if row is None else f" for prompt {prompts[row]!r}, completion {completions[row]!r}"
+            raise RewardError(f"reward {reward.name} raised {message}{culprit}") from error
         by_name[reward.name] = _as_tensor(reward.name, returned, prompts)
     values = torch.stack(list(by_name.values()))  # (F, B)
     weights = torch.tensor([reward.weight for reward in rewards], dtype=values.dtype).unsqueeze(1)  # (F, 1)
@@ -279,6 +280,16 @@ def score_completions(
         is_right=is_right.masked_fill(first.isnan(), torch.nan),
         has_answer=torch.tensor([bool(rewards[0].has_answer(completion)) for completion in completions]),
     )
+
+
+def _first_failing_row(fn: RewardFn, given: dict[str, Sequence[Any]]) -> int | None:
+    """Which completion a function that raised on a batch raises on alone; None if it takes each of them."""
+    for row in range(len(given["prompts"])):
+        try:
+            fn(**{name: values[row : row + 1] for name, values in given.items()})
+        except Exception:
+            return row
+    return None
 
 
 def _as_tensor(name: str, values: Any, prompts: Sequence[str]) -> Tensor:

@@ -74,7 +74,7 @@ def train(config: Config, run: RunFolder) -> None:
     if run.options.dry_run:
         print(describe(config, skeleton, tokenizer, train_set))
         return
-    print(opening_line(config, device))
+    print(opening_line(config, device, writes=not run.options.preflight))
     policy, tokenizer = load_policy(
         config.model_name, base_seed=config.base_seed, base_steps=config.base_steps, device=device
     )

@@ -9,11 +9,11 @@ from grpo.data import JSONLinesDataset, check_prompt_lengths
 BYTES = 4  # of a float32
 
 
-def opening_line(config: Config, device: torch.device) -> str:
-    """The first thing a run says."""
+def opening_line(config: Config, device: torch.device, *, writes: bool) -> str:
+    """The first thing a run says; `writes` is false where it will only look."""
     return (
         f"Training {config.model_name} on {device}: {config.num_train_steps} steps of {config.batch_size} prompts x "
-        f"{config.group_size} completions; everything goes to {config.output_dir}"
+        f"{config.group_size} completions; {f'everything goes to {config.output_dir}' if writes else 'pre-flight only'}"
     )
 
 

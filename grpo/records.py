@@ -3,11 +3,13 @@
 import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -110,7 +112,8 @@ def check_finite(
     append_jsonl(path, rows)
     tensors = {name: value for name, value in vars(rollout).items() if isinstance(value, Tensor)}
     tensors = {name: value.contiguous() for name, value in {**tensors, "advantages": advantages}.items()}
-    save_file(tensors, path.with_suffix(".safetensors"))
+    with suppress(OSError, SafetensorError):  # a full disk must not hide what happened
+        save_file(tensors, path.with_suffix(".safetensors"))
     raise NotFiniteError(
         f"step {step}: loss {loss.item():.3g}, gradient norm {grad_norm.item():.3g}; the batch lies in {path}"
     )

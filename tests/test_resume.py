@@ -45,8 +45,9 @@ num_batches = 0
 
 def fn(prompts, completions, **_):
     global num_batches
-    num_batches += len(set(prompts)) < len(prompts)  # groups, not an evaluation; the first ones are the pre-flight's
-    if broken and num_batches == {batch}:
+    is_batch = len(set(prompts)) < len(prompts)  # groups, not an evaluation; the first ones are the pre-flight's
+    num_batches += is_batch
+    if broken and is_batch and num_batches == {batch}:
         raise ValueError("no such luck")
     return [sum(letter in "02468" for letter in text) / max(len(text), 1) for text in completions]
 """

@@ -455,3 +455,22 @@ def test_a_raising_reward_is_reported_with_its_place() -> None:
 def test_an_answer_that_is_no_integer_is_reported_with_its_prompt() -> None:
     with pytest.raises(RewardError, match=r"\"answer\" of 'What is 1 / 2\?' must be an integer, got '0.5'"):
         score_completions(load_rewards(["math"]), [{"prompt": "What is 1 / 2?", "answer": "0.5"}], ["c"], [[1]])
+
+
+def test_a_raising_reward_names_the_sample_it_raises_on() -> None:
+    def picky(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        return [1 / len(text) for text in completions]
+
+    samples = [{"prompt": prompt} for prompt in ("p", "q", "r")]
+    with pytest.raises(RewardError, match=r"reward picky raised ZeroDivisionError: .* for prompt 'q', completion ''$"):
+        score_completions([entry("picky", picky)], samples, ["a", "", ""], [[1]] * 3)
+
+
+def test_a_reward_that_raises_on_the_batch_alone_names_no_sample() -> None:
+    def wary(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        if len(prompts) > 1:
+            raise ValueError("too many")
+        return [1.0]
+
+    with pytest.raises(RewardError, match=r"reward wary raised ValueError: too many \(test_rewards.py, line \d+\)$"):
+        score_completions([entry("wary", wary)], [{"prompt": "p"}] * 2, ["a", "b"], [[1]] * 2)
