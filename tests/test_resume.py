@@ -45,8 +45,7 @@ num_batches = 0
 
 def fn(prompts, completions, **_):
     global num_batches
-    is_batch = len(set(prompts)) < len(prompts)  # groups, not an evaluation; the first ones are the pre-flight's
-    num_batches += is_batch
+    num_batches += (is_batch := len(set(prompts)) < len(prompts))  # groups, no evaluation; first the pre-flight's
     if broken and is_batch and num_batches == {batch}:
         raise ValueError("no such luck")
     return [sum(letter in "02468" for letter in text) / max(len(text), 1) for text in completions]
