@@ -1,6 +1,8 @@
 """A tiny tokenizer, four tiny models of real architectures, and one that follows a script. Nothing is downloaded."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,9 +23,17 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+import train_grpo
+from grpo.checkpoint import save_model
+from grpo.config import load_config
+from grpo.rollout import Rollout, generate_completions, sample_tokens, sampling_noise
+
 PAD_ID, EOS_ID = 0, 1
 VOCABULARY = ["<pad>", "<eos>", "<unk>", *"0123456789+-*/=,. ?()abcdefghijklmnopqrstuvw"]  # 47 tokens, one a character
 ARCHITECTURES = ("llama", "qwen3", "gpt2", "gpt_neox")
+PROMPTS = [[5], [7, 12, 30, 9, 41, 6, 22], [15, 3, 28, 28]]  # ragged: 1, 7 and 4 tokens
+STOP_IDS = [EOS_ID, 8, 17, 25, 33, 42]  # enough of them that completions end at different places
+BROAD: dict[str, Any] = {"group_size": 4, "max_completion_length": 10, "seed": 3}
 INITIALIZER_RANGE = 0.3  # far from uniform distributions: a wrong position or temperature must show
 
 
@@ -99,6 +109,95 @@ class ScriptedModel(nn.Module):
         tokens = self.scripts[cache.rows, cache.num_written]
         logits = 100.0 * nn.functional.one_hot(tokens, len(VOCABULARY)).float()  # p = 1 in float32
         return SimpleNamespace(logits=logits.unsqueeze(1), past_key_values=cache)
+
+
+def sample(
+    model: Any, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Any] = PROMPTS, **settings: Any
+) -> Rollout:
+    """`generate_completions` with the settings of BROAD unless others are given."""
+    return generate_completions(model, tokenizer, list(prompts), **(BROAD | settings))
+
+
+def rows_of(rollout: Rollout) -> list[tuple[list[int], list[float], bool]]:
+    """What was sampled, without padding: ids, log-probs, whether it was cut off."""
+    lists = rollout.token_lists()
+    logps = [row[: len(ids)].tolist() for row, ids in zip(rollout.sampling_logps, lists, strict=True)]
+    return list(zip(lists, logps, rollout.is_truncated.tolist(), strict=True))
+
+
+def assert_same_rows(
+    ours: Sequence[tuple[list[int], list[float], bool]], expected: Sequence[tuple[list[int], list[float], bool]]
+) -> None:
+    """The same tokens, and log-probs to 1e-5."""
+    assert [row[0] for row in ours] == [row[0] for row in expected]
+    assert [row[2] for row in ours] == [row[2] for row in expected]
+    for (_, logps, _), (_, wanted, _) in zip(ours, expected, strict=True):
+        assert logps == pytest.approx(wanted, rel=0, abs=1e-5)
+
+
+def assert_same_samples(ours: Rollout, expected: Rollout, rows: Sequence[int] | None = None) -> None:
+    """All rows of `ours` are these rows of `expected`."""
+    wanted = rows_of(expected)
+    assert_same_rows(rows_of(ours), wanted if rows is None else [wanted[row] for row in rows])
+
+
+@torch.no_grad()
+def naive_loop(
+    model: PreTrainedModel, prompts: Sequence[list[int]], stop_ids: Sequence[int], *, temperature: float = 1.0
+) -> list[tuple[list[int], list[float], bool]]:
+    """Every row alone, the whole sequence anew for every token: no padding, no cache, no batch, no row that leaves."""
+    group_size, max_length = BROAD["group_size"], BROAD["max_completion_length"]
+    noise = sampling_noise(BROAD["seed"], range(len(prompts) * group_size), max_length)
+    rows = []
+    for index in range(len(prompts) * group_size):
+        prompt, completion, logps = prompts[index // group_size], list[int](), list[float]()
+        while len(completion) < max_length and not (completion and completion[-1] in stop_ids):
+            logits = model(torch.tensor([prompt + completion])).logits[:, -1]
+            token, logp = sample_tokens(logits, noise[index, len(completion)].view(1), temperature=temperature)
+            completion.append(int(token))
+            logps.append(float(logp))
+        rows.append((completion, logps, completion[-1] not in stop_ids))
+    return rows
+
+
+def ragged_batch(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Prompts of 3, 6, 1 and 5 tokens, completions of 4, 2, 5 and 1: the four arguments of compute_logprobs."""
+    generator = torch.Generator().manual_seed(seed)
+    prompt_ids, completion_ids = torch.randint(3, 40, (2, 4, 6), generator=generator)
+    prompt_mask = torch.tensor([[t >= 6 - n for t in range(6)] for n in (3, 6, 1, 5)])
+    completion_mask = torch.tensor([[t < n for t in range(6)] for n in (4, 2, 5, 1)])
+    return prompt_ids, prompt_mask, completion_ids, completion_mask
+
+
+@pytest.fixture
+def train_tiny(tmp_path: Path) -> Callable[..., tuple[dict[str, Any], Path]]:
+    """train_tiny(architecture, key=value, ...): one step of train_grpo.py; its row of metrics.jsonl, its folder."""
+
+    def run(architecture: str, **changes: Any) -> tuple[dict[str, Any], Path]:
+        model = make_tiny_model(architecture, dropout=0.1)
+        model.generation_config.eos_token_id = STOP_IDS
+        save_model(model, make_tokenizer(), tmp_path / architecture)
+        data, folder = tmp_path / "data.jsonl", tmp_path / f"run-{len(list(tmp_path.glob('run-*')))}"
+        data.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("1+2=", "abc", "12-7+3=", "x?")))
+        settings = {
+            "model_name": tmp_path / architecture,
+            "train_file": data,
+            "eval_file": data,
+            "eval_metric": "eval/reward",
+            "rewards": "[tests.toy_rewards:even_digits]",
+            "batch_size": 4,
+            "group_size": 4,
+            "max_completion_length": 8,
+            "num_train_steps": 1,
+            "warmup_steps": 0,
+            "device": "cpu",
+            "dtype": "float32",
+            "output_dir": folder,
+        }
+        train_grpo.main(load_config(None, [f"{key}={value}" for key, value in (settings | changes).items()]))
+        return json.loads((folder / "metrics.jsonl").read_text().splitlines()[1]), folder
+
+    return run
 
 
 @pytest.fixture

@@ -72,23 +72,9 @@ def test_biases_and_norms_do_not_decay(tokenizer) -> None:
     assert [decay[id(weight)] for weight in model.parameters()] == [0.1, 0.0, 0.0, 0.0]
 
 
-def test_a_bf16_checkpoint_is_trained_in_float32(tokenizer, tmp_path: Path) -> None:
-    save_model(build_model(tokenizer, 0).to(torch.bfloat16), tokenizer, tmp_path / "model")
-    as_stored = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    assert next(as_stored.parameters()).dtype == torch.bfloat16  # what transformers 5 does unless told
-    model, _ = load_policy(str(tmp_path / "model"), base_seed=0, device=CPU)
-    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_saved_and_loaded_logits_are_equal(tokenizer, tmp_path: Path, tied: bool) -> None:
-    config = build_model(tokenizer, 0).config
-    config.tie_word_embeddings = tied
-    model = LlamaForCausalLM(config).eval()
-    save_model(model, tokenizer, tmp_path / "model")
+def test_the_tokenizer_and_the_special_tokens_are_saved_and_loaded(tokenizer, tmp_path: Path) -> None:
+    save_model(build_model(tokenizer, 0), tokenizer, tmp_path / "model")
     loaded, loaded_tokenizer = load_policy(str(tmp_path / "model"), base_seed=0, device=CPU)
-    ids = torch.tensor([tokenizer("What is 1 + 2?")["input_ids"]])
-    assert torch.equal(loaded(ids).logits, model(ids).logits)
     assert loaded_tokenizer.get_vocab() == tokenizer.get_vocab()
     assert loaded.generation_config.eos_token_id == tokenizer.eos_token_id
     assert loaded.generation_config.pad_token_id == tokenizer.pad_token_id
