@@ -98,7 +98,7 @@ class MathRewardModel:
         answer = sample["answer"]
         if isinstance(answer, float) and answer.is_integer():
             answer = int(answer)  # str(1e20) would be "1e+20"
-        expected = None if isinstance(answer, (float, bool)) else last_integer(str(answer))
+        expected = last_integer(str(answer)) if type(answer) in (str, int) else None  # bool is a subclass of int
         if expected is None:
             raise ValueError(f'"answer" of {sample.get("prompt")!r} must be an integer, got {sample["answer"]!r}')
         return expected

@@ -12,6 +12,7 @@ There is no random state to save: data order and sampling noise are functions of
 import hashlib
 import json
 import os
+import pickle
 import shlex
 import shutil
 from collections.abc import Callable, Iterator
@@ -97,21 +98,36 @@ def load_checkpoint(
     silently be measured against another reference.
 
     Raises:
-        InputError: the base is another one.
+        InputError: the base is another one; a file is not what `save_checkpoint` writes, though its checksum is right.
     """
     if weights_sha256(policy) != base_sha256:
         raise InputError(
             "--resume: model_name no longer has the weights that this run started from "
             f"(run.json: sha256 {base_sha256[:12]}…), so it cannot be the reference of the KL"
         )
-    saved = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-    )
-    policy.load_state_dict(saved.state_dict())
-    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
-    if reference is not None and (folder / "reference.safetensors").is_file():
-        load_safetensors(reference, folder / "reference.safetensors")
-    return json.loads((folder / "state.json").read_text())
+    with _loading(folder):
+        saved = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        )
+        policy.load_state_dict(saved.state_dict())
+        optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
+        if reference is not None and (folder / "reference.safetensors").is_file():
+            load_safetensors(reference, folder / "reference.safetensors")
+        return json.loads((folder / "state.json").read_text())
+
+
+@contextmanager
+def _loading(folder: Path) -> Iterator[None]:
+    """Files that somebody else may have written are read by foreign code, which may raise anything, pages long."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except pickle.UnpicklingError as error:  # its own message explains how to run the code all the same
+        raise InputError(f"--resume: {folder / 'optimizer.pt'} holds more than tensors; it was not loaded") from error
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"--resume: {folder} cannot be loaded: {reason}") from error
 
 
 def check_integrity(run_folder: Path, resume_command: str, restart_command: str) -> None:

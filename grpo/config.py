@@ -8,10 +8,12 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import errno
 import functools
 import io
 import json
 import math
+import os
 import re
 import signal
 import sys
@@ -27,16 +29,42 @@ import yaml
 DEFAULTS_FILE = Path(__file__).resolve().parent.parent / "config.yaml"
 
 
-class InputError(ValueError):
-    """Something the user gave is wrong: the message is one line for people, the exit status 2."""
+class OneLineError(Exception):
+    """Its message is one line for people: where it quotes a text of several, their ends are written as backslash n."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("\\n".join(message.splitlines()))
 
 
-class RunError(RuntimeError):
-    """The run itself failed: the message is one line for people, the exit status 1."""
+class InputError(OneLineError, ValueError):
+    """Something the user gave is wrong; the exit status is 2."""
+
+
+class RunError(OneLineError, RuntimeError):
+    """The run itself failed; the exit status is 1."""
 
 
 class NotFiniteError(RunError):
     """A loss or gradient that is no number: the same settings would lead there again."""
+
+
+def _is_file_name(value: str) -> bool:
+    """Whether the system can look for it, be it there or not."""
+    try:
+        os.stat(value)
+    except ValueError:  # a zero byte, half a surrogate pair
+        return False
+    except OSError as error:
+        return error.errno != errno.ENAMETOOLONG
+    return True
+
+
+def _is_json(value: Any) -> bool:
+    """Whether run.json can hold it: no date, no NaN, no list within itself."""
+    try:
+        return json.loads(json.dumps(value, allow_nan=False)) == value
+    except (TypeError, ValueError, RecursionError):
+        return False
 
 
 def unreadable(path: str | Path, error: OSError | UnicodeDecodeError) -> InputError:
@@ -106,11 +134,15 @@ _AT_LEAST_0: Rule = (lambda value: value >= 0, ">= 0")
 _AT_LEAST_1: Rule = (lambda value: value >= 1, ">= 1")
 _POSITIVE: Rule = (lambda value: value > 0, "> 0")
 _SEED: Rule = (lambda value: 0 <= value < 2**63, "0 ... 2**63 - 1")
+_FILE_NAME: Rule = (_is_file_name, "a name that a file can have")
 _BETA: Rule = (lambda value: 0 <= value < 1, "in [0, 1)")
 RULES: dict[str, Rule] = {
+    "model_name": _FILE_NAME,
     "base_seed": _SEED,
     "base_steps": _AT_LEAST_0,
-    "rewards": (lambda value: len(value) > 0, "a list of at least one reward"),
+    "train_file": _FILE_NAME,
+    "eval_file": _FILE_NAME,
+    "rewards": (lambda value: len(value) > 0 and _is_json(value), "a list of at least one reward, as JSON has it"),
     "max_prompt_length": _AT_LEAST_1,
     "batch_size": _AT_LEAST_1,
     "group_size": _AT_LEAST_1,
@@ -137,7 +169,7 @@ RULES: dict[str, Rule] = {
     "eval_every": _AT_LEAST_1,
     "save_every": _AT_LEAST_1,
     "keep_checkpoints": _AT_LEAST_1,
-    "output_dir": (lambda value: value != "", "a folder"),
+    "output_dir": (lambda value: value != "" and _is_file_name(value), "a folder"),
 }
 
 # What a resumed run may change; any other setting would make it another run.
@@ -198,10 +230,16 @@ def read_run_json(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder} holds no run: there is no {path}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise unreadable(path, error) from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, thousands of brackets
         raise InputError(f"{path}: not JSON: {error}") from error
     if not isinstance(run, dict) or not isinstance(run.get("settings"), dict):
         raise InputError(f'{path}: expected a JSON object with "settings"')
+    for key, kind in {"data_sha256": dict, "resumed": list, "examples": list}.items():
+        if not isinstance(run.get(key, kind()), kind):
+            raise InputError(f'{path}: "{key}": got {_shown(run[key])}, expected a {kind.__name__}')
+    for example in run.get("examples", []):
+        if not (isinstance(example, dict) and type(example.get("index")) is int and "completion" in example):
+            raise InputError(f'{path}: "examples": got {_shown(example)}, expected an index and a completion')
     return run
 
 
@@ -327,7 +365,15 @@ def documented_defaults() -> dict[str, tuple[str, str]]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-5 is a number, as everybody expects; YAML 1.1 wants 1.0e-5."""
+    """YAML in which 1e-5 is a number, as everybody expects (YAML 1.1 wants 1.0e-5), and no key may stand twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = set()
+        for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
+            if key.value in names:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands twice", key.start_mark)
+            names.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -338,7 +384,7 @@ _Loader.add_implicit_resolver(
 def _parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    except (yaml.YAMLError, ValueError) as error:  # 2024-13-45 looks like a date, 0b_ like a number
+    except Exception as error:  # PyYAML raises anything: at 2024-13-45 a ValueError, at !!int "" an IndexError
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
         line = f", line {mark.line + 1}" if mark else ""
         raise InputError(f"{where}{line}: not YAML: {' '.join(problem.split())}") from error
@@ -360,7 +406,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _known(settings: dict[str, Any], where: str) -> dict[str, Any]:
     for key in settings:
         if key not in TYPES:
-            raise InputError(f"{where}: {key}: not a setting{_nearest(str(key))}")
+            name = key if isinstance(key, str) else _shown(key)
+            raise InputError(f"{where}: {name}: not a setting{_nearest(name)}")
     return settings
 
 
@@ -376,7 +423,7 @@ def _checked(key: str, value: Any) -> Any:
     if typing.get_origin(expected) is Literal:
         # YAML reads a bare `none` as text but `null`, `off` or `1` as something else: compare as given.
         if value not in options:
-            raise InputError(f"{key}: got {value!r}, allowed: {' | '.join(options)}")
+            raise InputError(f"{key}: got {_shown(value)}, allowed: {' | '.join(options)}")
         return value
     if isinstance(expected, types.UnionType):
         if value is None:
@@ -388,10 +435,20 @@ def _checked(key: str, value: Any) -> Any:
     if value == ".inf" and key in MAY_BE_INFINITE:  # as run.json writes it: JSON has no infinity
         value = math.inf
     if type(value) is not expected or (expected is float and not math.isfinite(value) and key not in MAY_BE_INFINITE):
-        raise InputError(f"{key}: got {value!r}, expected {_TYPE_NAMES[expected]}")
+        raise InputError(f"{key}: got {_shown(value)}, expected {_TYPE_NAMES[expected]}")
     if key in RULES and not RULES[key][0](value):
-        raise InputError(f"{key}: got {value!r}, allowed: {RULES[key][1]}")
+        raise InputError(f"{key}: got {_shown(value)}, allowed: {RULES[key][1]}")
+    if expected is int and value >= 2**63:
+        raise InputError(f"{key}: got {_shown(value)}, allowed: < 2**63")
     return value
+
+
+def _shown(value: Any) -> str:
+    """A wrong value, for an error message."""
+    try:
+        return repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits, thousands of brackets
+        return f"{type(value).__name__} too long to be shown"
 
 
 _TYPE_NAMES = {

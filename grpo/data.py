@@ -4,6 +4,7 @@ Reading order: config.yaml -> train_grpo.py -> [grpo/data.py] -> grpo/rollout.py
 """
 
 import json
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -44,12 +45,16 @@ class JSONLinesDataset(Sequence[Sample]):
             sample = json.loads(line)
         except json.JSONDecodeError as error:
             raise InputError(f"{self.path}, line {number}: not JSON: {error.msg} (column {error.colno})") from error
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+            raise InputError(f"{self.path}, line {number}: not JSON: {error}") from error
         if not isinstance(sample, dict):
             raise InputError(f"{self.path}, line {number}: got {type(sample).__name__}, expected a JSON object")
         if "prompt" not in sample:
             raise InputError(f'{self.path}, line {number}: has no "prompt"; it has {", ".join(sample) or "nothing"}')
         if not isinstance(sample["prompt"], str) or not sample["prompt"]:
             raise InputError(f'{self.path}, line {number}: "prompt" must be a text that is not empty')
+        if re.search("[\ud800-\udfff]", sample["prompt"]):
+            raise InputError(f'{self.path}, line {number}: "prompt" has half a surrogate pair: no tokenizer takes it')
         return sample
 
     def __len__(self) -> int:

@@ -161,10 +161,8 @@ def _read_run(folder: Path) -> Rows:
     path = folder / "metrics.jsonl"
     try:
         rows = read_jsonl(path)
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise unreadable(path, error) from error
-    except ValueError as error:
-        raise InputError(f"{path}: not the metrics of a run: {error}") from error
     if not rows or not all(isinstance(row, dict) and "step" in row for row in rows):
         raise InputError(f'{path}: not the metrics of a run: expected JSON objects with "step"')
     return rows

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from grpo.config import NotFiniteError, RunError
+from grpo.config import InputError, NotFiniteError, RunError
 from grpo.data import Sample
 from grpo.evaluation import Scored
 from grpo.rollout import Rollout
@@ -36,7 +36,13 @@ def to_jsonl(rows: Sequence[dict[str, Any]]) -> str:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The rows of a file that `append_jsonl` wrote. A last line without its end is still being written: left out."""
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # not splitlines, which splits at U+2028 too
-    return [json.loads(line) for line in lines]
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except (ValueError, RecursionError) as error:  # also a number of thousands of digits, thousands of brackets
+            raise InputError(f"{path}, line {number}: not JSON: {error}") from error
+    return rows
 
 
 def without_nan(value: Any) -> Any:

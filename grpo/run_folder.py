@@ -116,7 +116,7 @@ class RunFolder:
             os.truncate(samples, state["samples_size"])
             self._forget_later_models(step)
             _remove_unfinished(self.folder)
-        except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        except (OSError, UnicodeDecodeError, KeyError, TypeError) as error:
             raise InputError(f"--resume: {metrics} or {samples} is damaged: {error}") from error
         self._say_where(step, load_config(recorded=self.facts["settings"]))
         resumed = [*self.facts.get("resumed", []), {"after_step": step, "at": _now(), **origin()}]

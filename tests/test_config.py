@@ -124,6 +124,17 @@ def test_files_named_in_config_yaml_exist() -> None:
         ("mask_truncated_completions=1", "mask_truncated_completions: got 1, expected true or false"),
         ("eval_metric=eval/mean_length", "eval_metric: got 'eval/mean_length', allowed: eval/accuracy | eval/reward"),
         ("output_dir=", "output_dir: got '', allowed: a folder"),
+        (f"output_dir={'a' * 300}", "allowed: a folder"),
+        ("train_file=a\0", r"train_file: got 'a\x00', allowed: a name that a file can have"),
+        (r'model_name="\ud800"', r"model_name: got '\ud800', allowed: a name that a file can have"),
+        (f"group_size=0x{'f' * 5000}", "group_size: got int too long to be shown, allowed: < 2**63"),
+        (
+            "rewards=[2024-01-01]",
+            "rewards: got [datetime.date(2024, 1, 1)], allowed: a list of at least one reward, as",
+        ),
+        ("rewards=&a [*a]", "rewards: got [[...]], allowed: a list of at least one reward, as JSON has it"),
+        ("seed=!!bool x", "seed: not YAML: 'x'"),
+        ("a\nb=1", r"command line: a\nb: not a setting"),
         ("group_size", "override 'group_size': expected key=value"),
     ],
 )
@@ -146,6 +157,7 @@ def test_a_group_of_one_is_allowed_without_siblings_to_compare() -> None:
         ("- 1", "mine.yaml: got list, expected lines of key: value"),
         ("a: [", "mine.yaml, line 1: not YAML: expected"),
         ("1: 2", "mine.yaml: 1: not a setting"),
+        ("seed: 1\ngroup_size: 4\nseed: 2", "mine.yaml, line 3: not YAML: seed stands twice"),
     ],
 )
 def test_a_bad_file_is_named(tmp_path: Path, content: str, message: str) -> None:

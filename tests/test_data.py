@@ -111,6 +111,9 @@ def test_a_batch_larger_than_the_data_spans_epochs() -> None:
         ('{"prompt": "a"}\n\n[1]\n', r"line 3: got list, expected a JSON object"),
         ('{"question": "a"}\n', r'line 1: has no "prompt"; it has question'),
         ('{"prompt": ""}\n', r'line 1: "prompt" must be a text that is not empty'),
+        ('{"prompt": "\\ud83d"}\n', r'line 1: "prompt" has half a surrogate pair'),
+        (f'{{"prompt": "a", "answer": {"1" * 5000}}}\n', r"line 1: not JSON: Exceeds the limit"),
+        ("[" * 100_000, r"line 1: not JSON: maximum recursion depth"),
         ("\n\n", r"has no samples"),
     ],
 )

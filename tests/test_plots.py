@@ -211,11 +211,11 @@ def test_one_run_gets_its_own_picture(
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        (None, "cannot be read: No such file or directory"),
-        ("half a line\n", "not the metrics of a run"),
-        ('{"loss": 1}\n', 'not the metrics of a run: expected JSON objects with "step"'),
-        ("[1]\n", "not the metrics of a run"),
-        ("", "not the metrics of a run"),
+        (None, ": cannot be read: No such file or directory"),
+        ("half a line\n", ", line 1: not JSON: "),
+        ('{"loss": 1}\n', ': not the metrics of a run: expected JSON objects with "step"'),
+        ("[1]\n", ": not the metrics of a run"),
+        ("", ": not the metrics of a run"),
     ],
 )
 def test_a_run_that_cannot_be_read_ends_in_one_line(
@@ -226,7 +226,7 @@ def test_a_run_that_cannot_be_read_ends_in_one_line(
         bad.mkdir()
         (bad / "metrics.jsonl").write_text(text)
     monkeypatch.setattr("sys.argv", ["plots", str(good), str(bad), "--output", str(tmp_path / "both.png")])
-    with pytest.raises(InputError, match=re.escape(f"{bad / 'metrics.jsonl'}: {problem}")):
+    with pytest.raises(InputError, match=re.escape(f"{bad / 'metrics.jsonl'}{problem}")):
         grpo.plots.main()
     assert not (tmp_path / "both.png").exists()
 

@@ -1,4 +1,7 @@
-"""Checkpoints and --resume: an interrupted run goes on, bit for bit, as the run that was never interrupted."""
+"""Checkpoints and --resume: what is saved, what may change, what is said and what is refused.
+
+That a resumed run is, bit for bit, the one that was never interrupted is shown in tests/fidelity/test_exact_resume.py.
+"""
 
 import dataclasses
 import errno
@@ -108,23 +111,7 @@ def assert_same_run(first: Path, second: Path) -> None:
     assert (first / last / "reference.safetensors").is_file() == (second / last / "reference.safetensors").is_file()
 
 
-# The same run
-
-
-@pytest.mark.parametrize("num_iterations", [1, 2])
-@pytest.mark.parametrize("ref_update_every", [0, 1])
-@pytest.mark.parametrize("kl_coeff", [0, 0.1])
-def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
-    small: dict[str, Any], tmp_path: Path, kl_coeff: float, ref_update_every: int, num_iterations: int
-) -> None:
-    changes = {"kl_coeff": kl_coeff, "ref_update_every": ref_update_every, "num_iterations": num_iterations}
-    train(small, tmp_path / "whole", **FOUR, **changes)
-    folder = interrupted(tmp_path / "whole", tmp_path / "run")
-    rows = resume(folder)
-    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
-    assert_same_run(tmp_path / "whole", folder)
-    moved = (folder / "step-000004" / "reference.safetensors").is_file()
-    assert moved == (kl_coeff > 0 and ref_update_every > 0)
+# What is saved, and how often
 
 
 def test_a_reference_that_moved_is_saved_with_its_weights(small: dict[str, Any], tmp_path: Path) -> None:
@@ -594,10 +581,33 @@ def test_a_run_json_that_lacks_something_is_no_traceback(whole: Path, tmp_path: 
         assert resume(folder)[-1]["step"] == 4
 
 
-def test_a_damaged_row_of_metrics_is_named(whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("data_sha256", []), ("resumed", 5), ("examples", 5), ("examples", [1]), ("examples", [{"index": "0"}])],
+)
+def test_a_run_json_with_something_of_another_kind_is_named(
+    whole: Path, tmp_path: Path, key: str, value: object
+) -> None:
+    folder = interrupted(whole, tmp_path / "run")
+    run = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(run | {key: value}))
+    with pytest.raises(InputError, match=rf'run\.json: "{key}": got .*, expected '):
+        resume(folder)
+
+
+@pytest.mark.parametrize("row", ["x", "[" * 100_000, "1" * 5000], ids=["no JSON", "deep", "long"])
+def test_a_damaged_row_of_metrics_is_named(whole: Path, tmp_path: Path, row: str) -> None:
     folder = interrupted(whole, tmp_path / "run")
     path = folder / "metrics.jsonl"
-    path.write_text("x" + path.read_text()[1:])
+    path.write_text(f"{row}\n{path.read_text()}")
+    with pytest.raises(InputError, match=r"metrics.jsonl, line 1: not JSON: "):
+        resume(folder)
+
+
+def test_a_row_of_metrics_that_is_no_row_is_named(whole: Path, tmp_path: Path) -> None:
+    folder = interrupted(whole, tmp_path / "run")
+    path = folder / "metrics.jsonl"
+    path.write_text(f"5\n{path.read_text()}")
     with pytest.raises(InputError, match=r"--resume: .*metrics.jsonl or .* is damaged"):
         resume(folder)
 

@@ -107,7 +107,7 @@ LAST_INTEGER = [
 
 
 @pytest.mark.parametrize(("text", "expected"), LAST_INTEGER)
-def test_last_integer(text: str, expected: str | None) -> None:
+def test_last_integer_where_others_take_the_first_number_a_substring_or_eval(text: str, expected: str | None) -> None:
     assert last_integer(text) == expected
 
 
@@ -162,28 +162,12 @@ def test_an_answer_may_be_a_json_number_or_a_text(answer: Any) -> None:
     assert model.compute_reward({"answer": answer}, "-5") == 0.0
 
 
-@pytest.mark.parametrize(
-    ("completion", "reward"),
-    [
-        ("15", 0.0),  # no substring credit
-        ("5 or 6", 0.0),  # not the first number
-        ("5 5 5 6", 0.0),  # not any number
-        ("5.5", 0.0),
-        ("", 0.0),
-        ("10-5", 1.0),
-        ("5, I am sure", 1.0),
-    ],
-)
-def test_only_the_last_number_counts(completion: str, reward: float) -> None:
-    assert MathRewardModel().compute_reward({"answer": 5}, completion) == reward
-
-
 def test_a_completion_without_a_number_is_wrong_whatever_the_answer() -> None:
     for answer in (0, -1, 5):
         assert MathRewardModel().compute_reward({"answer": answer}, "none") == 0.0
 
 
-@pytest.mark.parametrize("answer", ["five", None, "3.5", "", True])
+@pytest.mark.parametrize("answer", ["five", None, "3.5", "", True, False, [5], {"value": 5}])
 def test_an_answer_that_is_no_integer_is_refused(answer: Any) -> None:
     with pytest.raises(ValueError, match="answer"):
         MathRewardModel().compute_reward({"answer": answer}, "5")
@@ -283,33 +267,6 @@ def test_functions_get_the_arguments_of_trl() -> None:
         "answer": [1, None],  # the union of the columns; None where a sample has not got it
         "level": [None, "hard"],
     }
-
-
-@pytest.mark.parametrize("values", [[1.0], [1.0] * 4, []])
-def test_the_wrong_count_names_the_function(values: list[float]) -> None:
-    with pytest.raises(RewardError, match=rf"reward culprit returned {len(values)} values for 3 completions"):
-        score([entry("culprit", returning(*values))])
-
-
-@pytest.mark.parametrize("value", [NAN, math.inf, -math.inf, "1", [1.0], 1j])
-def test_a_value_that_is_no_finite_number_names_the_function_and_the_sample(value: Any) -> None:
-    with pytest.raises(RewardError, match=r"reward culprit returned .* for 'prompt 1'"):
-        score([entry("fine", returning(1.0, 1.0, 1.0)), entry("culprit", returning(1.0, value, 1.0))])
-
-
-@pytest.mark.parametrize("returned", [None, 1.0, "abc", torch.ones(3)])
-def test_something_that_is_no_list_names_the_function(returned: Any) -> None:
-    with pytest.raises(RewardError, match="reward culprit returned"):
-        score([entry("culprit", lambda prompts, completions, **_: returned)])
-
-
-def test_a_function_that_raises_is_named_and_stops_the_run() -> None:
-    def culprit(prompts: list, completions: list, **_: Any) -> list[float]:
-        raise KeyError("level")
-
-    with pytest.raises(RewardError, match="reward culprit raised KeyError: 'level'") as caught:
-        score([entry("culprit", culprit)])
-    assert isinstance(caught.value.__cause__, KeyError)
 
 
 def test_a_bad_answer_in_the_data_names_the_reward() -> None:

@@ -22,7 +22,7 @@ from grpo.config import InputError, Options, load_config, resumed_config
 from grpo.data import JSONLinesDataset, samples_for_step
 from grpo.policy import load_policy
 from grpo.rollout import generate_completions, step_seed
-from tests.toy_rewards import even_digits
+from tests.toy_rewards import different_letters, even_digits
 
 ROOT = Path(__file__).parent.parent
 
@@ -207,6 +207,23 @@ def test_bfloat16_runs_on_a_cpu_with_float32_weights(small: dict[str, Any], tmp_
     assert rows[1]["entropy"] != exact[1]["entropy"]  # rounding, so the path was taken
     assert rows[1]["entropy"] == pytest.approx(exact[1]["entropy"], rel=0.02)
     assert {weight.dtype for weight in weights_of(tmp_path / "run").values()} == {torch.float32}
+
+
+def test_the_evaluation_is_of_held_out_problems_and_greedy(small: dict[str, Any], tmp_path: Path) -> None:
+    """Against transformers' own greedy decoding; the training problems would give another number."""
+    row = train(small, tmp_path / "run", num_train_steps=0, rewards="[tests.toy_rewards:different_letters]")[0]
+    policy, tokenizer = load_policy(small["model_name"], base_seed=0, device=torch.device("cpu"))
+    rewards = {}
+    for file in ("eval_file", "train_file"):
+        prompts = [sample["prompt"] for sample in JSONLinesDataset(small[file])]
+        texts = []
+        for prompt in prompts:
+            ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+            answer = policy.generate(ids, do_sample=False, max_new_tokens=6)[0, ids.shape[1] :]
+            texts.append(tokenizer.decode(answer, skip_special_tokens=True))
+        rewards[file] = mean(different_letters(prompts, texts))
+    assert row["eval/reward"] == pytest.approx(rewards["eval_file"])
+    assert abs(rewards["eval_file"] - rewards["train_file"]) > 0.01
 
 
 def test_zero_steps_evaluate_and_save_the_base(small: dict[str, Any], tmp_path: Path) -> None:

@@ -9,6 +9,11 @@ def even_digits(prompts: list[str], completions: list[str], **_: Any) -> list[fl
     return [sum(letter in "02468" for letter in text) / max(len(text), 1) for text in completions]
 
 
+def different_letters(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+    """How many different ones there are in the prompt and in the completion."""
+    return [len(set(prompt)) + len(set(text)) for prompt, text in zip(prompts, completions, strict=True)]
+
+
 def needs_colour(prompts: list[str], completions: list[str], colour: list[str], **_: Any) -> list[float]:
     """Names a column that no data set here has."""
     return [1.0 for _ in completions]

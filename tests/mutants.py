@@ -1,0 +1,127 @@
+"""Break the code on purpose, one well-known bug at a time, and see that the tests notice.
+
+    python -m tests.mutants                 all of them, some minutes
+    python -m tests.mutants clip "KL sign"  those whose name contains one of these texts
+
+A mutant is one replacement in one file, applied to a copy of the project. It names the tests that must kill it. It
+counts as killed only when one of them fails on a check of its own: an AssertionError raised by the test, pytest's
+"DID NOT RAISE" or torch's GradcheckError; an import error or another crash is no kill. A control that changes nothing
+must survive all of those tests. Exit status: 0 all as it should be, 1 a mutant survived, 2 the list itself is wrong.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.mutant_list import MUTANTS, Mutant
+
+ROOT = Path(__file__).parent.parent
+TIMEOUT = 25  # seconds a mutant
+CONTROL = "control: nothing is changed"
+OWN_CHECKS = ("AssertionError", "Failed", "GradcheckError")  # Failed is pytest's DID NOT RAISE
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a mutant: killed by `test`, or not and why."""
+
+    is_killed: bool
+    by: str
+    seconds: float
+
+
+def check(mutants: Sequence[Mutant], root: Path) -> list[str]:
+    """What is wrong with the list: patterns that do not match exactly once, names used twice, mutants without tests."""
+    names = [mutant.name for mutant in mutants]
+    problems = [f"{name}: the name is used twice" for name in sorted(set(names)) if names.count(name) > 1]
+    for mutant in mutants:
+        matches = (root / mutant.file).read_text().count(mutant.pattern)
+        if matches != 1:
+            problems.append(f"{mutant.name}: its pattern matches {matches} places of {mutant.file}, expected 1")
+        if not mutant.tests:
+            problems.append(f"{mutant.name}: names no test that must kill it")
+    return problems
+
+
+def run(mutant: Mutant, root: Path, timeout: float = TIMEOUT) -> Verdict:
+    """Copy the project, apply the mutant, run its tests until the first one fails."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        copy, report = Path(folder) / "project", Path(folder) / "failure.json"
+        ignore = shutil.ignore_patterns(".*", "__pycache__", "checkpoints*", "results", "docs")
+        shutil.copytree(root, copy, ignore=ignore)
+        file = copy / mutant.file
+        file.write_text(file.read_text().replace(mutant.pattern, mutant.replacement))
+        # This file is also the plugin that writes the report. One thread: two mutants share two cores.
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "tests.mutants", "-o", "addopts=", *mutant.tests]
+        environment = os.environ | {"MUTANT_REPORT": str(report), "OMP_NUM_THREADS": "1"}
+        try:
+            status = subprocess.run(command, cwd=copy, env=environment, timeout=timeout, capture_output=True).returncode
+        except subprocess.TimeoutExpired:
+            return Verdict(False, f"no test failed within {timeout:.0f} s", timeout)
+        failure = json.loads(report.read_text()) if report.is_file() else {}
+    seconds = time.perf_counter() - start
+    if status == 0:
+        return Verdict(False, "every named test passes", seconds)
+    if status != 1 or not failure:
+        return Verdict(False, f"the tests could not be run (pytest's exit status {status})", seconds)
+    if not failure["is_own_check"]:
+        return Verdict(False, f"{failure['test']} crashed: {failure['error']}", seconds)
+    return Verdict(True, failure["test"], seconds)
+
+
+def pytest_exception_interact(node: Any, call: Any, report: Any) -> None:
+    """Hook of pytest: note which test failed, and whether by a check of its own."""
+    if "MUTANT_REPORT" not in os.environ:
+        return
+    raised_in = Path(str(call.excinfo.traceback[-1].path))
+    is_project = raised_in.is_relative_to(Path.cwd()) and "tests" not in raised_in.relative_to(Path.cwd()).parts
+    is_own_check = call.when == "call" and call.excinfo.typename in OWN_CHECKS and not is_project
+    failure = {"test": node.nodeid, "error": call.excinfo.typename, "is_own_check": is_own_check}
+    Path(os.environ["MUTANT_REPORT"]).write_text(json.dumps(failure))
+
+
+def main(arguments: Sequence[str] | None = None, mutants: Sequence[Mutant] = MUTANTS, root: Path = ROOT) -> int:
+    """Run the mutants, two at a time, and print what became of each; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="only mutants whose name contains one of these")
+    names = parser.parse_args(arguments).names
+    if problems := check(mutants, root):
+        print("\n".join(problems), file=sys.stderr)
+        return 2
+    chosen = [mutant for mutant in mutants if not names or any(name in mutant.name for name in names)]
+    if not chosen:
+        print(f"no mutant is named like {' or '.join(names)}", file=sys.stderr)
+        return 2
+    tests = tuple(dict.fromkeys(test for mutant in chosen for test in mutant.tests))
+    control = Mutant(CONTROL, chosen[0].file, chosen[0].pattern, chosen[0].pattern, tests)
+
+    start = time.perf_counter()
+    survivors = 0
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        verdict_of_control = pool.submit(run, control, root, 10 * TIMEOUT)
+        for mutant, verdict in zip(chosen, pool.map(lambda mutant: run(mutant, root), chosen), strict=True):
+            survivors += not verdict.is_killed
+            print(f"{'killed' if verdict.is_killed else 'SURVIVED':8} {verdict.seconds:4.0f} s  {mutant.name}")
+            print(f"                 {verdict.by}", flush=True)
+        verdict = verdict_of_control.result()
+    survives = verdict.by == "every named test passes"
+    print(
+        f"{'survived' if survives else 'KILLED':8} {verdict.seconds:4.0f} s  {CONTROL}\n                 {verdict.by}"
+    )
+    print(f"{len(chosen) - survivors} of {len(chosen)} mutants killed in {time.perf_counter() - start:.0f} s")
+    return 0 if survives and not survivors else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
