@@ -1,7 +1,7 @@
 # Conveniences; nothing depends on this file.
 PYTHON ?= .venv/bin/python
 
-.PHONY: install train smoke resume evaluate curves test check benchmark readme clean
+.PHONY: install train smoke resume evaluate curves test mutants check benchmark readme clean
 
 install: ## the environment of tests and runs
 	python3 -m venv .venv && $(PYTHON) -m pip install -r requirements-dev.txt
@@ -23,6 +23,9 @@ curves: ## redraw the picture of the run
 
 test: ## everything but the slow tests
 	$(PYTHON) -m pytest -q -m "not slow"
+
+mutants: ## break the code on purpose, see the tests notice
+	$(PYTHON) -m tests.mutants
 
 check: ## what a commit must pass
 	$(PYTHON) -m ruff format --check .

@@ -143,6 +143,7 @@ def snapshot(*folders: Path) -> dict[Path, float]:
     return {path: path.stat().st_mtime for folder in folders for path in [folder, *folder.rglob("*")]}
 
 
+@pytest.mark.slow
 def test_a_dry_run_prints_and_writes_nothing(small: dict[str, Any], tmp_path: Path) -> None:
     before = snapshot(Path(small["model_name"]).parent)
     result = helpers.run(small, tmp_path / "run", "--dry_run")
@@ -153,6 +154,7 @@ def test_a_dry_run_prints_and_writes_nothing(small: dict[str, Any], tmp_path: Pa
     assert snapshot(Path(small["model_name"]).parent) == before
 
 
+@pytest.mark.slow
 def test_a_preflight_prints_the_groups_and_writes_nothing(small: dict[str, Any], tmp_path: Path) -> None:
     before = snapshot(Path(small["model_name"]).parent)
     result = helpers.run(small | {"rewards": "[math]"}, tmp_path / "run", "--preflight")

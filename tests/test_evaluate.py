@@ -112,6 +112,7 @@ def test_two_models_side_by_side(trained: Path, small: dict[str, Any], tmp_path:
     assert f"p = {comparison['mcnemar_p']:.2g}" in result.stdout
 
 
+@pytest.mark.slow
 def test_flags_change_what_the_run_recorded(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.jsonl").write_text('{"prompt": "What is 1 + 1?", "answer": "2"}\n' * 3)
     flags = ["--data", tmp_path / "mine.jsonl", "--k", 2, "--max_completion_length", 3, "--rewards", "[math]"]
@@ -125,6 +126,7 @@ def test_flags_change_what_the_run_recorded(trained: Path, tmp_path: Path) -> No
     assert str(tmp_path / "numbers.json") in result.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_one_question_gets_one_answer_and_no_file(trained: Path, tmp_path: Path) -> None:
     result = command(trained, trained / "final", "--prompt", "What is 1 + 2?", "--output", tmp_path / "numbers.json")
     assert result.returncode == 0, result.stderr
@@ -133,6 +135,7 @@ def test_one_question_gets_one_answer_and_no_file(trained: Path, tmp_path: Path)
     assert not (tmp_path / "numbers.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "texts"),
     [
@@ -147,6 +150,7 @@ def test_wrong_input_ends_in_one_line(trained: Path, flags: list[str], texts: li
     assert_one_line(command(trained, *flags), *texts)
 
 
+@pytest.mark.slow
 def test_an_output_that_cannot_be_written_ends_in_one_line(trained: Path, tmp_path: Path) -> None:
     output = tmp_path / "no" / "such" / "folder" / "numbers.json"
     assert_one_line(command(trained, trained / "final", "--output", output), "--output", str(output.parent))

@@ -190,6 +190,7 @@ def write_run(folder: Path, rows: list[dict[str, Any]]) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_two_runs_are_drawn_into_one_file(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / name, rows_of(4)) for name in ("a", "b")]
     result = command(*runs, "--output", tmp_path / "both.png")

@@ -211,3 +211,23 @@ def test_every_metric_is_defined() -> None:
             last = name
             named.add(name.replace("{name}", "math"))
     assert named == EVERY_STEP | EVERY_EVALUATION
+
+
+def test_every_test_that_correctness_names_exists() -> None:
+    text = (ROOT / "docs" / "CORRECTNESS.md").read_text(encoding="utf-8")
+    defined = {
+        name for file in ROOT.glob("tests/**/test_*.py") for name in re.findall(r"^def (\w+)", file.read_text(), re.M)
+    }
+    named = set(re.findall(r"\btest_\w+(?!\w*\.py)\b", re.sub(r"tests/\S+", "", text)))
+    assert len(named) > 60
+    assert named <= defined
+    for path in re.findall(r"`(tests/\S+\.py)`", text):
+        assert (ROOT / path).is_file(), path
+
+
+def test_every_trap_has_a_test() -> None:
+    """A row of a table of CORRECTNESS.md without a test would be a promise."""
+    text = (ROOT / "docs" / "CORRECTNESS.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (?!-|trap|promise|oracle).*\|$", text.replace("|---", "|-"), flags=re.MULTILINE)
+    assert len(rows) > 45
+    assert [row for row in rows if "test_" not in row.split("|")[-2]] == []

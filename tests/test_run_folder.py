@@ -140,6 +140,7 @@ def test_a_second_run_is_refused_while_the_first_one_lasts_also_after_it_moved_a
     assert len(names_in(tmp_path)) == 2
 
 
+@pytest.mark.slow
 def test_a_second_command_is_refused_in_one_line(small: dict[str, Any], tmp_path: Path) -> None:
     with open_run(settings_of(tmp_path / "run", **small), Options()):
         result = helpers.run(small, tmp_path / "run")

@@ -138,6 +138,7 @@ def test_the_same_command_gives_the_same_bits(small: dict[str, Any], tmp_path: P
     assert (tmp_path / "a/samples.jsonl").read_bytes() != (tmp_path / "c/samples.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
 def test_nothing_depends_on_the_micro_batch_size(small: dict[str, Any], tmp_path: Path, aggregation: str) -> None:
     """Metrics and weights; one step, because a second one would sample from weights that differ by rounding."""
@@ -240,6 +241,7 @@ def test_another_distribution_than_the_scorers_is_warned_about(
     assert rows[1]["sampling/logp_difference/mean"] > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flag", "status", "message"),
     [
@@ -291,6 +293,7 @@ def wait_for_rows(metrics: Path, number: int) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(small: dict[str, Any], tmp_path: Path) -> None:
     """And the resumed run is, bit for bit, the one that was never interrupted."""
     settings = small | {"num_train_steps": 300, "eval_every": 300}
@@ -313,6 +316,7 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(small: dict[str, A
     assert [row["step"] for row in read(folder / "metrics.jsonl")] == list(range(step + 4))
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_stops_at_once(small: dict[str, Any], tmp_path: Path) -> None:
     process = start(small | {"num_train_steps": 300, "rewards": "[tests.toy_rewards:slow]"}, tmp_path / "run")
     wait_for_rows(tmp_path / "run" / "metrics.jsonl", 1)
@@ -326,6 +330,7 @@ def test_a_second_ctrl_c_stops_at_once(small: dict[str, Any], tmp_path: Path) ->
     assert "no step is saved yet; to begin again" in stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_ctrl_c_before_the_first_step_leaves_nothing(small: dict[str, Any], tmp_path: Path) -> None:
     process = start(small | {"rewards": "[tests.toy_rewards:slow]"}, tmp_path / "run")
     deadline = time.monotonic() + 60

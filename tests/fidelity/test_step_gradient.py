@@ -184,6 +184,7 @@ def test_without_position_ids_left_padding_would_move_the_gradient_of_learned_po
     assert ((wide - narrow).norm() / narrow.norm() > 0.05) == has_learned_positions
 
 
+@pytest.mark.slow
 def test_a_float32_run_of_several_updates_does_not_depend_on_micro_batches(
     train_tiny: Callable[..., tuple[dict[str, Any], Path]],
 ) -> None:
