@@ -41,6 +41,13 @@ MUTANTS = [
         (f"{TOKENS}test_mask_built_from_ids_cannot_tell_eos_from_pad_when_pad_is_eos",),
     ),
     Mutant(
+        "attention mask of prompts from ids != pad",
+        ROLLOUT,
+        "mask = [[False] * (width - len(sequence)) + [True] * len(sequence) for sequence in sequences]",
+        "mask = [[token != pad_id for token in row] for row in ids]",
+        (f"{TOKENS}test_attention_mask_built_from_ids_blanks_separators_inside_chat_prompts",),
+    ),
+    Mutant(
         "EOS left out of the mask",
         ROLLOUT,
         "is_stop.int().cumsum(1) - is_stop.int() == 0",

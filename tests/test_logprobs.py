@@ -31,7 +31,7 @@ def score(model: Any, *arguments: Tensor, **settings: Any) -> tuple[Tensor, Tens
     return compute_logprobs(model, *arguments, **settings)
 
 
-# ---------------------------------------------------------------- by hand
+# By hand
 
 
 def test_logps_and_entropies_by_hand_and_not_shifted() -> None:
@@ -93,7 +93,7 @@ def test_masked_positions_are_exactly_zero() -> None:
         assert (result[arguments[3] == 1] != 0).all()
 
 
-# ---------------------------------------------------------------- gradients
+# Gradients
 
 
 def test_masked_tokens_send_no_gradient() -> None:

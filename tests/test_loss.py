@@ -21,7 +21,7 @@ def random(*shape: int, seed: int, size: float = 1.0) -> Tensor:
     return size * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-# ---------------------------------------------------------------- clipped surrogate
+# Clipped surrogate
 
 
 def value_and_gradient(ratio: float, advantage: float, **clip: Any) -> tuple[float, float]:
@@ -85,7 +85,7 @@ def test_an_infinite_clip_removes_the_clip() -> None:
     assert not torch.allclose(clipped_surrogate(logps, old, advantages, MASK, clip_range=0.2), plain)
 
 
-# ---------------------------------------------------------------- KL
+# KL
 
 
 def test_kl_values_by_hand() -> None:
@@ -140,7 +140,7 @@ def test_an_unknown_estimator_is_refused_by_name() -> None:
         kl_divergence(torch.zeros(1, 1), torch.zeros(1, 1), estimator="k4")
 
 
-# ---------------------------------------------------------------- weights
+# Weights
 
 
 @pytest.mark.parametrize("mask_dtype", [torch.bool, torch.long, torch.float32])

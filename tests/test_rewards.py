@@ -152,7 +152,7 @@ def test_every_way_to_write_an_integer_is_read_as_that_integer(number: int, befo
     assert last_integer(f"{before} {number}.5") is None
 
 
-# ---------------------------------------------------------------- right or wrong
+# Right or wrong
 
 
 @pytest.mark.parametrize("answer", [5, "5", " 5", "5.0", 5.0, "005", "#### 5"])
@@ -178,7 +178,7 @@ def test_the_marks_are_settings() -> None:
     assert [model.compute_reward({"answer": 5}, text) for text in ("5", "6")] == [2.0, -0.5]
 
 
-# ---------------------------------------------------------------- scoring and combining
+# Scoring and combining
 
 
 def returning(*values: Any) -> Callable[..., Any]:
@@ -278,7 +278,7 @@ def test_integers_bools_and_numpy_numbers_are_numbers() -> None:
     assert same(score([entry("a", returning(1, True, np.float32(0.5)))]).combined, 1.0, 1.0, 0.5)
 
 
-# ---------------------------------------------------------------- the config's list
+# The config's list
 
 
 def test_an_unknown_reward_is_an_input_error_that_lists_the_known_ones() -> None:

@@ -21,7 +21,7 @@ from tests.conftest import EOS_ID, PROMPTS, STOP_IDS, assert_same_samples, sampl
 INF = float("inf")
 
 
-# ---------------------------------------------------------------- groups
+# Groups
 
 
 def test_row_p_times_g_plus_g_belongs_to_prompt_p(
@@ -44,7 +44,7 @@ def test_the_same_prompt_twice_stays_two_groups(llama: PreTrainedModel, tokenize
     assert_same_samples(sample(llama, tokenizer, ["1+2="], completion_indices=[4, 5, 6, 7]), rollout, range(4, 8))
 
 
-# ---------------------------------------------------------------- noise
+# Noise
 
 
 def test_noise_is_a_function_of_seed_completion_and_token() -> None:
@@ -97,7 +97,7 @@ def test_the_seed_decides_everything(llama: PreTrainedModel, tokenizer: PreTrain
     assert sample(llama, tokenizer, seed=4).token_lists() != first.token_lists()
 
 
-# ---------------------------------------------------------------- one token
+# One token
 
 
 def test_the_inverse_cdf_by_hand() -> None:
@@ -199,7 +199,7 @@ def test_greedy_takes_the_likeliest_token(llama: PreTrainedModel, tokenizer: Pre
     assert rollout.token_lists() == [ids for ids in rollout.token_lists()[::4] for _ in range(4)]  # all alike
 
 
-# ---------------------------------------------------------------- stop ids, rows
+# Stop ids, rows
 
 
 def test_stop_ids_are_those_of_tokenizer_and_generation_config(
@@ -223,7 +223,7 @@ def test_select_takes_rows_and_tokens_takes_slices(llama: PreTrainedModel, token
         assert torch.equal(ours, whole[3:5])
 
 
-# ---------------------------------------------------------------- wrong input
+# Wrong input
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def cosine(left: Tensor, right: Tensor) -> float:
     return torch.nn.functional.cosine_similarity(left.flatten(), right.flatten(), dim=0).item()
 
 
-# ---------------------------------------------------------------- policy gradients
+# Policy gradients
 #
 # Token 0 ends a completion, at most two tokens: (0), (1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2). The policy is a
 # table of logits: row 0 for the first token, row a for the token after a.
@@ -164,7 +164,7 @@ def test_the_ratio_makes_samples_of_another_policy_unbiased() -> None:
     assert (gradient(is_ratio_used=False) - truth).abs().max() > 0.01
 
 
-# ---------------------------------------------------------------- KL
+# KL
 #
 # A softmax over six tokens: the policy, the reference, and the policy that sampled.
 

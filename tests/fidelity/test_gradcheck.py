@@ -31,7 +31,7 @@ def random_tokens(vocabulary: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return prompt_ids, PROMPT_MASK, completion_ids, MASK
 
 
-# ---------------------------------------------------------------- log-probs
+# Log-probs
 
 
 class AveragingModel(nn.Module):
@@ -68,7 +68,7 @@ def test_logps_of_a_model_that_looks_at_its_whole_past(temperature: float) -> No
     assert min(gradient.abs().max() for gradient in gradients) > 0.01
 
 
-# ---------------------------------------------------------------- surrogate
+# Surrogate
 
 
 AWAY_FROM_KINKS = torch.tensor([0.1, -0.1, 0.5, -0.5], dtype=torch.float64)  # 1.11 0.90 inside, 1.65 0.61 outside
@@ -85,7 +85,7 @@ def test_the_surrogate_in_logps_and_advantages(clip_range_high: float | None) ->
     assert gradcheck(loss, (logps, advantages))
 
 
-# ---------------------------------------------------------------- KL
+# KL
 
 
 @pytest.mark.parametrize("estimator", KL_ESTIMATORS)
@@ -122,7 +122,7 @@ def test_on_policy_the_gradient_of_k3_corrected_is_not_that_of_its_value() -> No
         gradcheck(lambda x: kl_divergence(x, ref, estimator="k3_corrected"), (logps,))
 
 
-# ---------------------------------------------------------------- the weighted sum, down to the weights
+# The weighted sum, down to the weights
 
 
 @pytest.fixture(scope="module")

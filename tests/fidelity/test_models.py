@@ -55,7 +55,7 @@ def largest(difference: Tensor) -> float:
     return difference.abs().max().item()
 
 
-# ---------------------------------------------------------------- the sampler
+# The sampler
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -100,7 +100,7 @@ def test_prefilling_a_prompt_once_is_prefilling_g_copies(
     assert_same_samples(sample(policy, tokenizer, copies, group_size=1), sample(policy, tokenizer))
 
 
-# ---------------------------------------------------------------- the scorer
+# The scorer
 
 
 def test_scoring_a_padded_batch_is_scoring_each_row_alone(policy: PreTrainedModel) -> None:
@@ -130,7 +130,7 @@ def test_more_padding_on_either_side_changes_no_score(policy: PreTrainedModel) -
         assert (result[:, 6:] == 0).all()
 
 
-# ---------------------------------------------------------------- dropout
+# Dropout
 
 
 def test_dropout_left_on_while_scoring_would_move_the_ratio_from_1(folder: Path, policy: PreTrainedModel) -> None:
@@ -154,7 +154,7 @@ def test_dropout_stays_off_after_the_policy_is_saved_and_loaded(policy: PreTrain
     assert torch.equal(compute_logprobs(loaded, *batch)[0], compute_logprobs(policy, *batch)[0])
 
 
-# ---------------------------------------------------------------- files
+# Files
 
 
 @pytest.mark.parametrize("is_tied", [True, False])

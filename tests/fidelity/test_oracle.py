@@ -73,7 +73,7 @@ def random_case(seed: int) -> Case:
     return Case(rewards, lengths, logps, table(logps, 0.4), table(logps, 0.8), table(None, 0.5))
 
 
-# ---------------------------------------------------------------- the oracle
+# The oracle
 
 
 def mean(values: list[float]) -> float:
@@ -179,7 +179,7 @@ def oracle_distribution(logits: list[float], temperature: float) -> tuple[list[f
     return logps, probs, -sum(p * logp for p, logp in zip(probs, logps, strict=True))
 
 
-# ---------------------------------------------------------------- ours
+# Ours
 
 
 def doubles(rows: Table) -> Tensor:
@@ -221,7 +221,7 @@ def cases(seeds: Iterable[int]) -> list[Case]:
     return [random_case(seed) for seed in seeds]
 
 
-# ---------------------------------------------------------------- from rewards and log-probs
+# From rewards and log-probs
 
 
 @pytest.mark.parametrize(("baseline", "scale"), PAIRS)
@@ -295,7 +295,7 @@ def test_no_token_at_all_is_loss_zero() -> None:
         assert our_step(empty, Setting(aggregation))[0] == 0.0
 
 
-# ---------------------------------------------------------------- from logits
+# From logits
 
 
 VOCABULARY, TEMPERATURE = 5, 0.6

@@ -26,7 +26,7 @@ NAN, INF = float("nan"), float("inf")
 ONE = torch.ones(1, 1)
 
 
-# ---------------------------------------------------------------- the loop, on a tiny model
+# The loop, on a tiny model
 
 REWARD_SOURCE = """
 def letters(prompts, completions, **_):
@@ -105,7 +105,7 @@ def spy_on(monkeypatch: pytest.MonkeyPatch, name: str) -> list[dict[str, Any]]:
     return calls
 
 
-# ---------------------------------------------------------------- clip
+# Clip
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_clip_share_counts_non_binding_clips() -> None:
     assert torch.equal(logps.grad[:2] == 0, (low | high)[:2])
 
 
-# ---------------------------------------------------------------- old log-probs
+# Old log-probs
 
 
 def test_old_logps_recomputed_after_an_update() -> None:
@@ -204,7 +204,7 @@ def test_old_logps_attached_to_the_graph_in_the_loop(
     assert (first_ratio - 1).abs().max() < 1e-5
 
 
-# ---------------------------------------------------------------- masks and padding
+# Masks and padding
 
 POISONS = [NAN, INF, -INF, 1e4, -1e4]  # the last two overflow or vanish in the exp
 
@@ -336,7 +336,7 @@ def test_all_completions_masked_gives_zero_over_zero(aggregation: str) -> None:
     assert torch.equal(logps.grad, torch.zeros(2, 3))
 
 
-# ---------------------------------------------------------------- KL
+# KL
 
 
 def test_kl_ratio_flipped() -> None:
@@ -430,7 +430,7 @@ def test_kl_exp_clamped_alone() -> None:
     assert wrong.item() == 1.0
 
 
-# ---------------------------------------------------------------- the reference
+# The reference
 
 
 def test_reference_trained(make_model: Callable[..., PreTrainedModel]) -> None:
@@ -470,7 +470,7 @@ def test_reference_trained_in_the_loop(
     assert rows[1]["kl"] > 1e-3  # a reference that moves with the policy would hold it at 0
 
 
-# ---------------------------------------------------------------- one denominator for the whole optimizer step
+# One denominator for the whole optimizer step
 
 PROMPT_LENGTHS, LENGTHS = (2, 5, 3, 1, 4, 2), (4, 1, 6, 2, 3, 6)
 
@@ -570,7 +570,7 @@ def test_last_micro_batch_loss_reported(run_training: Callable[..., Run]) -> Non
     )
 
 
-# ---------------------------------------------------------------- optimizer steps
+# Optimizer steps
 
 
 def test_grad_norm_read_after_zero_grad(run_training: Callable[..., Run]) -> None:
@@ -622,7 +622,7 @@ def test_bf16_checkpoint_trained_in_bf16(
     assert torch.stack(moved).median() > 0.5  # one step of 1e-6
 
 
-# ---------------------------------------------------------------- bfloat16 and entropy
+# Bfloat16 and entropy
 
 
 def returning_logits(logits: Tensor) -> Any:

@@ -24,7 +24,7 @@ run_training, Run = helpers.run_training, helpers.Run  # a fixture, and what it 
 NAN = float("nan")
 
 
-# ---------------------------------------------------------------- groups mixed up
+# Groups mixed up
 
 
 def test_groups_mixed_up_in_the_advantages() -> None:
@@ -89,7 +89,7 @@ def test_equal_prompts_merged_into_one_group(run_training: Callable[..., Run]) -
     assert [row["advantage"] for row in samples] != pytest.approx(merged, abs=0.1)
 
 
-# ---------------------------------------------------------------- what a group is compared with
+# What a group is compared with
 
 
 def test_seven_times_0_95_gives_no_advantage() -> None:
@@ -149,7 +149,7 @@ def test_advantages_of_shape_b_broadcast_along_the_wrong_axis() -> None:
     assert by_row.tolist() == [[-1.0] * 3, [-2.0] * 3, [-3.0] * 3]
 
 
-# ---------------------------------------------------------------- rewards that are none
+# Rewards that are none
 
 
 def test_nan_reward_counted_as_zero() -> None:
@@ -202,7 +202,7 @@ def test_reward_that_raises() -> None:
     assert isinstance(caught.value.__cause__, KeyError)
 
 
-# ---------------------------------------------------------------- answers that fool a reward
+# Answers that fool a reward
 # The long table of strings is in tests/test_rewards.py.
 
 
@@ -247,7 +247,7 @@ def test_no_number_at_all_is_wrong_whatever_the_answer() -> None:
         assert marks(answer, "", "none", "3.5", "\u0665") == [0.0] * 4
 
 
-# ---------------------------------------------------------------- format and correctness
+# Format and correctness
 
 
 def test_format_reward_outweighs_correctness() -> None:

@@ -40,7 +40,7 @@ def weight_gradients(model: PreTrainedModel, loss: Tensor) -> dict[str, Tensor]:
     return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
 
 
-# ---------------------------------------------------------------- pad == eos, masks from ids
+# Pad == eos, masks from ids
 
 
 def run_script(
@@ -162,7 +162,7 @@ def test_mask_dropped_so_that_padding_is_trained(llama: PreTrainedModel) -> None
     assert max((first[name] - second[name]).abs().max() for name in first) > 0.1
 
 
-# ---------------------------------------------------------------- several stop ids
+# Several stop ids
 
 
 def test_several_stop_ids_stopped_on_one_and_masked_by_another(
@@ -181,7 +181,7 @@ def test_several_stop_ids_stopped_on_one_and_masked_by_another(
         assert rollout.token_lists() == [[5, EOS_ID]] * 2
 
 
-# ---------------------------------------------------------------- positions and the shift
+# Positions and the shift
 
 
 def test_position_ids_missing_under_left_padding_move_a_model_with_learned_positions(
@@ -223,7 +223,7 @@ def test_shift_off_by_one_scores_the_token_before_or_after(llama: PreTrainedMode
         assert max(abs(a - b) for a, b in zip(wrong, expected, strict=True)) > 0.1
 
 
-# ---------------------------------------------------------------- token in, token out
+# Token in, token out
 
 
 def test_double_bos_of_a_chat_template_that_is_rendered_and_then_tokenized_again(
@@ -312,7 +312,7 @@ def test_in_place_writes_of_the_sampler_would_change_its_inputs(
     assert torch.equal(uniforms, copies[1])
 
 
-# ---------------------------------------------------------------- NaN and inf in padding
+# NaN and inf in padding
 
 
 @pytest.mark.parametrize("poison", [NAN, INF, -INF, 1e4])
@@ -401,7 +401,7 @@ def test_padding_of_the_rollout_is_exactly_zero_logp_and_pad(
     assert rollout.completion_mask.dtype == rollout.prompt_mask.dtype == rollout.is_truncated.dtype == torch.bool
 
 
-# ---------------------------------------------------------------- what must not reach the sampler
+# What must not reach the sampler
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
@@ -472,7 +472,7 @@ def test_generation_config_with_top_k_1_is_silently_inherited_by_generate_and_no
     assert len(set(inherited[:, -1].tolist())) == 1
 
 
-# ---------------------------------------------------------------- another distribution than the scorer's
+# Another distribution than the scorer's
 
 
 def test_top_k_makes_the_samplers_distribution_differ_from_the_scorers(
@@ -501,7 +501,7 @@ def test_temperature_missing_when_scoring_shows_in_the_logged_difference(
     assert train_tiny("llama", temperature=0.7)[0]["sampling/logp_difference/mean"] > 0.05
 
 
-# ---------------------------------------------------------------- noise
+# Noise
 
 
 def test_same_noise_for_every_completion_of_a_group(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
