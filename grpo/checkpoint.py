@@ -29,6 +29,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from grpo.config import Config, InputError, RunError
 
+STATE = ("step", "num_tokens", "samples_size")  # what state.json holds
+
 disable_progress_bar()  # transformers' own bars, one per file loaded or saved, would tear ours apart
 
 
@@ -113,7 +115,11 @@ def load_checkpoint(
         optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
         if reference is not None and (folder / "reference.safetensors").is_file():
             load_safetensors(reference, folder / "reference.safetensors")
-        return json.loads((folder / "state.json").read_text())
+        state = json.loads((folder / "state.json").read_text())
+        is_state = isinstance(state, dict) and all(type(state.get(key)) is int for key in STATE)
+        if not is_state or state["step"] != step_of(folder):
+            raise ValueError(f"state.json: expected whole numbers for {', '.join(STATE)}, and the folder's step")
+        return state
 
 
 @contextmanager
@@ -121,10 +127,12 @@ def _loading(folder: Path) -> Iterator[None]:
     """Files that somebody else may have written are read by foreign code, which may raise anything, pages long."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, MemoryError):
         raise
     except pickle.UnpicklingError as error:  # its own message explains how to run the code all the same
-        raise InputError(f"--resume: {folder / 'optimizer.pt'} holds more than tensors; it was not loaded") from error
+        raise InputError(
+            f"--resume: {folder / 'optimizer.pt'} holds something else than tensors; it was not loaded"
+        ) from error
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"--resume: {folder} cannot be loaded: {reason}") from error
@@ -149,7 +157,7 @@ def _damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint; None if it is whole."""
     try:
         hashes = dict(json.loads((folder / "checksums.json").read_text()))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return "checksums.json cannot be read"
     if missing := {"state.json", "optimizer.pt", "model.safetensors"} - set(hashes):
         return f"checksums.json does not name {sorted(missing)[0]}"

@@ -365,7 +365,14 @@ def documented_defaults() -> dict[str, tuple[str, str]]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-5 is a number, as everybody expects (YAML 1.1 wants 1.0e-5), and no key may stand twice."""
+    """YAML in which 1e-5 is a number, as everybody expects (YAML 1.1 wants 1.0e-5), no key stands twice, and nothing is
+    an alias: a few lines of them can stand for gigabytes."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(None, None, f"*{event.anchor}: aliases are not allowed", event.start_mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = set()

@@ -159,7 +159,7 @@ def _decode(
     """The loop: (B, max_completion_length) sampled ids and their log-probs. What follows a stop token is arbitrary."""
     rows, max_length = uniforms.shape
     sampled_ids = torch.zeros(rows, max_length, dtype=torch.long, device=uniforms.device)
-    sampled_logps = torch.zeros(rows, max_length, device=uniforms.device)
+    sampled_logps = torch.zeros(rows, max_length, dtype=torch.float32, device=uniforms.device)
     check_every = CHECK_EVERY.get(uniforms.device.type, 16)
 
     # Prefill: each prompt once. Its last position predicts the first token; the cache is then copied to the group.

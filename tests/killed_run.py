@@ -37,7 +37,7 @@ def live(settings: dict[str, Any], folder: Path, *, slowly: bool) -> None:
 
 
 def slow_down_saving() -> None:
-    """Some milliseconds before every file is on disk, and around every change of a name."""
+    """Some milliseconds before every file is on disk, and around every change of a name: 50 ms or more a step."""
     sync, rename = grpo.checkpoint.sync, Path.rename
 
     def slow_sync(path: Path) -> None:
@@ -88,12 +88,14 @@ def main() -> None:
     for _ in range(arguments.kills):
         awaited = num_rows(folder) + draw.choice([0, 1, 2])
         child = begin(settings, folder, slowly=True)
-        patience = time.monotonic() + 30
-        while num_rows(folder) < awaited and time.monotonic() < patience:
+        patience = time.monotonic() + 60
+        while num_rows(folder) < awaited:
             time.sleep(0.002)
-        time.sleep(draw.uniform(0, 0.3))
+            if time.monotonic() > patience:
+                sys.exit("no row was written within a minute")
+        time.sleep(draw.uniform(0, 0.25))
         if os.waitpid(child, os.WNOHANG) != (0, 0):
-            sys.exit("a life ended before it was killed")
+            sys.exit("the run ended before it was killed")
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         inside_a_save += any(folder.glob(".*.unfinished"))

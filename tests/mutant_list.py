@@ -146,7 +146,7 @@ MUTANTS = [
         LOGPROBS,
         "logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature",
         "logits / temperature",
-        (f"{OF_LOSS}test_log_softmax_on_bf16_logits",),
+        ("tests/fidelity/test_bfloat16.py::test_bf16_log_softmax_errs_so_logits_are_cast_to_float32_first",),
     ),
     Mutant(
         "sampled -log p called entropy",
@@ -263,6 +263,13 @@ MUTANTS = [
         ("tests/fidelity/test_enumeration.py::test_the_expected_value_is_the_kl",),
     ),
     Mutant(
+        "the corrected KL's importance ratio flipped",
+        LOSS,
+        "_log_ratio(logps, old_logps, is_token).exp().detach()",
+        "_log_ratio(old_logps, logps, is_token).exp().detach()",
+        (f"{OF_LOSS}test_kl_ratio_flipped",),
+    ),
+    Mutant(
         "k3 corrected in its value alone",
         LOSS,
         "gradient = ratio * k2",
@@ -368,6 +375,34 @@ MUTANTS = [
         "last = config.num_train_steps * config.num_iterations * config.num_minibatches",
         "last = config.num_train_steps",
         ("tests/test_policy.py::test_the_schedule_counts_optimizer_steps_not_rollouts",),
+    ),
+    Mutant(
+        "the ratio against the sampler's log-probs",
+        LOOP,
+        "per_token_loss = clipped_surrogate(logps, old_logps, ",
+        "per_token_loss = clipped_surrogate(logps, rollout.sampling_logps[rows], ",
+        ("tests/fidelity/test_wiring.py::test_the_ratio_is_against_the_scorer_not_the_sampler",),
+    ),
+    Mutant(
+        "clip_range_high that nobody reads",
+        LOOP,
+        '"clip_range_high": config.clip_range_high}',
+        '"clip_range_high": None}',
+        (TWO_STEPS,),
+    ),
+    Mutant(
+        "advantage_baseline and advantage_scale that nobody reads",
+        LOOP,
+        "grouped_rewards, baseline=config.advantage_baseline, scale=config.advantage_scale",
+        "grouped_rewards",
+        (TWO_STEPS,),
+    ),
+    Mutant(
+        "loss_aggregation that nobody reads",
+        LOOP,
+        "loss_weights(mask[rows], config.loss_aggregation,",
+        'loss_weights(mask[rows], "token",',
+        (TWO_STEPS,),
     ),
     Mutant(
         "grad norm read after zero_grad",

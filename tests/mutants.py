@@ -28,6 +28,7 @@ from tests.mutant_list import MUTANTS, Mutant
 ROOT = Path(__file__).parent.parent
 TIMEOUT = 25  # seconds a mutant
 CONTROL = "control: nothing is changed"
+COPIED = Path.cwd()  # within pytest, the copy: read before a test changes it
 OWN_CHECKS = ("AssertionError", "Failed", "GradcheckError")  # Failed is pytest's DID NOT RAISE
 
 
@@ -45,7 +46,8 @@ def check(mutants: Sequence[Mutant], root: Path) -> list[str]:
     names = [mutant.name for mutant in mutants]
     problems = [f"{name}: the name is used twice" for name in sorted(set(names)) if names.count(name) > 1]
     for mutant in mutants:
-        matches = (root / mutant.file).read_text().count(mutant.pattern)
+        file = root / mutant.file
+        matches = file.read_text("utf-8").count(mutant.pattern) if file.is_file() else 0
         if matches != 1:
             problems.append(f"{mutant.name}: its pattern matches {matches} places of {mutant.file}, expected 1")
         if not mutant.tests:
@@ -53,18 +55,23 @@ def check(mutants: Sequence[Mutant], root: Path) -> list[str]:
     return problems
 
 
+def copied(root: Path, folder: Path) -> Path:
+    """What the tests need of the project."""
+    ignore = shutil.ignore_patterns(".*", "__pycache__", "checkpoints*", "results", "docs")
+    return shutil.copytree(root, folder / "project", ignore=ignore)
+
+
 def run(mutant: Mutant, root: Path, timeout: float = TIMEOUT) -> Verdict:
     """Copy the project, apply the mutant, run its tests until the first one fails."""
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        copy, report = Path(folder) / "project", Path(folder) / "failure.json"
-        ignore = shutil.ignore_patterns(".*", "__pycache__", "checkpoints*", "results", "docs")
-        shutil.copytree(root, copy, ignore=ignore)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        copy, report = copied(root, Path(folder)), Path(folder) / "failure.json"
         file = copy / mutant.file
-        file.write_text(file.read_text().replace(mutant.pattern, mutant.replacement))
+        file.write_text(file.read_text("utf-8").replace(mutant.pattern, mutant.replacement), "utf-8")
         # This file is also the plugin that writes the report. One thread: two mutants share two cores.
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "tests.mutants", "-o", "addopts=", *mutant.tests]
-        environment = os.environ | {"MUTANT_REPORT": str(report), "OMP_NUM_THREADS": "1"}
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "PYTHON"))}
+        environment |= {"MUTANT_REPORT": str(report), "OMP_NUM_THREADS": "1", "GRPO_CACHE": str(Path(folder) / "cache")}
         try:
             status = subprocess.run(command, cwd=copy, env=environment, timeout=timeout, capture_output=True).returncode
         except subprocess.TimeoutExpired:
@@ -84,9 +91,14 @@ def pytest_exception_interact(node: Any, call: Any, report: Any) -> None:
     """Hook of pytest: note which test failed, and whether by a check of its own."""
     if "MUTANT_REPORT" not in os.environ:
         return
-    raised_in = Path(str(call.excinfo.traceback[-1].path))
-    is_project = raised_in.is_relative_to(Path.cwd()) and "tests" not in raised_in.relative_to(Path.cwd()).parts
-    is_own_check = call.when == "call" and call.excinfo.typename in OWN_CHECKS and not is_project
+    # Frames of libraries left out: torch's assert_close raises for the test, but an assert deep in torch is a crash.
+    paths = [Path(str(entry.path)) for entry in call.excinfo.traceback]
+    ours = [path.relative_to(COPIED) for path in paths if path.is_relative_to(COPIED)]
+    is_raised_by_test = bool(ours) and ours[-1].parts[0] == "tests"
+    is_crash_elsewhere = "Traceback (most recent call last)" in str(call.excinfo.value)  # of a command the test ran
+    is_own_check = (
+        call.when == "call" and call.excinfo.typename in OWN_CHECKS and is_raised_by_test and not is_crash_elsewhere
+    )
     failure = {"test": node.nodeid, "error": call.excinfo.typename, "is_own_check": is_own_check}
     Path(os.environ["MUTANT_REPORT"]).write_text(json.dumps(failure))
 
@@ -108,9 +120,10 @@ def main(arguments: Sequence[str] | None = None, mutants: Sequence[Mutant] = MUT
 
     start = time.perf_counter()
     survivors = 0
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        verdict_of_control = pool.submit(run, control, root, 10 * TIMEOUT)
-        for mutant, verdict in zip(chosen, pool.map(lambda mutant: run(mutant, root), chosen), strict=True):
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(max_workers=2) as pool:
+        snapshot = copied(root, Path(folder))  # whoever edits meanwhile changes no verdict
+        verdict_of_control = pool.submit(run, control, snapshot, 10 * TIMEOUT)
+        for mutant, verdict in zip(chosen, pool.map(lambda mutant: run(mutant, snapshot), chosen), strict=True):
             survivors += not verdict.is_killed
             print(f"{'killed' if verdict.is_killed else 'SURVIVED':8} {verdict.seconds:4.0f} s  {mutant.name}")
             print(f"                 {verdict.by}", flush=True)

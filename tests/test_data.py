@@ -98,6 +98,18 @@ def test_an_epoch_shows_every_sample_once_and_the_next_in_another_order() -> Non
     assert seen[:10] != seen[10:]
 
 
+def test_no_epoch_of_a_seed_is_an_epoch_of_its_neighbour() -> None:
+    """Orders by seed + epoch would show seed 1 what seed 0 sees an epoch later: five seeds, and hardly five runs."""
+    dataset = [{"prompt": str(number)} for number in range(20)]
+
+    def order(seed: int, epoch: int) -> tuple[str, ...]:
+        batch = samples_for_step(dataset, step=epoch + 1, batch_size=len(dataset), seed=seed)  # step = epoch
+        return tuple(sample["prompt"] for sample in batch)
+
+    assert order(0, epoch=1) != order(1, epoch=0)
+    assert len({order(seed, epoch) for seed in range(5) for epoch in range(5)}) == 25
+
+
 def test_a_batch_larger_than_the_data_spans_epochs() -> None:
     dataset = [{"prompt": "a"}, {"prompt": "b"}]
     batch = [sample["prompt"] for sample in samples_for_step(dataset, step=1, batch_size=6, seed=0)]

@@ -143,3 +143,20 @@ def test_length_and_clipped_ratio_by_hand(scripted: Callable[..., Any], tokenize
     assert evaluation.mean_length == pytest.approx(18 / 5)
     assert evaluation.clipped_ratio == pytest.approx(1 / 5)
     assert evaluation.completions == ["22", "222222", "", "22222", "2"]  # id 5 is the digit 2
+
+
+def test_lengths_are_averaged_over_samples_not_over_batches(
+    scripted: Callable[..., Any], tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three batches, the last one smaller: four samples end at once, and the one in the last batch is cut off at 6."""
+    prompts = [sample["prompt"] for sample in SAMPLES]
+    scripts = dict(zip(prompts, [[1] * 6] * 4 + [[5] * 6], strict=True))
+
+    def by_prompt(model: None, tokenizer: PreTrainedTokenizerFast, prompts: list[str], **settings: Any) -> Rollout:
+        return generate_completions(scripted([scripts[text] for text in prompts]), tokenizer, prompts, **settings)
+
+    monkeypatch.setattr("grpo.evaluation.generate_completions", by_prompt)
+    ones = dict.fromkeys(prompts, 1.0)
+    evaluation = evaluate(None, tokenizer, ones, ones, batch_rows=2)
+    assert evaluation.mean_length == pytest.approx(2.0)  # (1 + 1 + 1 + 1 + 6) / 5; of batches (1 + 1 + 6) / 3
+    assert evaluation.clipped_ratio == pytest.approx(0.2)  # not 1 / 3

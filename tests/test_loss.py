@@ -73,6 +73,18 @@ def test_the_gradient_where_old_equals_new_is_that_of_reinforce() -> None:
     assert ours.abs().max() > 0.01
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_token_far_too_likely_with_a_negative_advantage_costs_its_whole_ratio(dtype: torch.dtype) -> None:
+    """The side that is never clipped. An early clamp, as of the KL at 20, would take its gradient away."""
+    logps = torch.tensor([[30.0, 200.0]], dtype=dtype, requires_grad=True)
+    zeros, minus_one = torch.zeros(1, 2, dtype=dtype), -torch.ones(1, 1, dtype=dtype)
+    loss = clipped_surrogate(logps, zeros, minus_one, torch.ones(1, 2), clip_range=0.2)
+    (gradient,) = torch.autograd.grad(loss.sum(), logps)
+    assert loss[0, 0].item() == gradient[0, 0].item() == pytest.approx(10686474581524.463)  # e^30
+    assert loss[0, 1].isfinite()
+    assert gradient[0, 1].isfinite()
+
+
 def test_an_infinite_clip_removes_the_clip() -> None:
     old, advantages = random(3, 4, seed=1), doubles([1.0], [-2.0], [0.5])
     logps = random(3, 4, seed=2, size=3.0).requires_grad_()

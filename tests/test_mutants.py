@@ -11,15 +11,20 @@ from tests.mutants import CONTROL, ROOT, check, main, run
 
 THING = """
 import json
+import unittest
 
 def double(number):
     assert number is not None
+    json.dumps(number)
     return number + number
 
 def refuse():
     raise ValueError("always")
 """
 TESTS = """
+import subprocess
+import sys
+
 import pytest
 import thing
 
@@ -29,6 +34,15 @@ def test_double():
 def test_refuse():
     with pytest.raises(ValueError):
         thing.refuse()
+
+def test_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    thing.double(3)
+
+def test_command():
+    command = [sys.executable, "-c", "import thing; thing.double(3)"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 def test_nothing():
     pass
@@ -74,10 +88,25 @@ def test_a_test_that_fails_on_its_own_check_kills(project: Path, changed: Mutant
         (mutant("number + number", "number", "test_nothing"), "every named test passes"),
         (mutant("number + number", "number / 0", "test_double"), "test_double crashed: ZeroDivisionError"),
         (mutant("is not None", "is None", "test_double"), "test_double crashed: AssertionError"),
+        (
+            mutant("json.dumps(number)", "unittest.TestCase().assertEqual(1, 2)", "test_double"),
+            "crashed: AssertionError",
+        ),
+        (mutant("is not None", "is None", "test_elsewhere"), "test_elsewhere crashed: AssertionError"),
+        (mutant("number + number", "number / 0", "test_command"), "test_command crashed: AssertionError"),
         (mutant("import json", "import no_such_module", "test_double"), "could not be run"),
         (mutant("number + number", "number", "test_that_is_not_there"), "could not be run"),
     ],
-    ids=["no test sees it", "a crash", "the project's own assert", "an import error", "no such test"],
+    ids=[
+        "no test sees it",
+        "a crash",
+        "the project's own assert",
+        "a library's assert",
+        "from another folder",
+        "a command that crashes",
+        "an import error",
+        "no such test",
+    ],
 )
 def test_anything_else_is_no_kill(project: Path, changed: Mutant, why: str) -> None:
     verdict = run(changed, project)
@@ -110,7 +139,7 @@ def test_a_control_that_dies_is_an_error(project: Path, capsys: pytest.CaptureFi
     assert "KILLED     " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("pattern", "matches"), [("number * number", 0), ("number", 4)])
+@pytest.mark.parametrize(("pattern", "matches"), [("number * number", 0), ("number", 5)])
 def test_a_pattern_must_match_exactly_once(
     project: Path, capsys: pytest.CaptureFixture[str], pattern: str, matches: int
 ) -> None:

@@ -8,7 +8,7 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.errors import HFValidationError
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from grpo.base_model import build_model, train_tokenizer
 from grpo.checkpoint import save_model
@@ -16,6 +16,7 @@ from grpo.config import InputError, RunError, load_config
 from grpo.data import JSONLinesDataset
 from grpo.policy import (
     check_lengths,
+    check_positions,
     choose_device,
     disable_dropout,
     frozen_copy,
@@ -176,6 +177,13 @@ def test_completions_must_fit_the_models_positions(tokenizer, tmp_path: Path) ->
     check_lengths(dataset, model, tokenizer, load_config(None, [f"max_completion_length={256 - longest}"]))
     with pytest.raises(InputError, match=r"max_completion_length: got 256.*exceeds the 256 positions"):
         check_lengths(dataset, model, tokenizer, load_config(None, ["max_completion_length=256"]))
+
+
+def test_the_last_position_may_be_used_and_the_one_after_it_not(llama: PreTrainedModel) -> None:
+    assert llama.config.max_position_embeddings == 64
+    assert check_positions(llama, 60, 4, what="a prompt") is None
+    with pytest.raises(InputError, match=r"got 5; with a prompt \(60 tokens\) that exceeds the 64 positions"):
+        check_positions(llama, 60, 5, what="a prompt")
 
 
 def test_damaged_weights_are_named(tokenizer, tmp_path: Path) -> None:

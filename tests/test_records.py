@@ -3,9 +3,23 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
-from grpo.records import TokenMeans, append_jsonl
+from grpo.config import NotFiniteError
+from grpo.records import TokenMeans, append_jsonl, check_finite, sample_rows
+from grpo.rollout import Rollout
+from reward_model import Reward, score_completions
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.fixture
+def rollout() -> Rollout:
+    """Two completions of one token each."""
+    ids, mask = torch.tensor([[5], [6]]), torch.ones(2, 1, dtype=torch.bool)
+    is_truncated = torch.tensor([False, True])
+    return Rollout(ids, mask, ids.clone(), mask.clone(), torch.zeros(2, 1), is_truncated, ["2", "3"])
 
 
 def test_token_means_do_not_depend_on_micro_batches() -> None:
@@ -32,3 +46,51 @@ def test_jsonl_has_one_object_a_line_and_no_nan(tmp_path: Path) -> None:
     append_jsonl(path, [{"a": 1.5}])
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert rows == [{"a": None, "b": {"c": None}, "d": "é\n"}, {"a": 1.5}]
+
+
+def test_a_samples_reward_is_the_combined_one_and_each_stands_by_its_name(rollout: Rollout) -> None:
+    rewards = [
+        Reward("a", lambda prompts, completions, **_: [1.0, 0.0], weight=1.0),
+        Reward("b", lambda prompts, completions, **_: [0.5, 1.0], weight=3.0),
+    ]
+    samples = [{"prompt": "1+1=", "answer": 2}, {"prompt": "1+1="}]
+    scores = score_completions(rewards, samples, rollout.completions, rollout.token_lists())
+    assert sample_rows(4, samples, rollout, scores, torch.tensor([[-0.25], [0.25]])) == [
+        {
+            "step": 4,
+            "prompt": "1+1=",
+            "completion": "2",
+            "answer": 2,
+            "reward": 2.5,  # 1 * 1.0 + 3 * 0.5
+            "rewards": {"a": 1.0, "b": 0.5},
+            "advantage": -0.25,
+            "is_truncated": False,
+        },
+        {
+            "step": 4,
+            "prompt": "1+1=",
+            "completion": "3",
+            "answer": None,
+            "reward": 3.0,  # 1 * 0.0 + 3 * 1.0
+            "rewards": {"a": 0.0, "b": 1.0},
+            "advantage": 0.25,
+            "is_truncated": True,
+        },
+    ]
+
+
+@pytest.mark.parametrize(("loss", "grad_norm"), [(0.5, 2.0), (0.0, 0.0), (-0.5, 1e30)])
+def test_finite_loss_and_gradient_norm_go_on(rollout: Rollout, tmp_path: Path, loss: float, grad_norm: float) -> None:
+    check_finite(torch.tensor(loss), torch.tensor(grad_norm), tmp_path, [{"step": 4}], rollout, torch.zeros(2, 1))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("loss", "grad_norm"), [(NAN, 2.0), (INF, 2.0), (-INF, 2.0), (0.5, NAN), (0.5, INF), (-INF, INF)]
+)
+def test_either_of_loss_and_gradient_norm_ends_the_run(
+    rollout: Rollout, tmp_path: Path, loss: float, grad_norm: float
+) -> None:
+    with pytest.raises(NotFiniteError, match=f"^step 4: loss {loss:.3g}, gradient norm {grad_norm:.3g}; the batch"):
+        check_finite(torch.tensor(loss), torch.tensor(grad_norm), tmp_path, [{"step": 4}], rollout, torch.zeros(2, 1))
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".jsonl", ".safetensors"]

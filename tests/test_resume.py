@@ -108,7 +108,11 @@ def assert_same_run(first: Path, second: Path) -> None:
         assert set(moments) == {"step", "exp_avg", "exp_avg_sq"}
         for name, value in moments.items():
             assert torch.equal(value, states[1]["state"][weight][name])
-    assert (first / last / "reference.safetensors").is_file() == (second / last / "reference.safetensors").is_file()
+    for name in ("state.json", "reference.safetensors"):
+        contents = [
+            path.read_bytes() if path.is_file() else None for path in (first / last / name, second / last / name)
+        ]
+        assert contents[0] == contents[1]
 
 
 # What is saved, and how often

@@ -269,6 +269,24 @@ def test_functions_get_the_arguments_of_trl() -> None:
     }
 
 
+def test_a_reward_that_empties_its_list_of_completions_empties_no_other() -> None:
+    seen: list[list[str]] = []
+
+    def emptying(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        completions[:] = [""] * len(completions)
+        return [0.0] * len(prompts)
+
+    def watching(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        seen.append(list(completions))
+        return [0.0] * len(prompts)
+
+    completions = ["5", "6"]
+    rewards = [entry("emptying", emptying), entry("watching", watching)]
+    score_completions(rewards, [{"prompt": "p"}] * 2, completions, [[5], [6]])
+    assert seen == [["5", "6"]]
+    assert completions == ["5", "6"]  # the caller writes them to samples.jsonl
+
+
 def test_a_bad_answer_in_the_data_names_the_reward() -> None:
     with pytest.raises(RewardError, match=r"reward math raised ValueError.*answer"):
         score_completions(load_rewards(["math"]), [{"prompt": "p", "answer": "five"}], ["5"], [[5]])
@@ -364,6 +382,13 @@ def test_what_an_answer_is_says_the_first_reward() -> None:
     ]  # fmt: skip
     (any_text,) = load_rewards(["tests.toy_rewards:even_digits"])
     assert score_completions([any_text], samples, texts, [[1]] * 4).has_answer.tolist() == [True, True, False, True]
+
+
+def test_of_several_rewards_the_first_says_what_an_answer_is() -> None:
+    math_first = load_rewards(["math", "tests.toy_rewards:even_digits"])
+    for rewards, has_answer in [(math_first, False), (math_first[::-1], True)]:
+        scores = score_completions(rewards, [{"prompt": "p", "answer": 1}], ["no idea"], [[1]])
+        assert scores.has_answer.tolist() == [has_answer]
 
 
 def test_an_answer_given_as_a_json_number_is_read_in_full() -> None:

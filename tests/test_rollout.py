@@ -212,6 +212,17 @@ def test_stop_ids_are_those_of_tokenizer_and_generation_config(
     assert stop_token_ids(llama, tokenizer) == {EOS_ID}
 
 
+def test_mean_length_counts_the_stop_token_and_no_padding(
+    scripted: Callable[..., Any], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    # "22" and its stop token, and a stop token alone: (3 + 1) / 2. Without them it would be 1, with the padding 3.
+    model = scripted([[5, 5, EOS_ID, 5], [EOS_ID, 5, 5, 5]])
+    rollout = generate_completions(model, tokenizer, ["1", "2"], group_size=1, max_completion_length=4)
+    assert rollout.completions == ["22", ""]
+    assert rollout.completion_ids.shape == (2, 3)
+    assert rollout.metrics() == {"completions/mean_length": 2.0, "completions/clipped_ratio": 0.0}
+
+
 def test_select_takes_rows_and_tokens_takes_slices(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     rollout = sample(llama, tokenizer)
     some = rollout.select(torch.tensor([7, 2]))

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -343,77 +345,109 @@ def test_ctrl_c_before_the_first_step_leaves_nothing(small: dict[str, Any], tmp_
     assert not (tmp_path / "run").exists()
 
 
-def test_two_steps_of_the_loop_worked_by_hand(small: dict[str, Any], tmp_path: Path) -> None:
+@dataclass(frozen=True)
+class Twin:
+    """Settings of a run, and what they mean, in plain Python."""
+
+    changes: dict[str, Any]
+    reward: Callable[[list[str], list[str]], list[float]]  # of prompts and completions
+    rates: list[float]  # of the optimizer steps
+    advantage: Callable[[float, list[float]], float]  # of a reward among all rewards of its group
+    kl: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of the ratio and of ref - new
+    weight: Callable[[int, list[int]], float]  # of a token, from the length of its completion and those of the step
+
+
+COSINE = [0.5 + 0.5 * math.cos(math.pi * k / 5) for k in range(5)]
+GRPO = Twin(
+    changes={
+        "temperature": 0.7, "kl_coeff": 2.0, "num_minibatches": 2, "num_iterations": 2, "micro_batch_size": 3,
+        "warmup_steps": 3, "learning_rate": 5e-3, "max_grad_norm": 0.5, "weight_decay": 0.1,
+    },
+    reward=even_digits,
+    # 3 steps of warm-up, then 5 of cosine, of 8 optimizer steps in all
+    rates=[5e-3 * factor for factor in (1 / 4, 2 / 4, 3 / 4, *COSINE)],
+    advantage=lambda reward, group: (reward - mean(group)) / (stdev(group) + 1e-4),
+    kl=lambda ratio, difference: ratio * (difference.exp() - difference - 1),
+    weight=lambda length, lengths: 1 / sum(lengths),
+)  # fmt: skip
+OTHER = Twin(
+    changes={
+        "temperature": 1.3, "kl_coeff": 0.5, "kl_estimator": "k2", "num_iterations": 2, "micro_batch_size": 5,
+        "warmup_steps": 1, "learning_rate": 2e-3, "max_grad_norm": 3.0, "weight_decay": 0.01, "seed": 3,
+        "clip_range": 0.05, "clip_range_high": 0.15, "lr_schedule": "linear", "adam_beta1": 0.8, "adam_beta2": 0.9,
+        "advantage_baseline": "leave_one_out", "advantage_scale": "none", "loss_aggregation": "constant",
+        "max_completion_length": 7, "rewards": "[tests.toy_rewards:different_letters]",
+    },
+    reward=different_letters,
+    # 1 step of warm-up, then 3 of a line, of 4 in all
+    rates=[2e-3 * factor for factor in (1 / 2, 1, 2 / 3, 1 / 3)],
+    advantage=lambda reward, group: reward - (sum(group) - reward) / 3,
+    kl=lambda ratio, difference: difference**2 / 2,
+    weight=lambda length, lengths: 1 / (len(lengths) * 7),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("twin", [GRPO, OTHER], ids=["GRPO", "everything else"])
+def test_two_steps_of_the_loop_worked_by_hand(small: dict[str, Any], tmp_path: Path, twin: Twin) -> None:
     """The whole wiring of train_grpo.py against a naive twin: row by row, without padding, masks or micro-batches.
 
-    Everything that could be wired wrongly is switched on: a temperature, a KL, two minibatches, two passes, a warm-up,
-    gradient clipping, weight decay. The sampler is shared; log-probs, advantages, loss and update are written out.
+    Everything that could be wired wrongly is switched on: a temperature, a KL, minibatches, two passes, a warm-up,
+    gradient clipping, weight decay; then other values of all of these. The sampler is shared; log-probs, advantages,
+    loss and update are written out.
     """
-    changes = {
-        "temperature": 0.7,
-        "kl_coeff": 2.0,
-        "num_minibatches": 2,
-        "num_iterations": 2,
-        "micro_batch_size": 3,
-        "warmup_steps": 3,
-        "learning_rate": 5e-3,
-        "max_grad_norm": 0.5,
-        "weight_decay": 0.1,
-    }
-    rows = train(small, tmp_path / "run", **changes)
+    rows = train(small, tmp_path / "run", **twin.changes)
     trained = torch.cat([weight.flatten() for weight in weights_of(tmp_path / "run").values()])
 
+    config = load_config(None, [f"{key}={value}" for key, value in (small | twin.changes).items()])
+    low, high = 1 - config.clip_range, 1 + (config.clip_range_high or config.clip_range)
     policy, tokenizer = load_policy(small["model_name"], base_seed=0, device=torch.device("cpu"))
     reference = copy.deepcopy(policy)
     start = torch.cat([weight.flatten() for weight in policy.state_dict().values()])
-    is_matrix = [weight.dim() >= 2 for weight in policy.parameters()]
-    groups = [
-        {
-            "params": [w for w, chosen in zip(policy.parameters(), is_matrix, strict=True) if chosen == kind],
-            "weight_decay": d,
-        }
-        for kind, d in ((True, 0.1), (False, 0.0))
-    ]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
-    # 3 steps of warm-up, then 5 of cosine, of 8 optimizer steps in all
-    rates = [
-        5e-3 * factor for factor in (1 / 4, 2 / 4, 3 / 4, *(0.5 + 0.5 * math.cos(math.pi * k / 5) for k in range(5)))
-    ]
+    matrices = [weight for weight in policy.parameters() if weight.dim() >= 2]
+    others = [weight for weight in policy.parameters() if weight.dim() < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        betas=(config.adam_beta1, config.adam_beta2),
+    )
+    rates = list(twin.rates)
     dataset = JSONLinesDataset(small["train_file"])
 
     def logps(model: Any, prompt: list[int], completion: list[int]) -> torch.Tensor:
-        logits = model(torch.tensor([prompt + completion])).logits[0] / 0.7
+        logits = model(torch.tensor([prompt + completion])).logits[0] / config.temperature
         return torch.stack(
             [logits[len(prompt) + t - 1].log_softmax(-1)[token] for t, token in enumerate(completion)]
         )  # (T,)
 
     for step in (1, 2):
-        samples = samples_for_step(dataset, step=step, batch_size=4, seed=0)
+        samples = samples_for_step(dataset, step=step, batch_size=4, seed=config.seed)
         rollout = generate_completions(
-            policy, tokenizer, [sample["prompt"] for sample in samples], group_size=4, max_completion_length=6,
-            temperature=0.7, seed=step_seed(0, step),
+            policy, tokenizer, [sample["prompt"] for sample in samples], group_size=4,
+            max_completion_length=config.max_completion_length, temperature=config.temperature,
+            seed=step_seed(config.seed, step),
         )  # fmt: skip
         prompts = [tokenizer(samples[row // 4]["prompt"])["input_ids"] for row in range(16)]
         completions = rollout.token_lists()
-        rewards = even_digits([], rollout.completions)
+        rewards = twin.reward([samples[row // 4]["prompt"] for row in range(16)], rollout.completions)
         advantages = []
         for group in range(4):
             siblings = rewards[4 * group : 4 * group + 4]
             has_spread = max(siblings) > min(siblings)
-            advantages += [(r - mean(siblings)) / (stdev(siblings) + 1e-4) if has_spread else 0.0 for r in siblings]
+            advantages += [twin.advantage(reward, siblings) if has_spread else 0.0 for reward in siblings]
         with torch.no_grad():
             old = [logps(policy, *pair) for pair in zip(prompts, completions, strict=True)]
             ref = [logps(reference, *pair) for pair in zip(prompts, completions, strict=True)]
         losses = []
-        for half in [range(8), range(8, 16)] * 2:
+        size = 16 // config.num_minibatches
+        for start_row in [*range(0, 16, size)] * config.num_iterations:
+            minibatch = range(start_row, start_row + size)
+            lengths = [len(completions[row]) for row in minibatch]
             loss = torch.zeros(())
-            for row in half:
+            for row in minibatch:
                 new = logps(policy, prompts[row], completions[row])
                 ratio, difference = (new - old[row]).exp(), ref[row] - new
-                surrogate = -torch.minimum(ratio * advantages[row], ratio.clamp(0.8, 1.2) * advantages[row])
-                kl = ratio * (difference.exp() - difference - 1)
-                loss = loss + (surrogate + 2.0 * kl).sum()
-            loss = loss / sum(len(completions[row]) for row in half)
+                surrogate = -torch.minimum(ratio * advantages[row], ratio.clamp(low, high) * advantages[row])
+                per_token_loss = surrogate + config.kl_coeff * twin.kl(ratio, difference)
+                loss = loss + per_token_loss.sum() * twin.weight(len(completions[row]), lengths)
             loss.backward()
             losses.append(loss.item())
             grad_norm = torch.cat([weight.grad.flatten() for weight in policy.parameters()]).norm().item()
@@ -421,7 +455,7 @@ def test_two_steps_of_the_loop_worked_by_hand(small: dict[str, Any], tmp_path: P
             for group in optimizer.param_groups:
                 group["lr"] = rate
             for weight in policy.parameters():
-                weight.grad *= min(1.0, 0.5 / grad_norm)
+                weight.grad *= min(1.0, config.max_grad_norm / grad_norm)
             optimizer.step()
             optimizer.zero_grad()
         assert rows[step]["reward"] == pytest.approx(mean(rewards))

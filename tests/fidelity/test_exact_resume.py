@@ -284,6 +284,14 @@ def test_a_flipped_bit_in_the_checksums_is_found_wherever_it_is(
         assert f"rm -r {folder / 'step-000004'} && RESUME" in str(raised.value)
 
 
+def test_checksums_of_another_kind_are_damage(two_iterations: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = power_cut(two_iterations, 4, tmp_path / "run")
+    for text in ("", "[]", "5", "[" * 100_000, '{"state.json": 5}'):
+        (folder / "step-000004" / "checksums.json").write_text(text)
+        with pytest.raises(InputError, match=r"step-000004 is damaged: checksums\.json "):
+            check_integrity(folder, "RESUME", "RESTART")
+
+
 @pytest.mark.slow
 def test_the_command_that_goes_on_without_a_damaged_checkpoint_works_as_printed(
     two_iterations: tuple[Path, Path], tmp_path: Path
@@ -386,7 +394,7 @@ def test_an_optimizer_that_would_run_code_is_refused(
     save({"state": {}, "param_groups": Bomb(mark)}, path)
     vouch_for(path.parent)
     line = refusal(folder, capsys)
-    assert line == f"error: --resume: {path} holds more than tensors; it was not loaded"
+    assert line == f"error: --resume: {path} holds something else than tensors; it was not loaded"
     assert not mark.exists()
     pickle.loads(pickle.dumps(Bomb(mark)))
     assert mark.exists()  # the bomb is a real one
@@ -451,7 +459,9 @@ def test_a_folder_that_needs_code_of_its_own_is_refused(
 def test_a_state_that_is_no_state_is_refused(
     two_iterations: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for number, text in enumerate(["", "[" * 100_000, "cos\nsystem\n(S'true'\ntR."]):
+    texts = ["", "[" * 100_000, "cos\nsystem\n(S'true'\ntR.", "[1]", '{"step": 2}']
+    texts += ['{"step": 2, "num_tokens": "x", "samples_size": 1}', '{"step": 1, "num_tokens": 1, "samples_size": 1}']
+    for number, text in enumerate(texts):
         folder = power_cut(two_iterations, 3, tmp_path / str(number))
         (folder / "step-000002" / "state.json").write_text(text)
         vouch_for(folder / "step-000002")

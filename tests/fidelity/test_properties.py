@@ -86,6 +86,7 @@ NASTY_YAML = [
     'output_dir: "\\ud800"', 'model_name: "\\0"', "? [a]\n: b", "? {a: b}\n: c", "--- 1\n--- 2", "%YAML 3.0\n--- 1",
     "\ufeffseed: 1", f"train_file: {'a' * 300}", "seed: =", "<<: 1", "seed: 1:1:1:1", "temperature: 1e400", "- 1",
     "null", "a", "", "\x00", "\t",
+    "\n".join(["rewards:", "- &a0 [x, x]", *(f"- &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 30))]),
 ]  # fmt: skip
 
 

@@ -630,17 +630,6 @@ def returning_logits(logits: Tensor) -> Any:
     return lambda input_ids, logits_to_keep, **_: SimpleNamespace(logits=logits[:, -logits_to_keep:])
 
 
-def test_log_softmax_on_bf16_logits() -> None:
-    logits = (4 * random(2, 9, 200, seed=0)).bfloat16()
-    tokens, mask = torch.randint(200, (2, 8), generator=torch.Generator().manual_seed(1)), torch.ones(2, 8)
-    ours, _ = compute_logprobs(returning_logits(logits), tokens[:, :1], mask[:, :1], tokens, mask)
-    exact = logits[:, :-1].double().log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    wrong = logits[:, :-1].log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    assert ours.dtype == torch.float32
-    assert (ours - exact).abs().max() < 1e-5
-    assert (wrong - exact).abs().max() > 0.02
-
-
 def test_bf16_old_logps_scored_in_other_micro_batches(
     run_training: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:

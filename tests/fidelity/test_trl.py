@@ -7,7 +7,7 @@ to 1e-10. The kernel itself is compared apart, in float32. Where TRL differs on 
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from grpo.advantages import group_advantages
 from grpo.logprobs import compute_logprobs
 from grpo.loss import clipped_surrogate, clipped_tokens, kl_divergence, loss_weights
 from grpo.records import TokenMeans
-from tests.conftest import EOS_ID, make_tiny_model, make_tokenizer
+from grpo.rollout import generate_completions
+from tests.conftest import EOS_ID, ScriptedModel, make_tiny_model, make_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL's own, about transformers 6
 
@@ -62,7 +63,11 @@ def completion_ids(seed: int = 0) -> list[list[int]]:
 
 
 def make_trainer(
-    model: PreTrainedModel, folder: Path, setting: Setting, scorer: Callable[..., Any] | None = None
+    model: PreTrainedModel,
+    folder: Path,
+    setting: Setting,
+    scorer: Callable[..., Any] | None = None,
+    rewards: Sequence[float | None] = REWARDS,
 ) -> Any:
     """TRL's trainer as its users build it, but with our completions, and another `scorer` than its kernel if asked."""
     arguments = GRPOConfig(
@@ -90,7 +95,7 @@ def make_trainer(
         policy.config._name_or_path = str(folder / "reference")
     trainer: Any = GRPOTrainer(
         model=policy,
-        reward_funcs=lambda **_: REWARDS,
+        reward_funcs=lambda **_: rewards,
         args=arguments,
         train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS]),
         processing_class=make_tokenizer(),
@@ -134,7 +139,7 @@ def trl_logps(trainer: Any, batch: "Batch") -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Batch:
-    """The same batch made by hand: what `Rollout.tokens()` gives, padded by loops."""
+    """The same batch as it comes out of our sampler, fed by a model that is certain of these completions."""
 
     tokens: tuple[Tensor, Tensor, Tensor, Tensor]
     mask: Tensor  # (B, C) of the loss
@@ -142,20 +147,16 @@ class Batch:
 
     @classmethod
     def of(cls, setting: Setting) -> "Batch":
-        prompts = [make_tokenizer()(prompt)["input_ids"] for prompt in PROMPTS for _ in range(GROUP_SIZE)]
-        width = max(map(len, prompts))
-        completions = completion_ids()
-        tokens = (
-            torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts]),
-            torch.tensor([[False] * (width - len(ids)) + [True] * len(ids) for ids in prompts]),
-            torch.tensor([ids + [0] * (MAX_LENGTH - len(ids)) for ids in completions]),
-            torch.tensor([[position < len(ids) for position in range(MAX_LENGTH)] for ids in completions]),
+        scripts = [ids + [EOS_ID] * (MAX_LENGTH - len(ids)) for ids in completion_ids()]  # never asked past its end
+        prompts = [prompt for prompt in PROMPTS for _ in range(GROUP_SIZE)]
+        rollout = generate_completions(
+            ScriptedModel(scripts), make_tokenizer(), prompts, group_size=1, max_completion_length=MAX_LENGTH
         )
-        mask = tokens[3].clone()
+        mask = rollout.completion_mask
         if setting.mask_truncated:
-            mask[TRUNCATED] = False
+            mask = mask & ~rollout.is_truncated.unsqueeze(1)
         values = [float("nan") if value is None else value for value in REWARDS]
-        return cls(tokens, mask, torch.tensor(values, dtype=torch.float64).view(NUM_GROUPS, GROUP_SIZE))
+        return cls(rollout.tokens(), mask, torch.tensor(values, dtype=torch.float64).view(NUM_GROUPS, GROUP_SIZE))
 
 
 def our_loss(
@@ -212,8 +213,10 @@ def llama64() -> Iterator[PreTrainedModel]:
     """RoPE, since TRL passes no position ids. The default dtype is that of TRL's table of rewards, and of Bessel's
     correction n / (n - 1), a quotient of integers."""
     torch.set_default_dtype(torch.float64)
-    yield make_tiny_model("llama")
-    torch.set_default_dtype(torch.float32)
+    try:
+        yield make_tiny_model("llama")
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
@@ -221,6 +224,10 @@ def test_loss_gradients_and_metrics_are_trls(llama64: PreTrainedModel, tmp_path:
     trainer = make_trainer(llama64, tmp_path, setting, scorer=float64_scorer)
     inputs = trl_inputs(trainer)
     batch, ours = Batch.of(setting), copy.deepcopy(llama64)
+    assert torch.equal(inputs["prompt_ids"], batch.tokens[0])
+    assert torch.equal(inputs["prompt_mask"].bool(), batch.tokens[1])
+    assert torch.equal(inputs["completion_ids"], batch.tokens[2])
+    assert torch.equal(inputs["completion_mask"].bool(), batch.mask)
     with torch.no_grad():
         old_logps = compute_logprobs(ours, *batch.tokens)[0] if setting.num_iterations > 1 else None
         ref_logps = compute_logprobs(trainer.ref_model, *batch.tokens)[0] if setting.kl_coeff > 0 else None
@@ -284,11 +291,11 @@ def test_trls_own_scoring_kernel_agrees_in_float32(tmp_path: Path) -> None:
 
 
 def test_trl_calls_rounding_noise_a_signal_and_we_do_not(tmp_path: Path) -> None:
-    """In float32 seven rewards of 0.95 differ from their mean. TRL divides what is left by std + 1e-4, we say 0."""
-    rewards = torch.full((1, 7), 0.95)
-    noise = (rewards - rewards.nanmean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
-    assert noise.abs().max() > 1e-4
-    assert group_advantages(rewards).eq(0).all()
+    """In float32 the mean of three rewards of 0.9 is none of them. TRL divides what is left by std + 1e-4, we say 0."""
+    rewards = [0.9, 0.9, 0.9, None] * NUM_GROUPS
+    trainer = make_trainer(make_tiny_model("llama"), tmp_path, Setting(), rewards=rewards)
+    assert trl_inputs(trainer)["advantages"].abs().max() > 1e-4
+    assert group_advantages(torch.tensor([[0.9, 0.9, 0.9, torch.nan]] * NUM_GROUPS)).eq(0).all()
 
 
 def test_trls_token_mean_is_of_the_rollout_and_ours_of_the_optimizer_step(
