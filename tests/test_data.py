@@ -99,7 +99,7 @@ def test_an_epoch_shows_every_sample_once_and_the_next_in_another_order() -> Non
 
 
 def test_no_epoch_of_a_seed_is_an_epoch_of_its_neighbour() -> None:
-    """Orders by seed + epoch would show seed 1 what seed 0 sees an epoch later: five seeds, and hardly five runs."""
+    """Orders by seed + epoch would show seed 1 what seed 0 sees one epoch later: runs that should be independent."""
     dataset = [{"prompt": str(number)} for number in range(20)]
 
     def order(seed: int, epoch: int) -> tuple[str, ...]:
