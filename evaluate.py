@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grpo.config import Config, InputError, SettingsParser, errors_explained, load_config, read_run_json
+from grpo.config import Config, SettingsParser, load_config, read_run_json
+from grpo.errors import InputError, errors_explained
 
 MAX_CHANGED_SHOWN = 5
 

@@ -35,7 +35,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from grpo.config import InputError, RunError
+from grpo.errors import InputError, RunError
 
 RewardFn = Callable[..., list[float | None]]
 
@@ -256,11 +256,11 @@ def score_completions(
     keys = {key for sample in samples for key in sample} - {"prompt"}  # the union: rows of a mixture differ
     columns = {key: [sample.get(key) for sample in samples] for key in sorted(keys)}
     prompts = [sample["prompt"] for sample in samples]
+    given = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
     by_name = {}
     for reward in rewards:
-        given = {"prompts": prompts, "completions": list(completions), "completion_ids": completion_ids, **columns}
         try:
-            returned = reward.fn(**given)
+            returned = reward.fn(**{name: list(values) for name, values in given.items()})  # its own: it may edit them
         except Exception as error:  # a user's function may raise anything; it must stop the run, by name
             place = traceback.extract_tb(error.__traceback__)[-1]
             message = f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"

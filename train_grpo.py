@@ -20,7 +20,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from grpo.config import Config, Options, errors_explained, parse_command_line, warn
+from grpo.config import Config, Options, parse_command_line, warn
+from grpo.errors import errors_explained
 
 if __name__ == "__main__":  # before the slow imports: --help and a misspelt flag answer at once
     CONFIG, OPTIONS = parse_command_line(__doc__)

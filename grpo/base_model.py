@@ -32,8 +32,8 @@ from transformers import (
 )
 
 from grpo.checkpoint import save_model
-from grpo.config import InputError
 from grpo.data import JSONLinesDataset, Sample
+from grpo.errors import InputError
 from grpo.logprobs import compute_logprobs
 
 TRAIN_FILE = Path(__file__).resolve().parent.parent / "data" / "math_tasks_train.jsonl"

@@ -27,7 +27,8 @@ from safetensors.torch import save_model as save_safetensors
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from grpo.config import Config, InputError, RunError
+from grpo.config import Config
+from grpo.errors import InputError, RunError
 
 STATE = ("step", "num_tokens", "samples_size")  # what state.json holds
 

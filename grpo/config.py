@@ -5,12 +5,10 @@ imports torch, so `--help` and a misspelt flag answer at once.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import difflib
 import errno
 import functools
-import io
 import json
 import math
 import os
@@ -19,57 +17,16 @@ import signal
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from grpo.errors import InputError, exit_with, unreadable
+
 DEFAULTS_FILE = Path(__file__).resolve().parent.parent / "config.yaml"
-
-
-class OneLineError(Exception):
-    """Its message is one line for people: where it quotes a text of several, their ends are written as backslash n."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__("\\n".join(message.splitlines()))
-
-
-class InputError(OneLineError, ValueError):
-    """Something the user gave is wrong; the exit status is 2."""
-
-
-class RunError(OneLineError, RuntimeError):
-    """The run itself failed; the exit status is 1."""
-
-
-class NotFiniteError(RunError):
-    """A loss or gradient that is no number: the same settings would lead there again."""
-
-
-def _is_file_name(value: str) -> bool:
-    """Whether the system can look for it, be it there or not."""
-    try:
-        os.stat(value)
-    except ValueError:  # a zero byte, half a surrogate pair
-        return False
-    except OSError as error:
-        return error.errno != errno.ENAMETOOLONG
-    return True
-
-
-def _is_json(value: Any) -> bool:
-    """Whether run.json can hold it: no date, no NaN, no list within itself."""
-    try:
-        return json.loads(json.dumps(value, allow_nan=False)) == value
-    except (TypeError, ValueError, RecursionError):
-        return False
-
-
-def unreadable(path: str | Path, error: OSError | UnicodeDecodeError) -> InputError:
-    """The InputError for a file that cannot be read as text."""
-    return InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}")
 
 
 @dataclass(frozen=True)
@@ -127,6 +84,26 @@ class Config:
 TYPES: dict[str, Any] = typing.get_type_hints(Config)
 
 MAY_BE_INFINITE = ("clip_range_high", "max_grad_norm")  # .inf switches these off
+
+
+def _is_file_name(value: str) -> bool:
+    """Whether the system can look for it, be it there or not."""
+    try:
+        os.stat(value)
+    except ValueError:  # a zero byte, half a surrogate pair
+        return False
+    except OSError as error:
+        return error.errno != errno.ENAMETOOLONG
+    return True
+
+
+def _is_json(value: Any) -> bool:
+    """Whether run.json can hold it: no date, no NaN, no list within itself."""
+    try:
+        return json.loads(json.dumps(value, allow_nan=False)) == value
+    except (TypeError, ValueError, RecursionError):
+        return False
+
 
 # What a value of the right type must satisfy: key -> (test, how to say it).
 Rule = tuple[Callable[[Any], bool], str]
@@ -332,30 +309,6 @@ def parse_command_line(description: str, arguments: Sequence[str] | None = None)
         return load(known.config, overrides), options
     except InputError as error:
         exit_with(error)
-
-
-@contextlib.contextmanager
-def errors_explained() -> Iterator[None]:
-    """What is not a bug of ours ends in one line: wrong input with status 2, a failed run with 1, Ctrl-C with 130."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # it was off during the imports
-    for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show must not end the run
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        yield
-    except InputError as error:
-        exit_with(error)
-    except RunError as error:
-        sys.exit(f"error: {error}")  # status 1
-    except KeyboardInterrupt as interrupt:
-        print(str(interrupt) or "interrupted", file=sys.stderr)
-        sys.exit(130)
-
-
-def exit_with(error: InputError) -> typing.NoReturn:
-    """One line for people, exit status 2."""
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
 
 
 def documented_defaults() -> dict[str, tuple[str, str]]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from grpo.config import InputError, unreadable
+from grpo.errors import InputError, unreadable
 
 Sample = dict[str, Any]
 

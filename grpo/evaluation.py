@@ -13,8 +13,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.advantages import groups_without_spread
-from grpo.config import InputError
 from grpo.data import Sample
+from grpo.errors import InputError
 from grpo.rollout import Rollout, generate_completions
 
 Z_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution

@@ -13,7 +13,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from grpo.config import InputError, RunError, errors_explained, unreadable
+from grpo.errors import InputError, RunError, errors_explained, unreadable
 from grpo.records import read_jsonl
 
 Rows = Sequence[dict[str, Any]]

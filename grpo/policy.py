@@ -21,8 +21,9 @@ from transformers import (
 )
 
 from grpo.base_model import NUM_STEPS, TRAIN_FILE, build_model, tiny_base_model, train_tokenizer
-from grpo.config import Config, InputError
+from grpo.config import Config
 from grpo.data import JSONLinesDataset, check_prompt_lengths
+from grpo.errors import InputError
 from grpo.rollout import stop_token_ids
 
 

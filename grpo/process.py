@@ -16,7 +16,7 @@ from typing import IO, Any
 import torch
 import transformers
 
-from grpo.config import InputError
+from grpo.errors import InputError
 
 try:
     import fcntl

@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from grpo.config import InputError, NotFiniteError, RunError
 from grpo.data import Sample
+from grpo.errors import InputError, NotFiniteError, RunError
 from grpo.evaluation import Scored
 from grpo.rollout import Rollout
 
@@ -117,7 +117,7 @@ def check_finite(
     path.unlink(missing_ok=True)
     append_jsonl(path, rows)
     tensors = {name: value for name, value in vars(rollout).items() if isinstance(value, Tensor)}
-    tensors = {name: value.contiguous() for name, value in {**tensors, "advantages": advantages}.items()}
+    tensors = {name: value.contiguous().clone() for name, value in {**tensors, "advantages": advantages}.items()}
     with suppress(OSError, SafetensorError):  # a full disk must not hide what happened
         save_file(tensors, path.with_suffix(".safetensors"))
     raise NotFiniteError(

@@ -27,17 +27,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.checkpoint import check_integrity, checkpoints, remove_folder, save_model, sha256, step_of, write_atomically
-from grpo.config import (
-    Config,
-    InputError,
-    NotFiniteError,
-    Options,
-    RunError,
-    documented_defaults,
-    load_config,
-    read_run_json,
-)
+from grpo.config import Config, Options, documented_defaults, load_config, read_run_json
 from grpo.data import JSONLinesDataset
+from grpo.errors import InputError, NotFiniteError, RunError
 from grpo.evaluation import Evaluation, side_by_side
 from grpo.plots import draw_curves
 from grpo.policy import learning_rate_at

@@ -20,7 +20,8 @@ from typing import Any
 import grpo.checkpoint
 import grpo.plots
 import train_grpo
-from grpo.config import Options, errors_explained, load_config, resumed_config
+from grpo.config import Options, load_config, resumed_config
+from grpo.errors import errors_explained
 
 
 def live(settings: dict[str, Any], folder: Path, *, slowly: bool) -> None:

@@ -14,12 +14,12 @@ from grpo.config import (
     DEFAULTS_FILE,
     TYPES,
     Config,
-    InputError,
     documented_defaults,
     load_config,
     parse_command_line,
     warnings_about,
 )
+from grpo.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 

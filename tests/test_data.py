@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from grpo.base_model import train_tokenizer
-from grpo.config import InputError
 from grpo.data import JSONLinesDataset, check_prompt_lengths, samples_for_step
+from grpo.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 SPLITS = {"train": 8000, "eval": 500, "test": 500}

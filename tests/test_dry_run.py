@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grpo.config import Config, InputError, load_config
+from grpo.config import Config, load_config
 from grpo.data import JSONLinesDataset
 from grpo.dry_run import describe, estimate_memory
+from grpo.errors import InputError
 from grpo.policy import load_skeleton
 from tests import test_train as helpers
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 import grpo.plots
-from grpo.config import InputError, RunError
+from grpo.errors import InputError, RunError
 from grpo.plots import draw_comparison, draw_curves
 
 ROOT = Path(__file__).parent.parent

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from grpo.base_model import build_model, train_tokenizer
 from grpo.checkpoint import save_model
-from grpo.config import InputError, RunError, load_config
+from grpo.config import load_config
 from grpo.data import JSONLinesDataset
+from grpo.errors import InputError, RunError
 from grpo.policy import (
     check_lengths,
     check_positions,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from grpo.config import NotFiniteError
+from grpo.errors import NotFiniteError
 from grpo.records import TokenMeans, append_jsonl, check_finite, sample_rows
 from grpo.rollout import Rollout
 from reward_model import Reward, score_completions

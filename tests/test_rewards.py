@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo.config import InputError
+from grpo.errors import InputError
 from reward_model import (
     MathRewardModel,
     Reward,

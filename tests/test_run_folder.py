@@ -20,7 +20,8 @@ import grpo.process
 import grpo.run_folder
 import train_grpo
 from grpo.checkpoint import weights_sha256
-from grpo.config import Config, InputError, Options, RunError, load_config, resumed_config
+from grpo.config import Config, Options, load_config, resumed_config
+from grpo.errors import InputError, RunError
 from grpo.run_folder import RunFolder, open_run
 from tests import test_train as helpers
 from tests.test_train import ROOT, read

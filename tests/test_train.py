@@ -20,8 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import train_grpo
 from grpo.base_model import build_model, train_tokenizer
 from grpo.checkpoint import save_model
-from grpo.config import InputError, Options, load_config, resumed_config
+from grpo.config import Options, load_config, resumed_config
 from grpo.data import JSONLinesDataset, samples_for_step
+from grpo.errors import InputError
 from grpo.policy import load_policy
 from grpo.rollout import generate_completions, step_seed
 from tests.toy_rewards import different_letters, even_digits

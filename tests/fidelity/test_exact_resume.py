@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 import grpo.plots
 import train_grpo
 from grpo.checkpoint import check_integrity, checkpoints, sha256, step_of
-from grpo.config import InputError, RunError, errors_explained
+from grpo.errors import InputError, RunError, errors_explained
 from tests import test_train as helpers
 from tests.test_resume import assert_same_run
 from tests.test_train import ROOT, read, resume, train

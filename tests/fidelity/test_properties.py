@@ -16,8 +16,9 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from grpo.advantages import group_advantages
-from grpo.config import TYPES, Config, InputError, load_config, read_run_json, resumed_config
+from grpo.config import TYPES, Config, load_config, read_run_json, resumed_config
 from grpo.data import JSONLinesDataset, samples_for_step
+from grpo.errors import InputError
 from grpo.loss import loss_weights
 from reward_model import MathRewardModel, check_samples, last_integer, load_rewards, score_completions
 

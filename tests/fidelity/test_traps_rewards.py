@@ -11,7 +11,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from grpo.advantages import group_advantages, groups_without_spread
-from grpo.config import InputError, load_config
+from grpo.config import load_config
+from grpo.errors import InputError
 from grpo.logprobs import compute_logprobs
 from grpo.loss import clipped_surrogate, clipped_tokens
 from grpo.rollout import generate_completions
