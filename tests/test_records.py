@@ -1,5 +1,6 @@
 """What a run writes down."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -94,3 +95,10 @@ def test_either_of_loss_and_gradient_norm_ends_the_run(
     with pytest.raises(NotFiniteError, match=f"^step 4: loss {loss:.3g}, gradient norm {grad_norm:.3g}; the batch"):
         check_finite(torch.tensor(loss), torch.tensor(grad_norm), tmp_path, [{"step": 4}], rollout, torch.zeros(2, 1))
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".jsonl", ".safetensors"]
+
+
+def test_a_batch_whose_tensors_share_memory_hides_nothing(rollout: Rollout, tmp_path: Path) -> None:
+    """safetensors refuses to save two names for one piece of memory."""
+    shared = dataclasses.replace(rollout, prompt_ids=rollout.completion_ids)
+    with pytest.raises(NotFiniteError, match=r"^step 4: loss nan"):
+        check_finite(torch.tensor(NAN), torch.tensor(1.0), tmp_path, [{"step": 4}], shared, torch.zeros(2, 1))

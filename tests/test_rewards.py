@@ -269,21 +269,28 @@ def test_functions_get_the_arguments_of_trl() -> None:
     }
 
 
-def test_a_reward_that_empties_its_list_of_completions_empties_no_other() -> None:
-    seen: list[list[str]] = []
+@pytest.mark.parametrize("name", ["prompts", "completions", "completion_ids", "colour"])
+def test_a_reward_that_edits_its_lists_edits_no_others(name: str) -> None:
+    seen: list[dict[str, Any]] = []
 
-    def emptying(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-        completions[:] = [""] * len(completions)
-        return [0.0] * len(prompts)
+    def editing(**lists: list[Any]) -> list[float]:
+        lists[name][:] = [None, None]
+        return [0.0, 0.0]
 
-    def watching(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-        seen.append(list(completions))
-        return [0.0] * len(prompts)
+    def watching(**lists: list[Any]) -> list[float]:
+        seen.append(lists)
+        return [0.0, 0.0]
 
     completions = ["5", "6"]
-    rewards = [entry("emptying", emptying), entry("watching", watching)]
-    score_completions(rewards, [{"prompt": "p"}] * 2, completions, [[5], [6]])
-    assert seen == [["5", "6"]]
+    samples = [{"prompt": "p", "colour": "red"}, {"prompt": "q", "colour": "blue"}]
+    score_completions([entry("editing", editing), entry("watching", watching)], samples, completions, [[5], [6]])
+    expected = {
+        "prompts": ["p", "q"],
+        "completions": ["5", "6"],
+        "completion_ids": [[5], [6]],
+        "colour": ["red", "blue"],
+    }
+    assert seen == [expected]
     assert completions == ["5", "6"]  # the caller writes them to samples.jsonl
 
 

@@ -272,7 +272,7 @@ def test_words_around_a_completion_change_nothing(completion: str, before: str, 
 @given(name=st.text(max_size=10), weight=SCALARS, arguments=st.dictionaries(st.text(max_size=6), SCALARS, max_size=2))
 def test_any_list_of_rewards_loads_or_gives_one_line(name: str, weight: Any, arguments: dict[str, Any]) -> None:
     for entry in (name, weight, {"name": "math", "weight": weight}, {"name": "math", **arguments}, arguments):
-        outcome(lambda entry=entry: load_rewards([entry]))  # type: ignore[misc]
+        assert outcome(lambda entry=entry: load_rewards([entry]))  # type: ignore[misc]
 
 
 # Advantages
