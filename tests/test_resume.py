@@ -600,20 +600,21 @@ def test_a_run_json_with_something_of_another_kind_is_named(
         resume(folder)
 
 
-@pytest.mark.parametrize("row", ["x", "[" * 100_000, "1" * 5000], ids=["no JSON", "deep", "long"])
-def test_a_damaged_row_of_metrics_is_named(whole: Path, tmp_path: Path, row: str) -> None:
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("x", r"metrics\.jsonl, line 1: not JSON: "),
+        ("[" * 100_000, r"metrics\.jsonl, line 1: not JSON: "),
+        ("1" * 5000, r"metrics\.jsonl, line 1: not JSON: "),
+        ("5", r"--resume: .*metrics\.jsonl or .* is damaged"),
+    ],
+    ids=["no JSON", "deep", "long", "no row"],
+)
+def test_a_damaged_row_of_metrics_is_named(whole: Path, tmp_path: Path, row: str, message: str) -> None:
     folder = interrupted(whole, tmp_path / "run")
     path = folder / "metrics.jsonl"
     path.write_text(f"{row}\n{path.read_text()}")
-    with pytest.raises(InputError, match=r"metrics.jsonl, line 1: not JSON: "):
-        resume(folder)
-
-
-def test_a_row_of_metrics_that_is_no_row_is_named(whole: Path, tmp_path: Path) -> None:
-    folder = interrupted(whole, tmp_path / "run")
-    path = folder / "metrics.jsonl"
-    path.write_text(f"5\n{path.read_text()}")
-    with pytest.raises(InputError, match=r"--resume: .*metrics.jsonl or .* is damaged"):
+    with pytest.raises(InputError, match=message):
         resume(folder)
 
 

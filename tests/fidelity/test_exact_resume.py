@@ -104,6 +104,12 @@ def power_cut(recorded: tuple[Path, Path], step: int, folder: Path) -> Path:
     return folder
 
 
+def assert_goes_on_as(whole: Path, folder: Path) -> None:
+    """Resumed, a run ends as the one that nobody disturbed, to the bit."""
+    resume(folder)
+    assert_same_run(whole, folder)
+
+
 # The same bits
 
 
@@ -129,8 +135,7 @@ def test_after_ctrl_c_a_run_goes_on_as_if_nothing_had_happened(
             train(small | SIX | SETTINGS["kl-two-iterations"], folder)
     assert step_of(checkpoints(folder)[-1]) == step
     assert len(read(folder / "metrics.jsonl")) == step + 1
-    resume(folder)
-    assert_same_run(two_iterations[0], folder)
+    assert_goes_on_as(two_iterations[0], folder)
 
 
 def test_a_run_interrupted_after_every_step_is_the_same_run(
@@ -142,8 +147,7 @@ def test_a_run_interrupted_after_every_step_is_the_same_run(
             at_the_start_of(patch, lambda _: signal.raise_signal(signal.SIGINT))
             with pytest.raises(KeyboardInterrupt, match=f"stopped; step {step} is saved"):
                 resume(folder) if step > 1 else train(small | SIX | SETTINGS["kl-two-iterations"], folder)
-    resume(folder)
-    assert_same_run(two_iterations[0], folder)
+    assert_goes_on_as(two_iterations[0], folder)
 
 
 def reference_moved_to_the_resumed_weights(load: Any, folder: Path, *objects: Any) -> Any:
@@ -223,8 +227,7 @@ def test_a_base_that_is_gone_is_no_new_anchor(
     assert str(raised.value) == f"model_name: there is no folder {str(base)!r}"
     assert (folder / "samples.jsonl").read_bytes() == before
     shutil.copytree(small["model_name"], base)  # found again, wherever it comes from
-    resume(folder)
-    assert_same_run(two_iterations[0], folder)
+    assert_goes_on_as(two_iterations[0], folder)
 
 
 def change_facts(folder: Path, **settings: Any) -> None:
@@ -345,8 +348,7 @@ def test_a_write_that_the_system_refuses_costs_only_what_did_not_fit(
     assert [step_of(path) for path in checkpoints(folder)] == [2]
     assert not list(folder.glob(".*unfinished*"))
     check_integrity(folder, "", "")
-    resume(folder)
-    assert_same_run(two_iterations[0], folder)
+    assert_goes_on_as(two_iterations[0], folder)
 
 
 # Nothing that is loaded can run code
@@ -504,8 +506,7 @@ def test_a_loss_that_becomes_nan_costs_no_step(
         with pytest.raises(RunError, match=r"^step 4: loss nan, gradient norm nan; the batch lies in .*failed-000004"):
             train(small | SIX | SETTINGS["kl-two-iterations"], folder)
     assert_stopped_at_4(folder, two_iterations[0])
-    resume(folder)
-    assert_same_run(two_iterations[0], folder)
+    assert_goes_on_as(two_iterations[0], folder)
 
 
 def test_a_weight_that_becomes_nan_costs_no_step(
@@ -532,8 +533,7 @@ def test_a_weight_that_becomes_nan_costs_no_step(
         with pytest.raises(RunError, match=r"^step 4: loss .*; the batch lies in .*failed-000004"):
             train(small | SIX | SETTINGS["kl-two-iterations"], folder)
     assert_stopped_at_4(folder, two_iterations[0])
-    resume(folder)
-    assert_same_run(two_iterations[0], folder)
+    assert_goes_on_as(two_iterations[0], folder)
 
 
 def assert_stopped_at_4(folder: Path, whole: Path) -> None:
