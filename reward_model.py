@@ -29,6 +29,7 @@ import re
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -45,6 +46,7 @@ _NUMBER = re.compile(r"(?P<minus>(?<![0-9])[-\u2212])?(?P<point>(?<!\.)\.)?(?P<d
 _INTEGER = re.compile(r"(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)(?:\.0+)?")
 
 
+@lru_cache(maxsize=1024)  # siblings are often the same, and each is asked for several times
 def last_integer(text: str) -> str | None:
     """The last number of a text, if it is an integer: canonical digits, or None.
 

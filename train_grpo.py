@@ -18,6 +18,7 @@ Differs from the paper ("DeepSeekMath", 2402.03300, algorithm 1):
 import time
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from grpo.config import Config, Options, parse_command_line, warn
@@ -39,6 +40,7 @@ from grpo.evaluation import Evaluation, evaluate_greedy, outcome_shares, pick_ex
 from grpo.logprobs import compute_logprobs
 from grpo.loss import clipped_surrogate, clipped_tokens, kl_divergence, loss_weights
 from grpo.policy import (
+    check_compile,
     check_lengths,
     choose_device,
     frozen_copy,
@@ -65,6 +67,7 @@ def train(config: Config, run: RunFolder) -> None:
     # Set-up. Whatever can be wrong with the input is found here, before any compute.
     warn(config)
     device = choose_device(config.device)
+    check_compile(config, device)
     autocast = make_autocast(config.dtype, device)
     rewards = load_rewards(config.rewards)
     train_set, eval_set = JSONLinesDataset(config.train_file), JSONLinesDataset(config.eval_file)
@@ -83,8 +86,11 @@ def train(config: Config, run: RunFolder) -> None:
     optimizer = make_optimizer(policy, config)
 
     num_groups, num_rows = config.batch_size, config.batch_size * config.group_size  # P, B
-    minibatches = split_rows(slice(0, num_rows), num_rows // config.num_minibatches)  # one optimizer step each
+    groups = torch.arange(num_rows, device=device).view(num_groups, config.group_size)  # (P, G) row numbers
+    minibatches = groups.chunk(config.num_minibatches)  # (p, G) each: the rows of one optimizer step
     num_updates = config.num_iterations * config.num_minibatches  # optimizer steps a rollout
+    # A group whose rewards are all alike moves nothing, unless a KL holds it or other groups are its baseline.
+    scores_all = config.kl_coeff > 0 or config.advantage_baseline in ("batch", "none")
     num_tokens = 0  # prompt and completion tokens so far
     last_step = config.num_train_steps
 
@@ -107,15 +113,24 @@ def train(config: Config, run: RunFolder) -> None:
         """What each completion is worth; one sample a completion."""
         return score_completions(rewards, samples, rollout.completions, rollout.token_lists())
 
+    def logprobs(model: PreTrainedModel, rollout: Rollout, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """(b, C) log-probs and entropies of these rows, at the temperature they were sampled at."""
+        with autocast():
+            return compute_logprobs(
+                model,
+                *rollout.tokens(rows),
+                temperature=config.temperature,
+                group_size=config.group_size,
+                shared_prefix=config.shared_prefix,
+            )
+
     @torch.no_grad()
-    def logps_of(model: PreTrainedModel, rollout: Rollout) -> Tensor:
-        """(B, C) of a model that is not being trained right now, in the update's own micro-batches."""
-        logps = []
-        for minibatch in minibatches:
-            for rows in split_rows(minibatch, config.micro_batch_size):
-                with autocast():
-                    logps.append(compute_logprobs(model, *rollout.tokens(rows), temperature=config.temperature)[0])
-        return torch.cat(logps)
+    def fixed_logps(model: PreTrainedModel, rollout: Rollout, micro_batches: Sequence[Sequence[Tensor]]) -> Tensor:
+        """(B, C) of a model that is not being trained right now; 0 for rows that stand in no micro-batch."""
+        logps = torch.zeros_like(rollout.sampling_logps)
+        for rows in chain.from_iterable(micro_batches):
+            logps[rows] = logprobs(model, rollout, rows)[0]
+        return logps
 
     def evaluate() -> Evaluation:
         """Greedy answers to the held-out problems."""
@@ -171,12 +186,21 @@ def train(config: Config, run: RunFolder) -> None:
         with rescue(partial(save, step - 1)):  # a reward is the user's code: its bug must not cost the run
             scores = score(row_samples, rollout)
         grouped_rewards = scores.combined.view(num_groups, config.group_size)  # (P, G)
+        is_alike = groups_without_spread(grouped_rewards)  # (P,)
 
         # [4] Fixed terms: log-probs of the reference, and of the policy before its first optimizer step. Where there is
         # one optimizer step, the latter are the update's own, detached: the ratio is exactly 1 and no pass is needed.
         update_start = time.perf_counter()
-        ref_logps = logps_of(reference, rollout) if reference is not None else None  # (B, C)
-        all_old_logps = logps_of(policy, rollout) if num_updates > 1 else None  # (B, C)
+        micro_batches = [
+            rollout.micro_batches(
+                rows if scores_all else with_signal(rows, is_alike),
+                max_rows=config.micro_batch_size,
+                max_tokens=config.micro_batch_tokens,
+            )
+            for rows in minibatches
+        ]  # for each minibatch its forward passes, (b,) row numbers each
+        ref_logps = fixed_logps(reference, rollout, micro_batches) if reference is not None else None  # (B, C)
+        all_old_logps = fixed_logps(policy, rollout, micro_batches) if num_updates > 1 else None  # (B, C)
 
         # [5] Advantages: how much better than its siblings.
         advantages = group_advantages(
@@ -191,19 +215,18 @@ def train(config: Config, run: RunFolder) -> None:
             mask = mask & ~rollout.is_truncated.unsqueeze(1)
         weights = torch.cat(
             [
-                loss_weights(mask[rows], config.loss_aggregation, max_completion_length=config.max_completion_length)
+                loss_weights(
+                    mask[rows.flatten()], config.loss_aggregation, max_completion_length=config.max_completion_length
+                )
                 for rows in minibatches
             ]
         )  # (B, C)
         clip: dict[str, Any] = {"clip_range": config.clip_range, "clip_range_high": config.clip_range_high}
         loss_sum = torch.zeros((), device=device)
         means = TokenMeans()
-        for update, minibatch in enumerate(minibatches * config.num_iterations, start=(step - 1) * num_updates):
-            for rows in split_rows(minibatch, config.micro_batch_size):
-                with autocast():
-                    logps, entropies = compute_logprobs(
-                        policy, *rollout.tokens(rows), temperature=config.temperature
-                    )  # (b, C)
+        for update, minibatch in enumerate(micro_batches * config.num_iterations, start=(step - 1) * num_updates):
+            for rows in minibatch:
+                logps, entropies = logprobs(policy, rollout, rows)  # (b, C)
                 old_logps = logps.detach() if all_old_logps is None else all_old_logps[rows]
                 per_token_loss = clipped_surrogate(logps, old_logps, advantages[rows], mask[rows], **clip)
                 if ref_logps is not None:
@@ -247,7 +270,7 @@ def train(config: Config, run: RunFolder) -> None:
             "step": step,
             "loss": loss_sum.item() / num_updates,
             **scores.metrics(),
-            "frac_reward_zero_std": groups_without_spread(grouped_rewards).float().mean().item(),
+            "frac_reward_zero_std": is_alike.float().mean().item(),
             **outcome_shares(scores, rollout.is_truncated),
             **rollout.metrics(),
             **means.metrics(),
@@ -273,9 +296,13 @@ def train(config: Config, run: RunFolder) -> None:
     run.finish(evaluation or evaluate(), eval_set)
 
 
-def split_rows(rows: slice, size: int) -> list[slice]:
-    """Consecutive slices of at most `size` rows."""
-    return [slice(start, min(start + size, rows.stop)) for start in range(rows.start, rows.stop, size)]
+def with_signal(rows: Tensor, is_alike: Tensor) -> Tensor:
+    """(p, G) row numbers -> those of the groups whose rewards differ.
+
+    Where none do, a single row: its gradient is exactly 0, with which the optimizer still steps.
+    """
+    chosen = rows[~is_alike.to(rows.device)[rows[:, 0] // rows.shape[1]]]
+    return chosen if len(chosen) else rows[:1, :1]
 
 
 if __name__ == "__main__":

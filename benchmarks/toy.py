@@ -15,26 +15,19 @@ again; `python -m benchmarks.readme` carries the numbers into the README.
 """
 
 import argparse
-import ast
-import hashlib
-import json
 import os
-import platform
 import random
 import re
 import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from PIL import Image
 from tqdm import tqdm
 
+from benchmarks.common import ROOT, Results, run_watched
 from grpo.base_model import parse_problem, supervised_loss, tiny_base_model, worked_answer
 from grpo.config import Config, load_config
 from grpo.data import JSONLinesDataset, samples_for_step
@@ -44,8 +37,6 @@ from grpo.records import read_jsonl
 from grpo.rollout import generate_completions, step_seed
 from reward_model import MathRewardModel, math_reward
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "toy.json"
 TEST_FILE = ROOT / "data" / "math_tasks_test.jsonl"
 PICTURE = ROOT / "docs" / "training_curves.png"
 KINDS = ("grpo", "shuffled", "rejection_sampling")
@@ -114,11 +105,8 @@ def run_command(seed: int, output: Path, *flags: str) -> dict[str, Any]:
     shutil.rmtree(output, ignore_errors=True)
     printed, bars = output.with_suffix(".out"), output.with_suffix(".err")
     command = ["train_grpo.py", f"--seed={seed}", f"--base_seed={seed}", f"--output_dir={output}", *flags]
-    start = time.perf_counter()
     with printed.open("w") as out, bars.open("w") as err:
-        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=out, stderr=err)
-        _, status, usage = os.wait4(process.pid, 0)
-    total = time.perf_counter() - start
+        status, total, peak = run_watched(command, stdout=out, stderr=err)
     if status:
         raise RuntimeError(f"{' '.join(command)} failed:\n{bars.read_text()[-2000:]}")
     rows = read_jsonl(output / "metrics.jsonl")
@@ -132,7 +120,7 @@ def run_command(seed: int, output: Path, *flags: str) -> dict[str, Any]:
             "update": sum(row.get("update_time", 0.0) for row in rows),
             "evaluation": sum(row.get("eval/time", 0.0) for row in rows),
         },
-        "peak_memory_gb": usage.ru_maxrss * 1024 / 1e9,  # ru_maxrss counts KiB on Linux
+        "peak_memory_gb": peak,
         "held_out_curve": [[row["step"], row["eval/accuracy"]] for row in rows if "eval/accuracy" in row],
         "printed": printed.read_text().replace(str(output), "checkpoints"),
     }
@@ -190,7 +178,8 @@ def measure_rejection_sampling(seed: int, config: Config, work: Path) -> dict[st
         while len(queue) < config.batch_size * config.group_size:
             queue += rng.sample(kept, len(kept))
         batch, queue = queue[: config.batch_size * config.group_size], queue[config.batch_size * config.group_size :]
-        supervised_loss(model, tokenizer, batch).backward()
+        prompts, answers = (tokenizer(list(texts))["input_ids"] for texts in zip(*batch, strict=True))
+        supervised_loss(model, prompts, answers, tokenizer.eos_token_id).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         set_learning_rate(optimizer, config, update)
         optimizer.step()
@@ -210,36 +199,6 @@ def measure_rejection_sampling(seed: int, config: Config, work: Path) -> dict[st
 MEASURES = {"grpo": measure_grpo, "shuffled": measure_shuffled, "rejection_sampling": measure_rejection_sampling}
 
 
-def code_of(file: Path) -> str:
-    """A file without what no result depends on: comments and docstrings."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-            node.body[0] = ast.Pass()
-    return ast.unparse(tree)
-
-
-def fingerprint() -> str:
-    """Of everything a result depends on: code, settings, problems."""
-    texts = [code_of(file) for file in sorted([*ROOT.glob("grpo/*.py"), *ROOT.glob("*.py"), Path(__file__)])]
-    texts += [file.read_text(encoding="utf-8") for file in [ROOT / "config.yaml", *sorted(ROOT.glob("data/*.jsonl"))]]
-    return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
-
-
-def git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-
-def machine() -> dict[str, Any]:
-    return {
-        "cores": len(os.sched_getaffinity(0)),
-        "processor": platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
@@ -249,24 +208,15 @@ def main() -> None:
     work = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
 
-    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"runs": {}}
-    config, code = load_config(), fingerprint()
-    commit = git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
-    RESULTS.parent.mkdir(exist_ok=True)
+    config = load_config()
+    results = Results(__file__, data=sorted(ROOT.glob("data/*.jsonl")))
     for kind in arguments.kinds:  # all of grpo first: its times want a machine that does nothing else
         for seed in arguments.seeds:
-            done = results["runs"].get(f"{kind}-{seed}")
-            if done and done["fingerprint"] == code:
+            if results.has(f"{kind}-{seed}"):
                 continue
             os.environ["GRPO_CACHE"] = str(work / f"cache-{seed}")
             result = MEASURES[kind](seed, config, work)
-            if fingerprint() != code:
-                raise SystemExit("The code changed during the measurement; start again")
-            results["machine"] = machine()
-            results["runs"][f"{kind}-{seed}"] = {"fingerprint": code, "commit": commit, **result}
-            unfinished = RESULTS.with_suffix(".tmp")
-            unfinished.write_text(json.dumps(results, indent=1) + "\n")
-            unfinished.replace(RESULTS)
+            results.save(f"{kind}-{seed}", result)
             print(f"{kind} {seed}: accuracy {result['final']['accuracy']:.3f}", flush=True)
 
 

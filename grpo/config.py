@@ -63,6 +63,8 @@ class Config:
     num_iterations: int
     num_minibatches: int
     micro_batch_size: int
+    micro_batch_tokens: int
+    shared_prefix: Literal["auto", "always", "never"]
     learning_rate: float
     lr_schedule: Literal["cosine", "linear", "constant"]
     warmup_steps: int
@@ -78,6 +80,7 @@ class Config:
     keep_checkpoints: int
     output_dir: str
     device: Literal["auto", "cpu", "cuda", "mps"]
+    compile: bool
     dtype: Literal["auto", "float32", "bfloat16"]
 
 
@@ -136,6 +139,7 @@ RULES: dict[str, Rule] = {
     "num_iterations": _AT_LEAST_1,
     "num_minibatches": _AT_LEAST_1,
     "micro_batch_size": _AT_LEAST_1,
+    "micro_batch_tokens": _AT_LEAST_1,
     "learning_rate": _AT_LEAST_0,
     "warmup_steps": _AT_LEAST_0,
     "max_grad_norm": _POSITIVE,
@@ -151,7 +155,8 @@ RULES: dict[str, Rule] = {
 
 # What a resumed run may change; any other setting would make it another run.
 MAY_CHANGE_ON_RESUME = (
-    "num_train_steps", "eval_every", "save_every", "keep_checkpoints", "micro_batch_size", "device",
+    "num_train_steps", "eval_every", "save_every", "keep_checkpoints", "micro_batch_size", "micro_batch_tokens",
+    "shared_prefix", "device", "compile",
 )  # fmt: skip
 
 

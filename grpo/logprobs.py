@@ -2,12 +2,29 @@
 
 Reading order: ... -> grpo/advantages.py -> [grpo/logprobs.py] -> grpo/loss.py -> ...
 
-Letters: B completions, L padded prompt length, C padded completion length, V vocabulary.
+Letters: B completions, L padded prompt length, C padded completion length, V vocabulary. Here also: U distinct
+completions, k of them in a row of the model's batch, R such rows, T = L + k * C, N tokens to score, H hidden size.
+
+Nothing is computed twice. A completion that occurs again is scored once; completions of one prompt may stand in one row
+behind a single copy of it; the vocabulary is projected onto only where a sampled token is to be scored, and so that the
+(N, V) logits never exist as a whole.
 """
 
+import sys
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
 from transformers import PreTrainedModel
+
+SHARED_PREFIX = ("auto", "always", "never")
+CHUNK = 2**25  # entries of the logits that exist at a time: 128 MB in float32
+PADDING = -1  # in place of a token id
 
 
 def positions_from_mask(attention_mask: Tensor) -> Tensor:
@@ -27,6 +44,8 @@ def compute_logprobs(
     completion_mask: Tensor,
     *,
     temperature: float = 1.0,
+    group_size: int | None = None,
+    shared_prefix: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of every sampled token under `model`, and the entropy of the distribution it was drawn from.
 
@@ -41,6 +60,10 @@ def compute_logprobs(
         prompt_ids, prompt_mask: (B, L) left-padded, mask 1 = a prompt token.
         completion_ids, completion_mask: (B, C) right-padded, mask 1 = a sampled token, EOS included.
         temperature: > 0.
+        group_size: up to so many consecutive rows share a prompt, and what they share is computed once. None: every
+            row is scored by itself.
+        shared_prefix: whether rows of one prompt are scored behind a single copy of it. always | never, or auto:
+            where that takes fewer multiplications (`completions_per_row`). The result is the same up to rounding.
 
     Returns:
         logps: (B, C) nats, at least float32 (bfloat16 logits are cast first: their log-softmax errs by up to 0.125
@@ -48,7 +71,7 @@ def compute_logprobs(
         entropies: (B, C) nats, in [0, log V], exactly 0 where masked; no gradient.
 
     Raises:
-        ValueError: temperature <= 0.
+        ValueError: temperature <= 0, an unknown shared_prefix.
 
     Paper: "DeepSeekMath" (2402.03300) eq. 3, the numerator and denominator of the ratio.
 
@@ -60,22 +83,332 @@ def compute_logprobs(
     """
     if temperature <= 0:
         raise ValueError(f"temperature: got {temperature}, scoring needs a value > 0")
-    length = completion_ids.shape[1]
-    input_ids = torch.cat([prompt_ids, completion_ids], dim=1)  # (B, L + C)
-    attention_mask = torch.cat([prompt_mask, completion_mask], dim=1).long()  # (B, L + C)
-    output = model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=positions_from_mask(attention_mask),
-        use_cache=False,
-        logits_to_keep=length + 1,  # the LM head is the dearest layer of a small model: no logits for the prompt
-    )
-    # The shift: position t - 1 predicts token t. Keep from the last prompt position on, drop the last completion one.
-    logits = output.logits[:, -(length + 1) : -1]  # (B, C, V)
+    if shared_prefix not in SHARED_PREFIX:
+        raise ValueError(f"shared_prefix: got {shared_prefix!r}, allowed: {', '.join(SHARED_PREFIX)}")
+    is_token = completion_mask.bool()  # (B, C)
+    length = max(int(is_token.sum(1).max()), 1)  # columns of padding alone cost nothing
+    prompts = torch.where(prompt_mask.bool(), prompt_ids, PADDING)  # (B, L)
+    completions = torch.where(is_token, completion_ids, PADDING)[:, :length]  # (B, length)
+
+    rows = _lay_out(model, prompts, completions, group_size, shared_prefix)
+    head = find_head(model)
+    if head is None:
+        logits = model(**rows.inputs, use_cache=False).logits  # (R, T, V)
+        logits = logits.flatten(0, 1).index_select(0, rows.sources)  # (N, V)
+        token_logps, token_entropies = log_probs_and_entropies(logits, rows.targets, temperature)  # (N,)
+    else:
+        hidden = model.base_model(**rows.inputs, use_cache=False).last_hidden_state  # (R, T, H)
+        hidden = hidden.flatten(0, 1).index_select(0, rows.sources)  # (N, H)
+        token_logps, token_entropies = head.log_probs(hidden, rows.targets, temperature)  # (N,)
+
+    def per_completion(values: Tensor) -> Tensor:
+        table = values.new_zeros(rows.num_distinct, completion_ids.shape[1])  # (U, C)
+        return table.index_put(rows.tokens, values)[rows.distinct_of]  # (B, C)
+
+    return per_completion(token_logps), per_completion(token_entropies)
+
+
+# rows of the model's batch
+
+
+class _Rows(NamedTuple):
+    """[prompt | completion 1 | ... | completion k], R times, and where to find each of the N tokens to be scored."""
+
+    inputs: dict[str, Tensor]  # input_ids, attention_mask, position_ids
+    sources: Tensor  # (N,) the place in R * T whose output speaks of the token
+    targets: Tensor  # (N,) the token
+    tokens: tuple[Tensor, Tensor]  # its place in (U, C)
+    num_distinct: int  # U
+    distinct_of: Tensor  # (B,) in 0 ... U - 1
+
+
+def _lay_out(
+    model: PreTrainedModel, prompts: Tensor, completions: Tensor, group_size: int | None, shared_prefix: str
+) -> _Rows:
+    """(B, L) prompts and (B, C) completions with PADDING -> rows in which nothing stands twice that need not."""
+    num_rows, prompt_length = prompts.shape  # B, L
+    distinct = torch.cat([prompts, completions], dim=1)  # (U, L + C); U = B so far
+    distinct_of = torch.arange(num_rows, device=prompts.device)  # (B,)
+    prompt_of, counts, k = distinct_of, torch.ones_like(distinct_of), 1  # (U,), (P,), completions a row
+    if group_size is not None:
+        distinct, distinct_of = distinct.unique(dim=0, return_inverse=True)  # sorted, so siblings stay together
+        prompts, prompt_of, counts = distinct[:, :prompt_length].unique(dim=0, return_inverse=True, return_counts=True)
+        if shared_prefix != "never" and can_share_prefix(model, distinct.shape[1]):
+            most = min(group_size, int(counts.max()))
+            least = min(2, most) if shared_prefix == "always" else 1
+            hidden_size = model.config.get_text_config().hidden_size
+            k = completions_per_row(
+                counts.tolist(), prompt_length, completions.shape[1], hidden_size, range(least, most + 1)
+            )
+    length = completions.shape[1]  # C
+    completions = distinct[:, prompt_length:]  # (U, C)
+
+    # Completion u is number n of its prompt: slot n % k of row n // k among the prompt's rows.
+    rows_of = (counts + k - 1) // k  # (P,) rows each prompt needs
+    number = torch.arange(len(distinct), device=prompts.device) - (counts.cumsum(0) - counts)[prompt_of]  # (U,)
+    row = (rows_of.cumsum(0) - rows_of)[prompt_of] + number // k  # (U,)
+    slot = number % k  # (U,)
+
+    prompts = prompts.repeat_interleave(rows_of, dim=0)  # (R, L)
+    slots = completions.new_full((len(prompts), k, length), PADDING)
+    slots[row, slot] = completions
+    ids = torch.cat([prompts, slots.flatten(1)], dim=1)  # (R, T)
+    is_prompt = prompts != PADDING
+    after_prompt = is_prompt.sum(1, keepdim=True) + torch.arange(length, device=ids.device).repeat(k)  # (R, k * C)
+    inputs = {
+        "input_ids": ids.clamp(min=0),
+        "attention_mask": (ids != PADDING).long()
+        if k == 1
+        else _block_mask(ids != PADDING, prompt_length, k, model.dtype),
+        "position_ids": torch.cat([positions_from_mask(is_prompt), after_prompt], dim=1),
+    }
+    # The shift: position t - 1 predicts token t; the last prompt position predicts the first token of each completion.
+    u, t = (completions != PADDING).nonzero(as_tuple=True)  # (N,) each
+    before = torch.where(t == 0, prompt_length - 1, prompt_length + slot[u] * length + t - 1)  # (N,)
+    return _Rows(inputs, row[u] * ids.shape[1] + before, completions[u, t], (u, t), len(distinct), distinct_of)
+
+
+def completions_per_row(
+    counts: list[int], prompt_length: int, completion_length: int, hidden_size: int, allowed: range
+) -> int:
+    """The number k of completions behind one copy of their prompt that costs the fewest multiplications.
+
+        cost(k) = rows * (12 * H * T + T * T),    T = L + k * C,    rows = sum_p ceil(counts_p / k)
+
+    In units of H multiplications a layer: the matrices of a transformer layer hold about 12 H^2 weights, each used once a
+    token; attention pairs each of the T places of a row with every other, masked or not. A larger k repeats the prompt
+    less often, and wastes more pairs of completions that must not see each other. `counts`: completions of each prompt.
+
+    >>> completions_per_row([8], prompt_length=512, completion_length=32, hidden_size=768, allowed=range(1, 9))
+    8
+    >>> completions_per_row([8], prompt_length=8, completion_length=512, hidden_size=64, allowed=range(1, 9))
+    1
+    """
+
+    def cost(k: int) -> int:
+        width = prompt_length + k * completion_length
+        return sum(-(-count // k) for count in counts) * (12 * hidden_size * width + width * width)
+
+    return min(allowed, key=cost)
+
+
+def _block_mask(is_token: Tensor, prompt_length: int, k: int, dtype: torch.dtype) -> Tensor:
+    """(R, T) -> (R, 1, T, T), 0 where a token (row) may look at another (column), hugely negative elsewhere.
+
+    A completion sees its prompt and itself, up to the token at hand, and none of its siblings. Padding sees itself:
+    a softmax over nothing would be NaN.
+    """
+    num_places = is_token.shape[1]  # T
+    place = torch.arange(num_places, device=is_token.device)
+    part = (place - prompt_length).div((num_places - prompt_length) // k, rounding_mode="floor").clamp(min=-1)
+    is_seen = (place <= place.unsqueeze(1)) & ((part == part.unsqueeze(1)) | (part == -1))  # (T, T)
+    is_seen = is_seen & is_token.unsqueeze(1) | (place == place.unsqueeze(1))  # (R, T, T)
+    mask = torch.zeros(is_seen.shape, dtype=dtype, device=is_token.device)
+    return mask.masked_fill_(~is_seen, torch.finfo(dtype).min).unsqueeze(1)
+
+
+# the LM head
+
+
+class Head(NamedTuple):
+    """The last layer: logits = x, or cap * tanh(x / cap) where there is a cap, with x = scale * (W h + b)."""
+
+    weight: Tensor  # (V, H), maybe the embedding's too
+    bias: Tensor | None  # (V,)
+    scale: float = 1.0
+    cap: float | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(n, H) -> (n, V), at least float32."""
+        logits = functional.linear(hidden, self.weight, self.bias)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.scale != 1:
+            logits = logits * self.scale
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+    def log_probs(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """(N, H) hidden states, (N,) targets -> (N,) log-probs and entropies; the logits are never all there at once."""
+        return _ChunkedHead.apply(hidden, self.weight, self.bias, targets, self.scale, self.cap, temperature)
+
+
+def log_probs_and_entropies(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """(n, V) logits, (n,) targets -> (n,) log-probs, and (n,) entropies without gradient."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-    all_logps = torch.log_softmax(logits, dim=-1)  # (B, C, V)
-    logps = all_logps.gather(-1, completion_ids.unsqueeze(-1)).squeeze(-1)  # (B, C)
+    all_logps = torch.log_softmax(logits, dim=-1)  # (n, V)
     with torch.no_grad():
-        entropies = torch.special.entr(all_logps.exp()).sum(-1)  # (B, C); entr(p) = -p log p, 0 where p is 0
-    is_token = completion_mask.bool()
-    return torch.where(is_token, logps, 0.0), torch.where(is_token, entropies, 0.0)
+        lowest = torch.finfo(all_logps.dtype).min  # where p is 0: 0 * log 0 is 0, not NaN
+        entropies = -(all_logps.exp() * all_logps.clamp(min=lowest)).sum(-1)
+    return all_logps.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropies.clamp(min=0)
+
+
+class _ChunkedHead(torch.autograd.Function):
+    """Log-probs of targets and entropies straight from hidden states, a chunk of tokens at a time.
+
+        forward    z = logits / temperature,   logp = z[target] - logsumexp(z);   nothing of size V is kept
+        backward   dz = dlogp * (onehot(target) - softmax(z)), z computed once more;   dh = dz W,   dW += dz^T h
+
+    The recomputation is a fourth matrix product beside autograd's three. What it saves are several (N, V) tensors:
+    with a vocabulary of 150,000, gigabytes each.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        scale: float,
+        cap: float | None,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor]:
+        kind = hidden.device.type
+        ctx.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        ctx.scale, ctx.cap, ctx.temperature = scale, cap, temperature
+        hidden = hidden.to(ctx.dtype)
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        head = _cast(Head(weight, bias, scale, cap), ctx.dtype)
+        parts = [
+            log_probs_and_entropies(head.logits(h), y, temperature) for h, y in _chunks(len(weight), hidden, targets)
+        ]
+        logps, entropies = (torch.cat(part) for part in zip(*parts, strict=True))
+        ctx.mark_non_differentiable(entropies)
+        return logps, entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logps: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets = ctx.saved_tensors
+        head = _cast(Head(weight, bias, ctx.scale, ctx.cap), ctx.dtype)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # a frozen head needs none
+        grad_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
+        for h, y, dlogp, dh in _chunks(len(weight), hidden, targets, grad_logps, grad_hidden):
+            logits = head.logits(h)  # (n, V)
+            dz = torch.softmax(logits / ctx.temperature, dim=-1).mul_(-dlogp.unsqueeze(1))
+            dz.scatter_add_(1, y.unsqueeze(1), dlogp.unsqueeze(1))
+            dz.mul_(ctx.scale / ctx.temperature)
+            if ctx.cap is not None:
+                dz.mul_(1 - (logits / ctx.cap).square())  # the slope of tanh
+            if grad_bias is not None:
+                grad_bias += dz.sum(0)
+            dz = dz.to(ctx.dtype)
+            dh.copy_(dz @ head.weight)
+            if grad_weight is not None and grad_weight.dtype == ctx.dtype:
+                grad_weight.addmm_(dz.T, h)  # in place: to add a second (V, H) would take as long as the product
+            elif grad_weight is not None:
+                grad_weight += dz.T @ h
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+
+
+def _cast(head: Head, dtype: torch.dtype) -> Head:
+    """What autocast does for a matrix product."""
+    return head._replace(weight=head.weight.to(dtype), bias=None if head.bias is None else head.bias.to(dtype))
+
+
+def _chunks(vocab_size: int, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Tensors of N rows -> matching pieces of them, small enough that a row of V for each stays within CHUNK."""
+    size = max(1, CHUNK // vocab_size)
+    return zip(*(tensor.split(size) for tensor in tensors), strict=True)
+
+
+# what a model can take
+
+
+class _Abilities(NamedTuple):
+    """What holds for an architecture, found by trying."""
+
+    head_is_known: bool  # its logits are Head(...) of its trunk's last hidden state
+    takes_block_mask: bool  # and positions that begin anew
+
+
+_ABILITIES: WeakKeyDictionary[nn.Module, _Abilities] = WeakKeyDictionary()
+_SAID: set[str] = set()
+
+
+def find_head(model: PreTrainedModel) -> Head | None:
+    """The LM head, to be applied where it is needed; None if the model does more with its hidden states than that."""
+    return _head_of(model) if _abilities(model).head_is_known else None
+
+
+def can_share_prefix(model: PreTrainedModel, length: int) -> bool:
+    """Whether completions of one prompt can stand in one row, each with its prompt no longer than `length`.
+
+    A model that cannot take a 4-D mask, or whose sliding window is shorter than that, scores them in rows of their own.
+    """
+    config = model.config.get_text_config()
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    if any(window is not None and window < length for window in windows):
+        return _say_once(model, f"looks back no further than {min(filter(None, windows))} tokens")
+    return _abilities(model).takes_block_mask or _say_once(model, "takes no mask of its own for every token")
+
+
+def _say_once(model: PreTrainedModel, why: str) -> bool:
+    message = f"note: {type(model).__name__} {why}: every completion is scored behind its own copy of the prompt"
+    if message not in _SAID:
+        _SAID.add(message)
+        print(message, file=sys.stderr)
+    return False
+
+
+def _head_of(model: PreTrainedModel) -> Head | None:
+    """What the config says of it; `_abilities` has the proof."""
+    layer = model.get_output_embeddings()
+    if type(layer) is not nn.Linear:
+        return None
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
+    scale *= getattr(config, "lm_head_multiplier", None) or 1.0  # Falcon-H1
+    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
+    return Head(layer.weight, layer.bias, scale, getattr(config, "final_logit_softcapping", None))  # Gemma
+
+
+@torch.no_grad()
+def _abilities(model: PreTrainedModel) -> _Abilities:
+    """Score two tiny completions of one prompt both ways, once for every model, and compare."""
+    if not isinstance(model, PreTrainedModel):
+        return _Abilities(False, False)
+    if model not in _ABILITIES:
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.autocast(model.device.type, enabled=False):
+                _ABILITIES[model] = _Abilities(_try_head(model), _try_block_mask(model))
+        finally:
+            model.train(was_training)
+    return _ABILITIES[model]
+
+
+def _try_head(model: PreTrainedModel) -> bool:
+    head, ids = _head_of(model), _some_ids(model).unsqueeze(0)  # (1, 6)
+    if head is None:
+        return False
+    with suppress(Exception):  # foreign code: a trunk may want other arguments, return something else
+        logits = head.logits(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+        return _are_close(logits, model(input_ids=ids, use_cache=False).logits)
+    return False
+
+
+def _try_block_mask(model: PreTrainedModel) -> bool:
+    with suppress(Exception):  # as above
+        ids = _some_ids(model)  # a prompt of two tokens, two completions of two
+        rows = torch.stack([ids[[0, 1, 2, 3]], ids[[0, 1, 4, 5]]])
+        apart = model(input_ids=rows, attention_mask=torch.ones_like(rows), use_cache=False).logits[:, 2:]  # (2, 2, V)
+        mask = _block_mask(torch.ones(1, 6, dtype=torch.bool, device=ids.device), 2, 2, model.dtype)
+        positions = torch.tensor([[0, 1, 2, 3, 2, 3]], device=ids.device)
+        together = model(
+            input_ids=ids.unsqueeze(0), attention_mask=mask, position_ids=positions, use_cache=False
+        ).logits
+        return _are_close(apart.flatten(0, 1), together[0, 2:])
+    return False
+
+
+def _some_ids(model: PreTrainedModel) -> Tensor:
+    """(6,) distinct token ids, whatever they mean."""
+    return torch.arange(6, device=model.device) % model.config.get_text_config().vocab_size
+
+
+def _are_close(ours: Tensor, theirs: Tensor) -> bool:
+    """Up to rounding, measured against how much logits differ at all."""
+    tolerance = 100 * torch.finfo(theirs.dtype).eps * theirs.float().std()
+    return bool((ours.float() - theirs.float()).abs().max() <= tolerance)

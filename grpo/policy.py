@@ -222,6 +222,24 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def compile_trunk(model: PreTrainedModel) -> None:
+    """Fuse what comes before the LM head with torch.compile, for every length at once; weights and names stay."""
+    model.base_model.compile(dynamic=True)
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Without `compile_trunk`'s work: a cache that grows by a token at a time would be compiled again and again."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def check_compile(config: Config, device: torch.device) -> None:
+    """Compiling takes minutes, and what it saves are launches of GPU kernels."""
+    if config.compile and device.type != "cuda":
+        raise InputError(f"compile: got true, allowed on {device.type}: false (it fuses the kernels of a CUDA device)")
+
+
 def make_autocast(dtype: str, device: torch.device) -> Callable[[], AbstractContextManager]:
     """A context for forward passes: matrix products in `dtype`, weights and softmax in float32."""
     if dtype == "auto":

@@ -30,7 +30,14 @@ def append_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def to_jsonl(rows: Sequence[dict[str, Any]]) -> str:
     """One JSON object a line; NaN becomes null, which is JSON."""
-    return "".join(json.dumps(without_nan(row), ensure_ascii=False) + "\n" for row in rows)
+    return "".join(_to_json(row) + "\n" for row in rows)
+
+
+def _to_json(row: dict[str, Any]) -> str:
+    try:
+        return json.dumps(row, ensure_ascii=False, allow_nan=False)
+    except ValueError:  # there is a NaN in it: rare, so looked for only then
+        return json.dumps(without_nan(row), ensure_ascii=False)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -6,27 +6,25 @@ Letters: P prompts, G = group_size, B = P * G completions (row p * G + g), L pad
 length, V vocabulary.
 
 Differs from `model.generate`: settings come from the arguments alone, never from the model's generation_config; each
-prompt is prefilled once and its cache expanded to the group; finished rows leave the batch; and the random number
-behind token t of completion i depends on (seed, i, t) only, so neither batching nor the order of finishing changes it.
+prompt is prefilled once, and completions share a row of the batch until they part; finished ones leave it; and the
+random number behind token t of completion i depends on (seed, i, t) only, so nothing of that changes a sample.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch.nn import functional
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
 from grpo.logprobs import positions_from_mask
 
 Rows = slice | Tensor
-
-# Tokens between two looks at which rows have finished. A look waits for the device: free on a CPU, dear on a GPU.
-# (Some attention implementations of transformers look at the padding mask themselves, once a forward.)
-CHECK_EVERY = {"cpu": 1}
 
 
 @dataclass(frozen=True)
@@ -54,9 +52,29 @@ class Rollout:
 
     def token_lists(self) -> list[list[int]]:
         """B lists of the sampled ids, the stop token included, without padding."""
-        return [
-            ids[kept].tolist() for ids, kept in zip(self.completion_ids.cpu(), self.completion_mask.cpu(), strict=True)
-        ]
+        return _unpadded(self.completion_ids, self.completion_mask)
+
+    def micro_batches(self, groups: Tensor, *, max_rows: int, max_tokens: int) -> list[Tensor]:
+        """Row numbers for one forward and backward at a time, (b,) each.
+
+        Siblings stay together, because they share a prompt; groups of like length too, because a batch is padded to
+        its longest row. The longest come first: what does not fit into memory fails at once.
+
+        Args:
+            groups: (q, G) row numbers, siblings side by side.
+            max_rows, max_tokens: at most so many completions, and so many tokens, padding included; but at least a row.
+        """
+        lengths = (self.prompt_mask.shape[1] + self.completion_mask.sum(1)).tolist()  # B of them
+        batches: list[list[int]] = []
+        width = 0
+        for group in sorted(groups.tolist(), key=lambda group: -max(lengths[row] for row in group)):
+            for row in sorted(group, key=lambda row: -lengths[row]):
+                width = max(width, lengths[row])
+                if not batches or len(batches[-1]) == max_rows or (len(batches[-1]) + 1) * width > max_tokens:
+                    batches.append([])
+                    width = lengths[row]
+                batches[-1].append(row)
+        return [torch.tensor(batch, device=groups.device) for batch in batches]
 
     def select(self, rows: Tensor) -> Self:
         """The rollout of these rows alone. `rows`: (b,) indices; padding stays as wide as it was."""
@@ -135,7 +153,6 @@ def generate_completions(
     mask = mask[:, :length]
     completion_ids = torch.where(mask, sampled_ids[:, :length], pad_id)
     ends = mask & ~is_stop[:, :length]  # the text leaves the stop token out, whichever of the stop ids it is
-    texts = [ids[kept].tolist() for ids, kept in zip(completion_ids.cpu(), ends.cpu(), strict=True)]
     return Rollout(
         prompt_ids=prompt_ids.repeat_interleave(group_size, dim=0),
         prompt_mask=prompt_mask.repeat_interleave(group_size, dim=0),
@@ -143,7 +160,7 @@ def generate_completions(
         completion_mask=mask,
         sampling_logps=torch.where(mask, sampled_logps[:, :length], 0.0),
         is_truncated=~is_stop.any(1),
-        completions=tokenizer.batch_decode(texts, skip_special_tokens=True),
+        completions=_decode_texts(tokenizer, _unpadded(completion_ids, ends)),
     )
 
 
@@ -154,15 +171,19 @@ def _decode(
     stop_ids: Tensor,
     uniforms: Tensor,
     group_size: int,
-    draw: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    draw: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor]:
-    """The loop: (B, max_completion_length) sampled ids and their log-probs. What follows a stop token is arbitrary."""
-    rows, max_length = uniforms.shape
-    sampled_ids = torch.zeros(rows, max_length, dtype=torch.long, device=uniforms.device)
-    sampled_logps = torch.zeros(rows, max_length, dtype=torch.float32, device=uniforms.device)
-    check_every = CHECK_EVERY.get(uniforms.device.type, 16)
+    """The loop: (B, max_completion_length) sampled ids and their log-probs. What follows a stop token is arbitrary.
 
-    # Prefill: each prompt once. Its last position predicts the first token; the cache is then copied to the group.
+    Completions that have written the same so far stand in one row of the model's batch: at first all of a group, in the
+    end each by itself, or still together where they are the same. n rows carry w unfinished completions.
+    """
+    num_completions, max_length = uniforms.shape
+    device, prompt_length = uniforms.device, prompt_ids.shape[1]  # L
+    sampled_ids = torch.zeros(num_completions, max_length, dtype=torch.long, device=device)
+    sampled_logps = torch.zeros(num_completions, max_length, dtype=torch.float32, device=device)
+
+    # Prefill: each prompt once. Its last position predicts the first token.
     output = model(
         input_ids=prompt_ids,
         attention_mask=prompt_mask.long(),
@@ -170,75 +191,125 @@ def _decode(
         use_cache=True,
         logits_to_keep=1,
     )
-    cache = output.past_key_values
-    cache.batch_repeat_interleave(group_size)
-    logits = output.logits[:, -1].repeat_interleave(group_size, dim=0)  # (B, V)
-    attention_mask = prompt_mask.long().repeat_interleave(group_size, dim=0)  # (B, L)
-    positions = attention_mask.sum(1, keepdim=True)  # (B, 1) of the token about to be sampled
-    active = torch.arange(rows, device=uniforms.device)  # rows still writing; b of B
-    is_finished = torch.zeros_like(active, dtype=torch.bool)  # (b,)
+    cache = with_room(output.past_key_values)
+    logits = output.logits[:, -1]  # (n, V)
+    attention_mask = functional.pad(prompt_mask.long(), (0, max_length), value=1)  # (n, L + max_length)
+    positions = prompt_mask.sum(1, keepdim=True)  # (n, 1) of the token about to be sampled
+    writing = torch.arange(num_completions, device=device)  # (w,) the unfinished completions
+    rows = torch.arange(len(prompt_ids), device=device).repeat_interleave(group_size)  # (w,) where each stands
 
     for t in range(max_length):
-        tokens, logps = draw(logits, uniforms[active, t])  # (b,)
-        sampled_ids[active, t] = tokens
-        sampled_logps[active, t] = logps
-        is_finished = is_finished | torch.isin(tokens, stop_ids)
-        if t + 1 == max_length:
+        tokens, logps = draw(logits, uniforms[writing, t], rows)  # (w,)
+        sampled_ids[writing, t] = tokens
+        sampled_logps[writing, t] = logps
+        going_on = torch.isin(tokens, stop_ids, invert=True).nonzero().squeeze(1)
+        if t + 1 == max_length or len(going_on) == 0:
             break
-        if (t + 1) % check_every == 0:
-            going_on = (~is_finished).nonzero().squeeze(1)
-            if len(going_on) == 0:
-                break
-            if len(going_on) < len(active):
-                cache.batch_select_indices(going_on)
-                active, tokens, positions = active[going_on], tokens[going_on], positions[going_on]
-                attention_mask, is_finished = attention_mask[going_on], is_finished[going_on]
-        attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(active), 1)], dim=1)
+        writing, rows, tokens = writing[going_on], rows[going_on], tokens[going_on]
+
+        # Who stood together and drew the same token goes on together; the rest part, each with a copy of the cache.
+        num_rows, vocab_size = logits.shape
+        drawn, rows = (rows * vocab_size + tokens).unique(return_inverse=True)
+        parents, tokens = drawn // vocab_size, drawn % vocab_size  # (n,) the row each comes from, and its token
+        if len(parents) != num_rows or (parents[1:] == parents[:-1]).any():
+            cache.batch_select_indices(parents)
+            attention_mask, positions = attention_mask[parents], positions[parents]
         output = model(
             input_ids=tokens.unsqueeze(1),
-            attention_mask=attention_mask,
+            attention_mask=attention_mask[:, : prompt_length + t + 1],
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
         )
-        logits = output.logits[:, -1]  # (b, V)
+        logits = output.logits[:, -1]  # (n, V)
         positions = positions + 1
     return sampled_ids, sampled_logps
 
 
+class RoomyLayer(DynamicLayer):
+    """The keys and values of a layer, (n, heads, tokens, size), with room behind them for tokens to come.
+
+    transformers' own layer appends by torch.cat, which copies the whole cache for every token.
+    """
+
+    ROOM = 32  # tokens
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, filled: DynamicLayer) -> None:
+        super().__init__()
+        assert filled.keys is not None
+        assert filled.values is not None
+        self.lazy_initialization(filled.keys, filled.values)
+        self.keys, self.values = filled.keys, filled.values
+        self.roomy_keys, self.roomy_values = filled.keys, filled.values  # the same, and the room
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Write new tokens behind the others, and return all."""
+        start, end = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
+        if end > self.roomy_keys.shape[-2]:
+            self.roomy_keys, self.roomy_values = (
+                functional.pad(old, (0, 0, 0, end - start + self.ROOM)) for old in (self.keys, self.values)
+            )
+        self.roomy_keys[..., start:end, :] = key_states
+        self.roomy_values[..., start:end, :] = value_states
+        self.keys, self.values = self.roomy_keys[..., :end, :], self.roomy_values[..., :end, :]
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """These rows alone, some maybe several times."""
+        self.roomy_keys, self.roomy_values = self.keys[indices], self.values[indices]
+        self.keys, self.values = self.roomy_keys, self.roomy_values
+
+
+def with_room(cache: Cache) -> Cache:
+    """The cache after the prefill, its plain layers with room to grow; others (sliding windows, states) as they are."""
+    if isinstance(cache, Cache):
+        cache.layers = [RoomyLayer(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
 def sample_tokens(
-    logits: Tensor, uniforms: Tensor, *, temperature: float, top_p: float = 1.0, top_k: int = 0
+    logits: Tensor,
+    uniforms: Tensor,
+    rows: Tensor | None = None,
+    *,
+    temperature: float,
+    top_p: float = 1.0,
+    top_k: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """One token a row by inverse CDF, and its log-probability under the distribution it was drawn from.
+    """One token for each of w completions by inverse CDF, and its log-probability under what it was drawn from.
 
     Args:
-        logits: (b, V).
-        uniforms: (b,) in [0, 1].
+        logits: (n, V).
+        uniforms: (w,) in [0, 1).
+        rows: (w,) the row of logits that each completion draws from; None = completion i from row i.
 
     Returns:
-        tokens (b,), log-probs (b,) in float32 nats. Never a token of probability 0. Greedy (temperature 0): the
+        tokens (w,), log-probs (w,) in float32 nats. Never a token of probability 0. Greedy (temperature 0): the
         likeliest token, log-prob 0.
 
     >>> sample_tokens(torch.tensor([[0.0, 0.0, 0.0, 0.0]]), torch.tensor([0.6]), temperature=1.0)
     (tensor([2]), tensor([-1.3863]))
     """
     logits = logits.float()
+    if rows is None:
+        rows = torch.arange(len(logits), device=logits.device)
     if temperature == 0:
-        tokens = logits.argmax(-1)
-        return tokens, torch.zeros_like(uniforms)
-    logps = torch.log_softmax(logits / temperature, dim=-1)  # (b, V)
+        return logits.argmax(-1)[rows], torch.zeros_like(uniforms)
+    logps = torch.log_softmax(logits / temperature, dim=-1)  # (n, V)
     if top_k > 0 or top_p < 1:
         logps = _keep_likeliest(logps, top_p=top_p, top_k=top_k)
-    probs = logps.exp()
-    cdf = probs.cumsum(-1)
+    cdf = logps.exp().cumsum(-1)[rows]  # (w, V)
     # The first token whose CDF exceeds u * total. `right` skips tokens of probability 0 when u = 0; the total is the
     # CDF's own end, which rounding leaves a little off 1.
-    tokens = torch.searchsorted(cdf, uniforms.unsqueeze(-1) * cdf[:, -1:], right=True).clamp(max=cdf.shape[-1] - 1)
+    tokens = torch.searchsorted(cdf, uniforms.unsqueeze(-1) * cdf[:, -1:], right=True).squeeze(-1)  # (w,)
+    tokens = tokens.clamp(max=cdf.shape[-1] - 1)
     # u so near 1 that u * total rounds to total runs off the end, to the last token; and a parallel scan may step up
     # where the probability is 0. Where that token is impossible, one draw in some ten million, take the likeliest.
-    is_possible = probs.gather(-1, tokens) > 0
-    tokens = torch.where(is_possible, tokens, probs.argmax(-1, keepdim=True))
-    return tokens.squeeze(-1), logps.gather(-1, tokens).squeeze(-1)
+    is_possible = logps[rows, tokens].exp() > 0
+    tokens = torch.where(is_possible, tokens, logps.argmax(-1)[rows])
+    return tokens, logps[rows, tokens]
 
 
 def _keep_likeliest(logps: Tensor, *, top_p: float, top_k: int) -> Tensor:
@@ -257,15 +328,33 @@ def _keep_likeliest(logps: Tensor, *, top_p: float, top_k: int) -> Tensor:
 
 
 def sampling_noise(seed: int, completion_indices: Sequence[int], length: int) -> Tensor:
-    """(B, length) float32 uniforms in [0, 1): row i is the stream of (seed, completion_indices[i]).
+    """(B, length) float32 uniforms in [0, 1): entry t of row i is a function of (seed, completion_indices[i], t) alone.
 
-    Philox is counter-based: its two keys name a stream, and streams of different keys are independent. A longer
-    `length` only continues the rows.
+    Philox4x32-10: ten rounds that mix a counter under a key. Four 32-bit words come of a counter, here (t // 4, index);
+    counters that differ in one bit give words that have nothing to do with each other.
+
+    Paper: "Parallel Random Numbers: As Easy as 1, 2, 3" (Salmon et al., SC 2011), section 3.3.
     """
-    # As uint64: from plain ints NumPy would make floats of large seeds and lose their low bits.
-    keys = [np.array([seed, index], dtype=np.uint64) for index in completion_indices]
-    streams = [np.random.Generator(np.random.Philox(key=key)) for key in keys]
-    return torch.from_numpy(np.stack([stream.random(length, dtype=np.float32) for stream in streams]))
+    index = np.array(completion_indices, dtype=np.uint64).reshape(-1, 1)  # (B, 1)
+    block = np.arange(-(-length // 4), dtype=np.uint64).reshape(1, -1)  # (1, blocks)
+    words = philox(np.broadcast_arrays(block, index & LOW, index >> HALF, np.uint64(0)), seed)  # 4 times (B, blocks)
+    bits = np.stack(words, axis=-1).reshape(len(index), -1)[:, :length]  # (B, length)
+    return torch.from_numpy((bits >> np.uint64(8)).astype(np.float32) * np.float32(2**-24))  # 24 bits fill a float32
+
+
+LOW, HALF = np.uint64(0xFFFFFFFF), np.uint64(32)  # the lower word, and how to get the upper one
+
+
+def philox(counter: Sequence[np.ndarray], key: int) -> list[np.ndarray]:
+    """Four 32-bit words for every counter of four and a 64-bit key; all arrays are uint64, words below 2**32."""
+    x0, x1, x2, x3 = counter
+    for number in range(10):
+        key0 = np.uint64((key + number * 0x9E3779B9) % 2**32)  # the golden ratio
+        key1 = np.uint64(((key >> 32) + number * 0xBB67AE85) % 2**32)  # sqrt(3) - 1
+        product0, product1 = x0 * np.uint64(0xD2511F53), x2 * np.uint64(0xCD9E8D57)
+        x0, x1 = (product1 >> HALF) ^ x1 ^ key0, product1 & LOW
+        x2, x3 = (product0 >> HALF) ^ x3 ^ key1, product0 & LOW
+    return [x0, x1, x2, x3]
 
 
 def step_seed(seed: int, step: int, round: int = 0) -> int:
@@ -287,6 +376,19 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str] | Seque
         if not ids:
             raise ValueError(f"prompts[{number}]: got {prompts[number]!r}, which has no tokens; at least one is needed")
     return prompt_ids
+
+
+def _unpadded(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    """(B, C) right-padded ids -> B lists without the padding."""
+    return [row[:length] for row, length in zip(ids.tolist(), mask.sum(1).tolist(), strict=True)]
+
+
+def _decode_texts(tokenizer: PreTrainedTokenizerBase, sequences: list[list[int]]) -> list[str]:
+    """Their texts, without special tokens; one that occurs several times is decoded once."""
+    distinct = list({tuple(ids): ids for ids in sequences}.values())
+    texts = tokenizer.batch_decode(distinct, skip_special_tokens=True)
+    text_of = {tuple(ids): text for ids, text in zip(distinct, texts, strict=True)}
+    return [text_of[tuple(ids)] for ids in sequences]
 
 
 def _check(name: str, value: object, is_allowed: bool, allowed: str) -> None:

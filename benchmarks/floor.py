@@ -1,0 +1,253 @@
+"""A training step against its floor: the time that its bare model calls take, with nothing around them.
+
+    python -m benchmarks.floor      about two minutes on two cores
+
+The default run is trained while every forward pass is noted: its rows, its new and cached tokens, whether it is followed
+by a backward pass. Then the same calls are made again, in the same order, with random tokens and a cache that costs
+nothing, and AdamW after them. What a step takes beyond that is ours: sampling, rewards, advantages, masks, the loss,
+metrics and files.
+
+    made     the calls as the run makes them: prompts and completions that occur several times are computed once
+    plain    the calls of a run that shares nothing: every completion is a row of its own in every pass, padded to the
+             longest; finished completions leave the batch
+
+Results: benchmarks/results/floor.json. The bar: a step takes at most 1.25 times what its calls take (made).
+"""
+
+import argparse
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+import train_grpo
+from benchmarks.common import ROOT, Results, spread
+from benchmarks.vs_trl import Training, default_run, train
+from grpo.config import Config, load_config
+from grpo.logprobs import Head, find_head
+from grpo.policy import frozen_copy, load_policy, make_optimizer
+from grpo.rollout import Rollout
+
+SEEDS = (0,)
+MAX_OVER_FLOOR = 1.25
+
+
+@dataclass
+class Call:
+    """One forward pass."""
+
+    rows: int
+    new: int  # tokens of each row
+    cached: int  # tokens of each row that are in the cache already
+    scored: int  # tokens of all rows whose logits are needed
+    has_block_mask: bool  # a 4-D mask; otherwise one of 0 and 1 for the padding
+    has_backward: bool
+    is_sampling: bool
+
+
+@dataclass
+class RecordedTraining(Training):
+    """A training that notes the calls and the rollout of each of its steps."""
+
+    calls: list[list[Call]] = field(default_factory=list)
+    shapes: list[tuple[int, list[int]]] = field(default_factory=list)  # (L, B completion lengths)
+
+    def start_clock(self) -> None:
+        """A step begins."""
+        self.calls.append([])
+        super().start_clock()
+
+
+@contextlib.contextmanager
+def recording(training: RecordedTraining, trunk_class: Any) -> Iterator[None]:
+    """Every forward pass of a model of this class is noted meanwhile."""
+    forward, log_probs, sample = trunk_class.forward, Head.log_probs, train_grpo.generate_completions
+
+    def noted_forward(self: Any, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> Any:
+        cache = kwargs.get("past_key_values")
+        if training.calls:
+            training.calls[-1].append(
+                Call(
+                    rows=input_ids.shape[0],
+                    new=input_ids.shape[1],
+                    cached=cache.get_seq_length() if cache is not None else 0,
+                    scored=input_ids.shape[0],
+                    has_block_mask=attention_mask.dim() == 4,
+                    has_backward=torch.is_grad_enabled(),
+                    is_sampling=bool(kwargs.get("use_cache")),
+                )
+            )
+        return forward(self, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+    def noted_log_probs(self: Head, hidden: Tensor, targets: Tensor, temperature: float) -> Any:
+        training.calls[-1][-1].scored = len(hidden)
+        return log_probs(self, hidden, targets, temperature)
+
+    def noted_sample(*args: Any, **kwargs: Any) -> Rollout:
+        rollout = sample(*args, **kwargs)
+        if training.calls:
+            training.shapes.append((rollout.prompt_ids.shape[1], rollout.completion_mask.sum(1).tolist()))
+        return rollout
+
+    with (
+        mock.patch.object(trunk_class, "forward", noted_forward),
+        mock.patch.object(Head, "log_probs", noted_log_probs),
+        mock.patch.object(train_grpo, "generate_completions", noted_sample),
+    ):
+        yield
+
+
+def plain_calls(prompt_length: int, lengths: list[int], group_size: int) -> list[Call]:
+    """The calls of a step in which nothing is shared: prefill, a decode call a token, the reference, the update."""
+    rows, longest = len(lengths), max(lengths)
+    calls = [Call(rows // group_size, prompt_length, 0, rows // group_size, False, False, True)]
+    for t in range(1, longest):
+        writing = sum(length > t for length in lengths)
+        calls.append(Call(writing, 1, prompt_length + t - 1, writing, False, False, True))
+    for has_backward in (False, True):
+        calls.append(Call(rows, prompt_length + longest, 0, sum(lengths), False, has_backward, False))
+    return calls
+
+
+class FixedLayer(DynamicLayer):
+    """Keys and values that are there already; what comes in is thrown away."""
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.is_initialized = True
+        self.keys, self.values = keys, values
+
+    def get_seq_length(self) -> int:
+        """Tokens before this call: the place of the new one is the last."""
+        return self.keys.shape[-2] - 1
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return self.keys, self.values
+
+
+class Replay:
+    """The policy and the reference, and how to call them again."""
+
+    def __init__(self, config: Config) -> None:
+        self.policy, _ = load_policy(config.model_name, base_seed=config.base_seed, device=torch.device("cpu"))
+        self.policy.train()
+        self.reference = frozen_copy(self.policy)
+        self.optimizer = make_optimizer(self.policy, config)
+
+    def prepare(self, call: Call) -> Callable[[], None]:
+        """The call with its inputs made beforehand."""
+        model = self.policy if call.is_sampling or call.has_backward else self.reference
+        ids = torch.randint(self.policy.config.vocab_size, (call.rows, call.new))
+        positions = torch.arange(call.cached, call.cached + call.new).expand(call.rows, -1)
+        inputs: dict[str, Any] = {"input_ids": ids, "position_ids": positions}
+        if call.has_block_mask:
+            inputs["attention_mask"] = torch.zeros(call.rows, 1, call.new, call.new)
+        else:
+            inputs["attention_mask"] = torch.ones(call.rows, call.cached + call.new, dtype=torch.long)
+            inputs["attention_mask"][0, 0] = 0  # a mask of ones alone would be dropped, and with it its cost
+        if call.is_sampling:
+            return lambda: self._decode(inputs, self._cache(call) if call.cached else None)
+        return lambda: self._score(model, inputs, call)
+
+    def _cache(self, call: Call) -> Cache:
+        config = self.policy.config
+        shape = (call.rows, config.num_key_value_heads, call.cached + 1, config.head_dim)
+        return Cache(layers=[FixedLayer(*torch.zeros(2, *shape)) for _ in range(config.num_hidden_layers)])
+
+    @torch.no_grad()
+    def _decode(self, inputs: dict[str, Tensor], cache: Cache | None) -> None:
+        self.policy(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    def _score(self, model: PreTrainedModel, inputs: dict[str, Tensor], call: Call) -> None:
+        head = find_head(model)
+        assert head is not None
+        with torch.set_grad_enabled(call.has_backward):
+            hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
+            logits = head.logits(hidden.flatten(0, 1)[: call.scored])
+        if call.has_backward:
+            logits.backward(torch.ones_like(logits))
+
+    def step(self, calls: list[Call]) -> float:
+        """Seconds of the calls of one training step."""
+        prepared = [self.prepare(call) for call in calls]
+        start = time.perf_counter()
+        for call in prepared:
+            call()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return time.perf_counter() - start
+
+
+def measure(settings: dict[int, list[str]]) -> dict[str, Any]:
+    """Whole runs and their replays, in turns."""
+    seconds: dict[str, list[float]] = {"ours": [], "made": [], "plain": []}
+    num_calls: list[int] = []
+    for number, changes in enumerate(settings.values()):
+        config = load_config(None, changes)
+        replay = Replay(config)
+        training = RecordedTraining(config.num_train_steps)
+        with recording(training, type(replay.policy.base_model)):
+            train("ours", changes, training)
+        steps = range(1, len(training.step_seconds))  # the first one warms up
+        seconds["ours"] += [training.step_seconds[step] for step in steps]
+        seconds["made"] += [replay.step(training.calls[step]) for step in steps]
+        plain = [plain_calls(*training.shapes[step], config.group_size) for step in steps]
+        seconds["plain"] += [replay.step(calls) for calls in plain]
+        num_calls += [len(training.calls[step]) for step in steps]
+        print(f"{number + 1} of {len(settings)} runs", flush=True)
+    return summary(seconds, num_calls)
+
+
+def summary(seconds: dict[str, list[float]], num_calls: list[int]) -> dict[str, Any]:
+    """What the result file keeps of seconds a step of each kind."""
+    ratios = [ours / made for ours, made in zip(seconds["ours"], seconds["made"], strict=True)]
+    return {
+        **{name: spread(values) for name, values in seconds.items()},
+        "floor_seconds": statistics.median(seconds["made"]),
+        "over_floor": spread(ratios),
+        "over_floor_of_totals": sum(seconds["ours"]) / sum(seconds["made"]),
+        "calls": statistics.mean(num_calls),
+    }
+
+
+def bars(parts: dict[str, Any]) -> list[tuple[str, str, float, bool]]:
+    """(what, the bar in words, measured, met)."""
+    if "step" not in parts:
+        return []
+    ratio = parts["step"]["over_floor"]["median"]
+    return [("seconds a step, over its bare model calls", f"<= {MAX_OVER_FLOOR}", ratio, ratio <= MAX_OVER_FLOOR)]
+
+
+def describe(parts: dict[str, Any]) -> str:
+    """What is measured, a line each."""
+    part = parts["step"]
+    lines = [f"{name:6} {1000 * part[name]['median']:6.1f} ms a step (median)" for name in ("ours", "made", "plain")]
+    ratio = f"{part['over_floor']['median']:.2f} x its bare calls, {part['over_floor_of_totals']:.2f} x in total"
+    return "\n".join([*lines, f"a step takes {ratio}; {part['calls']:.0f} calls"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+    config = load_config()
+    results = Results(__file__, data=[ROOT / config.train_file, ROOT / config.eval_file, ROOT / "benchmarks/vs_trl.py"])
+    if not results.has("step"):
+        results.save("step", measure({seed: default_run(seed) for seed in SEEDS}))
+    print(describe(results.parts))
+    for what, bar, value, is_met in bars(results.parts):
+        print(f"{what}: {value:.2f}, bar {bar}: {'met' if is_met else 'NOT met'}")
+
+
+if __name__ == "__main__":
+    main()
