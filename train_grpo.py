@@ -17,6 +17,7 @@ Differs from the paper ("DeepSeekMath", 2402.03300, algorithm 1):
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -43,12 +44,14 @@ from grpo.policy import (
     check_compile,
     check_lengths,
     choose_device,
+    compile_trunks,
     frozen_copy,
     load_policy,
     load_skeleton,
     make_autocast,
     make_optimizer,
     set_learning_rate,
+    uncompiled,
 )
 from grpo.records import TokenMeans, check_finite, sample_rows
 from grpo.rollout import Rollout, generate_completions, step_seed
@@ -69,6 +72,7 @@ def train(config: Config, run: RunFolder) -> None:
     device = choose_device(config.device)
     check_compile(config, device)
     autocast = make_autocast(config.dtype, device)
+    eager = uncompiled if config.compile else nullcontext  # where the shapes change with every token
     rewards = load_rewards(config.rewards)
     train_set, eval_set = JSONLinesDataset(config.train_file), JSONLinesDataset(config.eval_file)
     skeleton, tokenizer = load_skeleton(config.model_name)
@@ -83,20 +87,22 @@ def train(config: Config, run: RunFolder) -> None:
         config.model_name, base_seed=config.base_seed, base_steps=config.base_steps, device=device
     )
     reference = frozen_copy(policy) if config.kl_coeff > 0 else None
+    if config.compile:
+        compile_trunks(policy, reference)
     optimizer = make_optimizer(policy, config)
 
     num_groups, num_rows = config.batch_size, config.batch_size * config.group_size  # P, B
     groups = torch.arange(num_rows, device=device).view(num_groups, config.group_size)  # (P, G) row numbers
     minibatches = groups.chunk(config.num_minibatches)  # (p, G) each: the rows of one optimizer step
     num_updates = config.num_iterations * config.num_minibatches  # optimizer steps a rollout
-    # A group whose rewards are all alike moves nothing, unless a KL holds it or other groups are its baseline.
-    scores_all = config.kl_coeff > 0 or config.advantage_baseline in ("batch", "none")
+    # A group whose rewards are all alike adds exactly nothing, unless the KL holds it or other groups are its baseline.
+    skips_idle_groups = config.kl_coeff == 0 and config.advantage_baseline in ("group", "leave_one_out")
     num_tokens = 0  # prompt and completion tokens so far
     last_step = config.num_train_steps
 
     def roll_out(samples: Sequence[Sample], step: int) -> Rollout:
         """A group of completions for every prompt, from the policy as it is now; the noise belongs to the step."""
-        with autocast():
+        with autocast(), eager():
             return generate_completions(
                 policy,
                 tokenizer,
@@ -126,16 +132,21 @@ def train(config: Config, run: RunFolder) -> None:
 
     @torch.no_grad()
     def fixed_logps(model: PreTrainedModel, rollout: Rollout, micro_batches: Sequence[Sequence[Tensor]]) -> Tensor:
-        """(B, C) of a model that is not being trained right now; 0 for rows that stand in no micro-batch."""
-        logps = torch.zeros_like(rollout.sampling_logps)
-        for rows in chain.from_iterable(micro_batches):
-            logps[rows] = logprobs(model, rollout, rows)[0]
-        return logps
+        """(B, C) of a model that is not being trained right now; NaN for rows that are not scored."""
+        rows = torch.cat(list(chain.from_iterable(micro_batches)))
+        parts = [logprobs(model, rollout, batch)[0] for batch in chain.from_iterable(micro_batches)]
+        return parts[0].new_full((num_rows, parts[0].shape[1]), torch.nan).index_copy(0, rows, torch.cat(parts))
+
+    def batches_to_score(rollout: Rollout, is_idle: Tensor) -> list[list[Tensor]]:
+        """For each minibatch the row numbers of its forward passes, (b,) each."""
+        limits = {"max_rows": config.micro_batch_size, "max_tokens": config.micro_batch_tokens}
+        scored = [without_idle(rows, is_idle) if skips_idle_groups else rows for rows in minibatches]
+        return [rollout.micro_batches(rows, **limits) for rows in scored]
 
     def evaluate() -> Evaluation:
         """Greedy answers to the held-out problems."""
         length = config.max_completion_length
-        with autocast():
+        with autocast(), eager():
             return evaluate_greedy(
                 policy, tokenizer, eval_set, score, max_completion_length=length, batch_rows=num_rows
             )
@@ -186,19 +197,12 @@ def train(config: Config, run: RunFolder) -> None:
         with rescue(partial(save, step - 1)):  # a reward is the user's code: its bug must not cost the run
             scores = score(row_samples, rollout)
         grouped_rewards = scores.combined.view(num_groups, config.group_size)  # (P, G)
-        is_alike = groups_without_spread(grouped_rewards)  # (P,)
+        is_idle = groups_without_spread(grouped_rewards)  # (P,) nothing to tell siblings apart by
 
-        # [4] Fixed terms: log-probs of the reference, and of the policy before its first optimizer step. Where there is
-        # one optimizer step, the latter are the update's own, detached: the ratio is exactly 1 and no pass is needed.
+        # [4] Fixed terms: log-probs of the reference, and of the policy before its first optimizer step, in the micro-
+        # batches of the update. With one optimizer step the latter are the update's own: the ratio is exactly 1.
         update_start = time.perf_counter()
-        micro_batches = [
-            rollout.micro_batches(
-                rows if scores_all else with_signal(rows, is_alike),
-                max_rows=config.micro_batch_size,
-                max_tokens=config.micro_batch_tokens,
-            )
-            for rows in minibatches
-        ]  # for each minibatch its forward passes, (b,) row numbers each
+        micro_batches = batches_to_score(rollout, is_idle)
         ref_logps = fixed_logps(reference, rollout, micro_batches) if reference is not None else None  # (B, C)
         all_old_logps = fixed_logps(policy, rollout, micro_batches) if num_updates > 1 else None  # (B, C)
 
@@ -270,7 +274,7 @@ def train(config: Config, run: RunFolder) -> None:
             "step": step,
             "loss": loss_sum.item() / num_updates,
             **scores.metrics(),
-            "frac_reward_zero_std": is_alike.float().mean().item(),
+            "frac_reward_zero_std": is_idle.float().mean().item(),
             **outcome_shares(scores, rollout.is_truncated),
             **rollout.metrics(),
             **means.metrics(),
@@ -296,12 +300,13 @@ def train(config: Config, run: RunFolder) -> None:
     run.finish(evaluation or evaluate(), eval_set)
 
 
-def with_signal(rows: Tensor, is_alike: Tensor) -> Tensor:
-    """(p, G) row numbers -> those of the groups whose rewards differ.
+def without_idle(rows: Tensor, is_idle: Tensor) -> Tensor:
+    """(p, G) row numbers -> those of the groups that have something to learn from.
 
-    Where none do, a single row: its gradient is exactly 0, with which the optimizer still steps.
+    Where there is none, a single row. Its gradient is exactly 0, but it is there: without one AdamW would not step, and
+    neither its momentum nor its weight decay would act.
     """
-    chosen = rows[~is_alike.to(rows.device)[rows[:, 0] // rows.shape[1]]]
+    chosen = rows[~is_idle.to(rows.device)[rows[:, 0] // rows.shape[1]]]
     return chosen if len(chosen) else rows[:1, :1]
 
 

@@ -2,16 +2,16 @@
 
     python -m benchmarks.floor      about two minutes on two cores
 
-The default run is trained while every forward pass is noted: its rows, its new and cached tokens, whether it is followed
-by a backward pass. Then the same calls are made again, in the same order, with random tokens and a cache that costs
-nothing, and AdamW after them. What a step takes beyond that is ours: sampling, rewards, advantages, masks, the loss,
-metrics and files.
+The default run is trained while every forward pass is noted: its rows, its new and cached tokens, whether a backward
+pass follows. Then the same calls are made again, in the same order, with random tokens and a cache that costs nothing,
+and AdamW after them. What a step takes beyond that is ours: sampling, rewards, advantages, masks, the loss, metrics and
+files.
 
     made     the calls as the run makes them: prompts and completions that occur several times are computed once
     plain    the calls of a run that shares nothing: every completion is a row of its own in every pass, padded to the
              longest; finished completions leave the batch
 
-Results: benchmarks/results/floor.json. The bar: a step takes at most 1.25 times what its calls take (made).
+The bar, at most 1.25 times the floor, is asked of both. Results: benchmarks/results/floor.json.
 """
 
 import argparse
@@ -211,30 +211,33 @@ def measure(settings: dict[int, list[str]]) -> dict[str, Any]:
 
 def summary(seconds: dict[str, list[float]], num_calls: list[int]) -> dict[str, Any]:
     """What the result file keeps of seconds a step of each kind."""
-    ratios = [ours / made for ours, made in zip(seconds["ours"], seconds["made"], strict=True)]
+    over = {
+        f"over_{name}": spread([ours / bare for ours, bare in zip(seconds["ours"], seconds[name], strict=True)])
+        for name in ("made", "plain")
+    }
     return {
         **{name: spread(values) for name, values in seconds.items()},
+        **over,
         "floor_seconds": statistics.median(seconds["made"]),
-        "over_floor": spread(ratios),
-        "over_floor_of_totals": sum(seconds["ours"]) / sum(seconds["made"]),
         "calls": statistics.mean(num_calls),
     }
 
 
 def bars(parts: dict[str, Any]) -> list[tuple[str, str, float, bool]]:
     """(what, the bar in words, measured, met)."""
-    if "step" not in parts:
-        return []
-    ratio = parts["step"]["over_floor"]["median"]
-    return [("seconds a step, over its bare model calls", f"<= {MAX_OVER_FLOOR}", ratio, ratio <= MAX_OVER_FLOOR)]
+    found = []
+    for name, calls in (("plain", "what a step needs that shares nothing"), ("made", "the calls it makes")):
+        if "step" in parts:
+            ratio = parts["step"][f"over_{name}"]["median"]
+            found.append((f"a step, over {calls}", f"<= {MAX_OVER_FLOOR}", ratio, ratio <= MAX_OVER_FLOOR))
+    return found
 
 
 def describe(parts: dict[str, Any]) -> str:
     """What is measured, a line each."""
     part = parts["step"]
     lines = [f"{name:6} {1000 * part[name]['median']:6.1f} ms a step (median)" for name in ("ours", "made", "plain")]
-    ratio = f"{part['over_floor']['median']:.2f} x its bare calls, {part['over_floor_of_totals']:.2f} x in total"
-    return "\n".join([*lines, f"a step takes {ratio}; {part['calls']:.0f} calls"])
+    return "\n".join([*lines, f"{part['calls']:.0f} calls a step"])
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
     python -m benchmarks.readme            rewrite the marked blocks
     python -m benchmarks.readme --check    exit 1 if a block differs from what the results say
 
-A block stands between `<!-- toy:NAME -->` and `<!-- /toy:NAME -->`.
+A block stands between `<!-- FILE:NAME -->` and `<!-- /FILE:NAME -->`, FILE without its folder and ending.
 """
 
 import argparse
@@ -12,11 +12,14 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-TOY = ROOT / "benchmarks" / "results" / "toy.json"
+from benchmarks import floor, logprobs, sampler, scaling, vs_trl
+from benchmarks.common import ROOT
+
+RESULTS = ROOT / "benchmarks" / "results"
+MAX_TOTAL = 50  # seconds: the bar for the default run as a whole
 TUNED_ON, CONFIRMED_ON = range(5), range(5, 10)
 
 Runs = dict[str, dict[str, Any]]
@@ -124,21 +127,87 @@ def seeds_table(runs: Runs) -> str:
     return "\n".join(lines)
 
 
+def performance(runs: Runs) -> str:
+    """Every measurement of speed and memory with its bar."""
+    trl, step = parts_of("vs_trl"), parts_of("floor")["step"]
+    samples, chunks = parts_of("sampler"), parts_of("logprobs")
+    lines = [
+        "| | here | compared with | ratio | bar |",
+        "|---|---|---|---|---|",
+    ]
+
+    def line(what: str, ours: str, other: str, ratio: float, bar: str, is_met: bool | None = None) -> None:
+        verdict = {True: f"{bar}: met", False: f"{bar}: **not met**", None: bar}[is_met]
+        lines.append(f"| {what} | {ours} | {other} | {ratio:.2f} | {verdict} |")
+
+    total = median(collect(runs, "grpo", range(10), "seconds", "total"))
+    verdict = "met" if total <= MAX_TOTAL else "**not met**"
+    lines.append(f"| the whole default run, base model included | {total:.0f} s | | | <= {MAX_TOTAL} s: {verdict} |")
+    (_, step_bar, step_ratio, step_met), (_, to_bar, to_ratio, to_met) = vs_trl.bars(trl)
+    ours, theirs = (trl["step"][side]["seconds"]["median"] for side in ("ours", "trl"))
+    line("a training step", ms(ours), f"TRL {ms(theirs)}", step_ratio, step_bar, step_met)
+    ours, theirs = (vs_trl.median_to_accuracy(trl["to_accuracy"], side) for side in ("ours", "trl"))
+    what = f"training until {trl['to_accuracy']['target']} of the held-out problems are right"
+    line(what, f"{ours:.1f} s", f"TRL {theirs:.1f} s", to_ratio, to_bar, to_met)
+    ours, theirs = (trl["memory"][side]["peak_memory_gb"] for side in ("ours", "trl"))
+    line("peak memory of such a run", gb(ours), f"TRL {gb(theirs)}", ours / theirs, "")
+    for (what, bar, ratio, met), name in zip(floor.bars({"step": step}), ("plain", "made"), strict=True):
+        line(what, ms(step["ours"]["median"]), ms(step[name]["median"]), ratio, bar, met)
+    for (what, bar, ratio, met), case in zip(sampler.bars(samples), samples.values(), strict=True):
+        speeds = [f"{case['samplers'][side]['tokens_per_second']:,.0f} tokens/s" for side in ("ours", "generate")]
+        line(what, speeds[0], f"`generate` {speeds[1]}", ratio, bar, met)
+    tokens = logprobs.BAR_TOKENS
+    peaks = [chunks[f"memory-{variant}-{tokens}"]["net_gb"] for variant in ("chunked", "full_logits")]
+    times = [chunks[f"time-{tokens}"][variant]["median"] for variant in ("chunked", "full_logits")]
+    (what, bar, ratio, met), (time_what, time_bar, time_ratio, time_met) = logprobs.bars(chunks)
+    line(what, gb(peaks[0]), gb(peaks[1]), ratio, bar, met)
+    line(time_what, f"{times[0]:.1f} s", f"{times[1]:.1f} s", time_ratio, time_bar, time_met)
+    return "\n".join(lines)
+
+
+def fenced(text: str) -> str:
+    return f"```text\n{text}\n```"
+
+
+def ms(seconds: float) -> str:
+    return f"{1000 * seconds:.0f} ms"
+
+
+def gb(size: float) -> str:
+    return f"{size:.2f} GB"
+
+
+def parts_of(name: str) -> Runs:
+    """What results/NAME.json holds."""
+    return json.loads((RESULTS / f"{name}.json").read_text())["parts"]
+
+
 BLOCKS: dict[Path, dict[str, Callable[[Runs], str]]] = {
-    ROOT / "README.md": {"headline": headline, "output": output, "summary": summary},
-    ROOT / "benchmarks" / "README.md": {"seeds": seeds_table},
+    ROOT / "README.md": {
+        "toy:headline": headline,
+        "toy:output": output,
+        "toy:summary": summary,
+        "speed:bars": performance,
+    },
+    ROOT / "benchmarks" / "README.md": {
+        "toy:seeds": seeds_table,
+        "scaling:axes": lambda _: fenced(
+            "\n\n".join(scaling.axis_table(parts_of("scaling"), axis) for axis in scaling.AXES)
+        ),
+        "scaling:grid": lambda _: fenced(scaling.grid_table(parts_of("scaling")["grid"]["cells"])),
+    },
 }
 
 
 def rendered(path: Path) -> str:
     """The file with every block made anew from the results."""
-    runs = json.loads(TOY.read_text())["runs"]
+    runs = parts_of("toy")
     text = path.read_text(encoding="utf-8")
     for name, render in BLOCKS[path].items():
-        before, opening, rest = text.partition(f"<!-- toy:{name} -->\n")
-        _, closing, after = rest.partition(f"<!-- /toy:{name} -->")
+        before, opening, rest = text.partition(f"<!-- {name} -->\n")
+        _, closing, after = rest.partition(f"<!-- /{name} -->")
         if not (opening and closing):
-            raise SystemExit(f"{path} has no block toy:{name}")
+            raise SystemExit(f"{path} has no block {name}")
         text = f"{before}{opening}{render(runs)}\n{closing}{after}"
     return text
 
@@ -152,7 +221,7 @@ def main() -> None:
         if text == path.read_text(encoding="utf-8"):
             continue
         if arguments.check:
-            sys.exit(f"{path} does not say what {TOY} says: run python -m benchmarks.readme")
+            sys.exit(f"{path} does not say what {RESULTS} says: run python -m benchmarks.readme")
         path.write_text(text, encoding="utf-8")
 
 

@@ -5,6 +5,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.config import Config
 from grpo.data import JSONLinesDataset, check_prompt_lengths
+from grpo.logprobs import CHUNK
 
 BYTES = 4  # of a float32
 
@@ -33,7 +34,7 @@ def describe(
             f"a step       {config.batch_size} prompts x {config.group_size} completions = {completions} completions, "
             f"at most {tokens:,} tokens",
             f"             {updates} optimizer step{'s' if updates > 1 else ''}, in micro-batches of at most "
-            f"{min(config.micro_batch_size, completions // config.num_minibatches)} completions",
+            f"{_micro_batch_rows(config, longest)} completions",
             f"the run      {config.num_train_steps} steps = {config.num_train_steps * completions:,} completions, "
             f"{config.num_train_steps * updates:,} optimizer steps, at most {config.num_train_steps * tokens:,} tokens",
             f"the model    {config.model_name}: {type(model).__name__}, {model.num_parameters():,} weights",
@@ -48,9 +49,9 @@ def describe(
 def estimate_memory(config: Config, model: PreTrainedModel, prompt_length: int) -> dict[str, int]:
     """Bytes by purpose, for completions of full length and float32: a rule of thumb.
 
-    The update keeps about 24 hidden-sized values per token and layer, the attention weights, and five copies of the
-    logits: their float32 form, log-softmax, entropy and their gradients. The sampler keeps a cache and four rows of the
-    vocabulary for each completion.
+    The update keeps about 24 hidden-sized values per token and layer, the attention weights, and four chunks of the
+    logits: themselves, log-softmax, entropy and a gradient. The sampler keeps a cache and four rows of the vocabulary
+    for each completion. What siblings share is not subtracted.
     """
     architecture = model.config.get_text_config()
     hidden, layers, heads = architecture.hidden_size, architecture.num_hidden_layers, architecture.num_attention_heads
@@ -59,17 +60,24 @@ def estimate_memory(config: Config, model: PreTrainedModel, prompt_length: int) 
     weights = model.num_parameters()
     length = prompt_length + config.max_completion_length
     completions = config.batch_size * config.group_size
-    rows = min(config.micro_batch_size, completions // config.num_minibatches)
-    update = layers * (24 * hidden * length + 2 * heads * length**2)
-    update += 5 * config.max_completion_length * architecture.vocab_size
+    rows = _micro_batch_rows(config, prompt_length)
+    update = rows * layers * (24 * hidden * length + 2 * heads * length**2)
+    update += 4 * min(rows * config.max_completion_length * architecture.vocab_size, CHUNK)
     rollout = completions * (length * layers * 2 * kv_heads * head_size + 4 * architecture.vocab_size)
     return {
         "weights": BYTES * weights,
         "reference": BYTES * weights if config.kl_coeff > 0 else 0,
         "gradients": BYTES * weights,
         "AdamW": 2 * BYTES * weights,
-        "rollout or update": BYTES * max(rows * update, rollout),
+        "rollout or update": BYTES * max(update, rollout),
     }
+
+
+def _micro_batch_rows(config: Config, prompt_length: int) -> int:
+    """Completions of full length in the largest micro-batch."""
+    completions = config.batch_size * config.group_size // config.num_minibatches
+    fitting = config.micro_batch_tokens // (prompt_length + config.max_completion_length)
+    return min(config.micro_batch_size, completions, max(fitting, 1))
 
 
 def _size(num_bytes: float) -> str:

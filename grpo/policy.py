@@ -24,6 +24,7 @@ from grpo.base_model import NUM_STEPS, TRAIN_FILE, build_model, tiny_base_model,
 from grpo.config import Config
 from grpo.data import JSONLinesDataset, check_prompt_lengths
 from grpo.errors import InputError
+from grpo.logprobs import find_head
 from grpo.rollout import stop_token_ids
 
 
@@ -222,22 +223,25 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def compile_trunk(model: PreTrainedModel) -> None:
-    """Fuse what comes before the LM head with torch.compile, for every length at once; weights and names stay."""
-    model.base_model.compile(dynamic=True)
-
-
-@contextmanager
-def uncompiled() -> Iterator[None]:
-    """Without `compile_trunk`'s work: a cache that grows by a token at a time would be compiled again and again."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
-
-
 def check_compile(config: Config, device: torch.device) -> None:
-    """Compiling takes minutes, and what it saves are launches of GPU kernels."""
+    """What compiling saves are launches of GPU kernels; elsewhere it costs minutes and gains little."""
     if config.compile and device.type != "cuda":
-        raise InputError(f"compile: got true, allowed on {device.type}: false (it fuses the kernels of a CUDA device)")
+        raise InputError(
+            f"compile: got true on {device.type}, allowed there: false (it fuses the kernels of a CUDA device)"
+        )
+
+
+def compile_trunks(*models: PreTrainedModel | None) -> None:
+    """torch.compile all but the LM head, for batches of any shape. Weights and their names stay as they are."""
+    for model in models:
+        if model is not None:
+            find_head(model)  # what the model can do is tried out uncompiled
+            model.base_model.compile(dynamic=True)
+
+
+def uncompiled() -> AbstractContextManager:
+    """Here compiled models run as if they were not: a cache that grows with every token would be compiled anew."""
+    return torch.compiler.set_stance("force_eager")
 
 
 def make_autocast(dtype: str, device: torch.device) -> Callable[[], AbstractContextManager]:

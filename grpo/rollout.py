@@ -57,23 +57,28 @@ class Rollout:
     def micro_batches(self, groups: Tensor, *, max_rows: int, max_tokens: int) -> list[Tensor]:
         """Row numbers for one forward and backward at a time, (b,) each.
 
-        Siblings stay together, because they share a prompt; groups of like length too, because a batch is padded to
-        its longest row. The longest come first: what does not fit into memory fails at once.
+        Groups of like length are put together, because a batch is padded to its longest row; siblings are parted only
+        where a group alone is too much, because they share a prompt. The longest come first: what does not fit into
+        memory fails at once.
 
         Args:
             groups: (q, G) row numbers, siblings side by side.
-            max_rows, max_tokens: at most so many completions, and so many tokens, padding included; but at least a row.
+            max_rows, max_tokens: at most so many completions, and so many tokens, each completion padded and counted
+                with its prompt; but at least one completion.
         """
         lengths = (self.prompt_mask.shape[1] + self.completion_mask.sum(1)).tolist()  # B of them
         batches: list[list[int]] = []
         width = 0
         for group in sorted(groups.tolist(), key=lambda group: -max(lengths[row] for row in group)):
-            for row in sorted(group, key=lambda row: -lengths[row]):
-                width = max(width, lengths[row])
-                if not batches or len(batches[-1]) == max_rows or (len(batches[-1]) + 1) * width > max_tokens:
-                    batches.append([])
-                    width = lengths[row]
-                batches[-1].append(row)
+            group.sort(key=lambda row: -lengths[row])
+            fitting = min(max_rows, max(max_tokens // lengths[group[0]], 1))
+            for siblings in (group[start : start + fitting] for start in range(0, len(group), fitting)):
+                num_rows = len(batches[-1]) + len(siblings) if batches else 0
+                if 0 < num_rows <= max_rows and num_rows * max(width, lengths[siblings[0]]) <= max_tokens:
+                    batches[-1] += siblings
+                else:
+                    batches.append(siblings)
+                    width = lengths[siblings[0]]
         return [torch.tensor(batch, device=groups.device) for batch in batches]
 
     def select(self, rows: Tensor) -> Self:
@@ -191,7 +196,7 @@ def _decode(
         use_cache=True,
         logits_to_keep=1,
     )
-    cache = with_room(output.past_key_values)
+    cache = with_room(getattr(output, "past_key_values", None))
     logits = output.logits[:, -1]  # (n, V)
     attention_mask = functional.pad(prompt_mask.long(), (0, max_length), value=1)  # (n, L + max_length)
     positions = prompt_mask.sum(1, keepdim=True)  # (n, 1) of the token about to be sampled
@@ -211,6 +216,7 @@ def _decode(
         num_rows, vocab_size = logits.shape
         drawn, rows = (rows * vocab_size + tokens).unique(return_inverse=True)
         parents, tokens = drawn // vocab_size, drawn % vocab_size  # (n,) the row each comes from, and its token
+        # `parents` ascends: it is 0 ... n - 1 as before, unless there are more or fewer, or one occurs twice.
         if len(parents) != num_rows or (parents[1:] == parents[:-1]).any():
             cache.batch_select_indices(parents)
             attention_mask, positions = attention_mask[parents], positions[parents]
@@ -258,14 +264,18 @@ class RoomyLayer(DynamicLayer):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """These rows alone, some maybe several times."""
-        self.roomy_keys, self.roomy_values = self.keys[indices], self.values[indices]
-        self.keys, self.values = self.roomy_keys, self.roomy_values
+        length = self.keys.shape[-2]
+        self.roomy_keys, self.roomy_values = self.roomy_keys[indices], self.roomy_values[indices]
+        self.keys, self.values = self.roomy_keys[..., :length, :], self.roomy_values[..., :length, :]
 
 
-def with_room(cache: Cache) -> Cache:
-    """The cache after the prefill, its plain layers with room to grow; others (sliding windows, states) as they are."""
+def with_room(cache: Any) -> Any:
+    """The cache after the prefill, its plain layers with room to grow, those of sliding windows as they are."""
+    layers = getattr(cache, "layers", [cache])
+    if not all(hasattr(layer, "batch_select_indices") for layer in layers):
+        raise ValueError("model: keeps a state that cannot be copied for every completion; only keys and values can")
     if isinstance(cache, Cache):
-        cache.layers = [RoomyLayer(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        cache.layers = [RoomyLayer(layer) if type(layer) is DynamicLayer else layer for layer in layers]
     return cache
 
 
@@ -331,7 +341,8 @@ def sampling_noise(seed: int, completion_indices: Sequence[int], length: int) ->
     """(B, length) float32 uniforms in [0, 1): entry t of row i is a function of (seed, completion_indices[i], t) alone.
 
     Philox4x32-10: ten rounds that mix a counter under a key. Four 32-bit words come of a counter, here (t // 4, index);
-    counters that differ in one bit give words that have nothing to do with each other.
+    counters that differ in one bit give words that have nothing to do with each other. Written out because it is then
+    one computation for all rows; a NumPy generator for each took a twentieth of a training step.
 
     Paper: "Parallel Random Numbers: As Easy as 1, 2, 3" (Salmon et al., SC 2011), section 3.3.
     """

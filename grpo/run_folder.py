@@ -268,7 +268,10 @@ def open_run(config: Config, options: Options) -> Iterator[RunFolder]:
         with signals_ask(run.request_stop):
             yield run
     except torch.OutOfMemoryError as error:
-        advice = "turn down micro_batch_size, then max_completion_length, batch_size or group_size (see --dry_run)"
+        advice = (
+            "turn down micro_batch_tokens or micro_batch_size, then max_completion_length, batch_size or group_size "
+            "(see --dry_run)"
+        )
         raise RunError(f"the device is out of memory: {advice}") from error
     except NotFiniteError as error:
         saved = checkpoints(run.folder)

@@ -21,6 +21,11 @@ LOOP, LOSS, ADVANTAGES, LOGPROBS, ROLLOUT, POLICY, CHECKPOINT = (
 TOKENS = "tests/fidelity/test_traps_tokens.py::"
 REWARDS = "tests/fidelity/test_traps_rewards.py::"
 OF_LOSS = "tests/fidelity/test_traps_loss.py::"
+SIBLINGS = "tests/test_rollout.py::"
+SHARED = "tests/fidelity/test_shared_prefix.py::"
+ALONE = f"{SHARED}test_completions_behind_one_prompt_score_as_rows_of_their_own[Llama-sdpa]"
+HEAD = "tests/fidelity/test_chunked_head.py::"
+HEAD_GRADIENT = "tests/fidelity/test_oracle.py::test_the_gradient_reaches_the_logits_as_the_chain_rule_says"
 ORACLE = "tests/fidelity/test_oracle.py::"
 TWO_STEPS = "tests/test_train.py::test_two_steps_of_the_loop_worked_by_hand"
 
@@ -64,14 +69,14 @@ MUTANTS = [
     Mutant(
         "shift off by one",
         LOGPROBS,
-        "output.logits[:, -(length + 1) : -1]",
-        "output.logits[:, -length:]",
+        "place = torch.where(t == 0, 0, slot[u] * length + t)",
+        "place = slot[u] * length + t + 1",
         (f"{TOKENS}test_shift_off_by_one_scores_the_token_before_or_after",),
     ),
     Mutant(
         "position_ids missing in scoring",
         LOGPROBS,
-        "        position_ids=positions_from_mask(attention_mask),\n",
+        '        "position_ids": torch.cat([positions_from_mask(is_prompt), after_prompt], dim=1),\n',
         "",
         (f"{TOKENS}test_position_ids_missing_under_left_padding_move_a_model_with_learned_positions",),
     ),
@@ -99,8 +104,8 @@ MUTANTS = [
     Mutant(
         "same noise for every completion",
         ROLLOUT,
-        "np.array([seed, index], dtype=np.uint64)",
-        "np.array([seed, 0], dtype=np.uint64)",
+        "index & LOW, index >> HALF",
+        "index & np.uint64(0), index >> HALF",
         (f"{TOKENS}test_same_noise_for_every_completion_of_a_group",),
     ),
     Mutant(
@@ -113,7 +118,7 @@ MUTANTS = [
     Mutant(
         "a token of probability 0 drawn",
         ROLLOUT,
-        "tokens = torch.where(is_possible, tokens, probs.argmax(-1, keepdim=True))",
+        "tokens = torch.where(is_possible, tokens, logps.argmax(-1)[rows])",
         "tokens = tokens",
         ("tests/test_rollout.py::test_no_draw_returns_a_token_of_probability_0",),
     ),
@@ -151,9 +156,253 @@ MUTANTS = [
     Mutant(
         "sampled -log p called entropy",
         LOGPROBS,
-        "entropies = torch.special.entr(all_logps.exp()).sum(-1)",
-        "entropies = -logps",
+        "entropies = -(all_logps.exp() * all_logps.clamp(min=lowest)).sum(-1)",
+        "entropies = -all_logps.gather(-1, targets.unsqueeze(-1)).squeeze(-1)",
         ("tests/test_logprobs.py::test_entropy_is_of_the_full_distribution_and_has_no_gradient",),
+    ),
+    # Rows that siblings share, in sampling
+    Mutant(
+        "siblings part and the cache is not selected",
+        ROLLOUT,
+        "cache.batch_select_indices(parents)",
+        "cache.batch_select_indices(torch.arange(len(parents)) % num_rows)",
+        (f"{SIBLINGS}test_siblings_share_a_row_until_they_part",),
+    ),
+    Mutant(
+        "siblings part and the attention mask is not selected",
+        ROLLOUT,
+        "attention_mask, positions = attention_mask[parents],",
+        "attention_mask, positions = attention_mask[torch.arange(len(parents)) % num_rows],",
+        (f"{SIBLINGS}test_siblings_share_a_row_until_they_part",),
+    ),
+    Mutant(
+        "siblings part and the positions are not selected",
+        ROLLOUT,
+        "positions = attention_mask[parents], positions[parents]",
+        "positions = attention_mask[parents], positions[torch.arange(len(parents)) % num_rows]",
+        (f"{SIBLINGS}test_siblings_share_a_row_until_they_part",),
+    ),
+    Mutant(
+        "positions stand still while sampling",
+        ROLLOUT,
+        "        positions = positions + 1\n",
+        "",
+        (f"{SIBLINGS}test_siblings_share_a_row_until_they_part",),
+    ),
+    Mutant(
+        "completions of different prompts merged",
+        ROLLOUT,
+        "(rows * vocab_size + tokens).unique(return_inverse=True)",
+        "tokens.unique(return_inverse=True)",
+        (f"{SIBLINGS}test_siblings_share_a_row_until_they_part",),
+    ),
+    Mutant(
+        "completions that wrote the same never share a row",
+        ROLLOUT,
+        "drawn, rows = (rows * vocab_size + tokens).unique(return_inverse=True)",
+        "drawn, rows = rows * vocab_size + tokens, torch.arange(len(rows))",
+        (f"{SIBLINGS}test_siblings_share_a_row_until_they_part",),
+    ),
+    Mutant(
+        "noise of the row, not of the completion",
+        ROLLOUT,
+        "draw(logits, uniforms[writing, t], rows)",
+        "draw(logits, uniforms[rows, t], rows)",
+        (f"{SIBLINGS}test_siblings_share_a_row_until_they_part",),
+    ),
+    Mutant(
+        "the room of a cache written over",
+        ROLLOUT,
+        "start, end = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]",
+        "start, end = self.keys.shape[-2] - 1, self.keys.shape[-2] + key_states.shape[-2] - 1",
+        (f"{SIBLINGS}test_a_roomy_layer_is_a_dynamic_layer",),
+    ),
+    Mutant(
+        "the room kept when rows are selected",
+        ROLLOUT,
+        "self.keys, self.values = self.roomy_keys, self.roomy_values\n",
+        "pass\n",
+        (f"{SIBLINGS}test_a_roomy_layer_is_a_dynamic_layer",),
+    ),
+    Mutant(
+        "same noise for every four tokens",
+        ROLLOUT,
+        "np.broadcast_arrays(block, ",
+        "np.broadcast_arrays(block & np.uint64(0), ",
+        (f"{SIBLINGS}test_noise_is_a_function_of_seed_completion_and_token",),
+    ),
+    Mutant(
+        "the upper half of a seed ignored",
+        ROLLOUT,
+        "((key >> 32) + number * 0xBB67AE85)",
+        "(number * 0xBB67AE85)",
+        (f"{SIBLINGS}test_philox_gives_the_known_answers_of_its_authors",),
+    ),
+    Mutant(
+        "nine rounds of Philox",
+        ROLLOUT,
+        "for number in range(10):",
+        "for number in range(9):",
+        (f"{SIBLINGS}test_philox_gives_the_known_answers_of_its_authors",),
+    ),
+    Mutant(
+        "a text for each distinct completion, not for each completion",
+        ROLLOUT,
+        "return [text_of[tuple(ids)] for ids in sequences]",
+        "return texts + texts[:1] * (len(sequences) - len(texts))",
+        (f"{SIBLINGS}test_texts_are_decoded_once_each_and_stand_in_order",),
+    ),
+    # Rows that siblings share, in scoring
+    Mutant(
+        "siblings see each other",
+        LOGPROBS,
+        "((part == part.unsqueeze(1)) | (part == -1))",
+        "(part <= part.unsqueeze(1))",
+        (ALONE,),
+    ),
+    Mutant(
+        "padding seen behind a shared prompt",
+        LOGPROBS,
+        "(is_seen & is_token.unsqueeze(1))",
+        "is_seen.expand(len(is_token), -1, -1)",
+        (ALONE,),
+    ),
+    Mutant(
+        "the second completion's positions go on where the first ended",
+        LOGPROBS,
+        "torch.arange(length, device=ids.device).repeat(k)",
+        "torch.arange(k * length, device=ids.device)",
+        (ALONE,),
+    ),
+    Mutant(
+        "a completion's first token predicted by its sibling's last place",
+        LOGPROBS,
+        "torch.where(t == 0, 0, slot[u] * length + t)",
+        "slot[u] * length + t",
+        (ALONE,),
+    ),
+    Mutant(
+        "distinct completions scored, and which row is which ignored",
+        LOGPROBS,
+        "return table if pair_of is None else table[pair_of]",
+        "return table if pair_of is None else table[pair_of.sort().values]",
+        (ALONE,),
+    ),
+    Mutant(
+        "the gradient of a completion that occurs twice counted once",
+        LOGPROBS,
+        "return table if pair_of is None else table[pair_of]",
+        "if pair_of is None:\n            return table\n"
+        "        is_first = (pair_of.unsqueeze(1) == pair_of).int().cumsum(1).diagonal() == 1\n"
+        "        return torch.where(is_first.unsqueeze(1), table[pair_of], table[pair_of].detach())",
+        (ALONE,),
+    ),
+    Mutant(
+        "a sliding window counted in places of a row that siblings share",
+        LOGPROBS,
+        "return all(window is None or window >= length for window in windows)",
+        "return True",
+        (f"{SHARED}test_a_family_that_cannot_share_keeps_rows_of_its_own_and_says_so_once[Gemma2]",),
+    ),
+    Mutant(
+        "GPT-Neo's window counted in places of a row that siblings share",
+        LOGPROBS,
+        'if hasattr(model.config, "window_size"):',
+        "if False:",
+        (f"{SHARED}test_gpt_neo_counts_places_not_positions",),
+    ),
+    Mutant(
+        "a model shares without having been tried",
+        LOGPROBS,
+        "if not _abilities(model).takes_block_mask:",
+        "if False:",
+        (f"{SHARED}test_a_model_that_misreads_the_mask_is_found_out_by_trying",),
+    ),
+    # The head in chunks, whose backward pass is written by hand
+    Mutant(
+        "chunked head: the softmax with the wrong sign",
+        LOGPROBS,
+        "dim=-1).mul_(-dlogp.unsqueeze(1))",
+        "dim=-1).mul_(dlogp.unsqueeze(1))",
+        (HEAD_GRADIENT,),
+    ),
+    Mutant(
+        "chunked head: the softmax alone, without the sampled token",
+        LOGPROBS,
+        "            dz.scatter_add_(1, y.unsqueeze(1), dlogp.unsqueeze(1))\n",
+        "",
+        (HEAD_GRADIENT,),
+    ),
+    Mutant(
+        "chunked head: temperature missing in the backward pass",
+        LOGPROBS,
+        "dz.mul_(ctx.scale / ctx.temperature)",
+        "dz.mul_(ctx.scale)",
+        (HEAD_GRADIENT,),
+    ),
+    Mutant(
+        "chunked head: temperature missing in the recomputed softmax",
+        LOGPROBS,
+        "torch.softmax(logits / ctx.temperature, dim=-1)",
+        "torch.softmax(logits, dim=-1)",
+        (HEAD_GRADIENT,),
+    ),
+    Mutant(
+        "chunked head: the scale of the logits missing in the backward pass",
+        LOGPROBS,
+        "dz.mul_(ctx.scale / ctx.temperature)",
+        "dz.mul_(1 / ctx.temperature)",
+        (f"{SHARED}test_completions_behind_one_prompt_score_as_rows_of_their_own[Granite-sdpa]",),
+    ),
+    Mutant(
+        "chunked head: the slope of the cap missing",
+        LOGPROBS,
+        "dz.mul_(1 - (logits / ctx.cap).square())",
+        "pass",
+        (f"{SHARED}test_completions_behind_one_prompt_score_as_rows_of_their_own[Gemma3-sdpa]",),
+    ),
+    Mutant(
+        "chunked head: the weight's gradient of the last chunk alone",
+        LOGPROBS,
+        "grad_weight.addmm_(dz.T, h)",
+        "grad_weight.copy_(dz.T @ h)",
+        (HEAD_GRADIENT,),
+    ),
+    Mutant(
+        "chunked head: no gradient for the hidden states",
+        LOGPROBS,
+        "dh.copy_(dz @ head.weight)",
+        "dh.zero_()",
+        (ALONE,),
+    ),
+    Mutant(
+        "a head taken as known without having been tried",
+        LOGPROBS,
+        "if _abilities(model).head_is_known:",
+        "if True:",
+        (f"{HEAD}test_a_model_that_does_something_else_is_asked_for_its_own_logits",),
+    ),
+    # Micro-batches
+    Mutant(
+        "the last micro-batch lost",
+        ROLLOUT,
+        "return [torch.tensor(batch, device=groups.device) for batch in batches]",
+        "return [torch.tensor(batch, device=groups.device) for batch in batches[: max(1, len(batches) - 1)]]",
+        (f"{SIBLINGS}test_micro_batches_take_every_row_once_within_their_bounds",),
+    ),
+    Mutant(
+        "micro-batches counted in tokens without padding",
+        ROLLOUT,
+        "width = max(width, lengths[row])",
+        "width = lengths[row]",
+        (f"{SIBLINGS}test_micro_batches_take_every_row_once_within_their_bounds",),
+    ),
+    Mutant(
+        "the shortest micro-batch first",
+        ROLLOUT,
+        "key=lambda group: -max(lengths[row] for row in group)",
+        "key=lambda group: max(lengths[row] for row in group)",
+        (f"{SIBLINGS}test_micro_batches_take_every_row_once_within_their_bounds",),
     ),
     # Rewards and advantages
     Mutant(
@@ -400,9 +649,9 @@ MUTANTS = [
     Mutant(
         "loss_aggregation that nobody reads",
         LOOP,
-        "loss_weights(mask[rows], config.loss_aggregation,",
-        'loss_weights(mask[rows], "token",',
-        (TWO_STEPS,),
+        "mask[rows.flatten()], config.loss_aggregation,",
+        'mask[rows.flatten()], "token",',
+        ("tests/fidelity/test_wiring.py::test_every_setting_reaches_its_function", TWO_STEPS),
     ),
     Mutant(
         "grad norm read after zero_grad",

@@ -5,10 +5,19 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo import base_model
-from grpo.base_model import build_model, styled_answer, tiny_base_model, train_tokenizer, worked_answer
+from grpo.base_model import (
+    build_model,
+    encode_all,
+    styled_answer,
+    supervised_loss,
+    tiny_base_model,
+    train_tokenizer,
+    worked_answer,
+)
 from grpo.config import load_config
 from grpo.data import JSONLinesDataset
 from reward_model import last_integer
@@ -87,6 +96,32 @@ def test_styles_come_in_the_shares_asked_for(dataset: JSONLinesDataset) -> None:
     assert abs(answers.count("85") / (4000 - worked) - 0.5) < 4 * (0.25 / 3600) ** 0.5
 
 
+def test_every_text_of_the_warm_up_is_tokenised_beforehand(dataset: JSONLinesDataset, tokenizer) -> None:
+    token_ids = encode_all(dataset, tokenizer)
+    rng = random.Random(0)
+    samples = [rng.choice(dataset) for _ in range(2000)]
+    texts = {sample["prompt"] for sample in samples}
+    texts |= {styled_answer(sample, worked_share, rng) for sample in samples for worked_share in (0.0, 0.5)}
+    assert len(texts) > 1000
+    for text in texts:
+        assert token_ids[text] == tokenizer(text)["input_ids"]
+
+
+def test_the_supervised_loss_is_that_of_transformers(tokenizer) -> None:
+    """One row at a time, without padding; the eos that ends an answer is learned, the prompt is not."""
+    model, eos = build_model(tokenizer, base_seed=0), tokenizer.eos_token_id
+    prompts, answers = [[5, 6, 7], [8], [9, 10]], [[20], [21, 22, 23], []]
+    total, num_tokens = 0.0, 0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        labels = [-100] * len(prompt) + [*answer, eos]
+        total += model(torch.tensor([[*prompt, *answer, eos]]), labels=torch.tensor([labels])).loss.item() * (
+            len(answer) + 1
+        )
+        num_tokens += len(answer) + 1
+    assert supervised_loss(model, prompts, answers, eos).item() == pytest.approx(total / num_tokens, abs=1e-5)
+    assert supervised_loss(model, prompts, answers, eos + 3).item() != pytest.approx(total / num_tokens, abs=1e-3)
+
+
 def test_the_model_is_an_ordinary_folder_of_the_stated_size(quick_recipe: Path) -> None:
     folder = tiny_base_model(0, 2)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
@@ -147,8 +182,6 @@ def test_the_default_number_of_steps_is_the_recipes() -> None:
 
 
 def test_building_does_not_touch_the_callers_random_state(tokenizer) -> None:
-    import torch
-
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)

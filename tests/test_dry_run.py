@@ -38,7 +38,7 @@ def test_the_default_run_by_hand() -> None:
     tokens = 256 * length
     assert lines["a step"] == (
         f"16 prompts x 16 completions = 256 completions, at most {tokens:,} tokens "
-        "1 optimizer step, in micro-batches of at most 128 completions"
+        "1 optimizer step, in micro-batches of at most 256 completions"
     )
     assert lines["the run"] == (f"150 steps = 38,400 completions, 150 optimizer steps, at most {150 * tokens:,} tokens")
     assert lines["the model"] == "tiny: LlamaForCausalLM, 150,016 weights"
@@ -70,20 +70,30 @@ def test_the_rendered_prompt_is_the_first_one_as_the_model_sees_it() -> None:
 
 
 def test_memory_by_hand() -> None:
-    """With 30 tokens of prompt and 28 of completion, in micro-batches of 128 of 256 completions."""
+    """With 30 tokens of prompt and 28 of completion, in one micro-batch of 256 completions, or smaller ones."""
     model, tokenizer = load_skeleton("tiny")
     memory = estimate_memory(load_config(), model, 30)
     weights, length = 4 * 150_016, 30 + 28
     activations = 2 * (24 * 64 * length + 2 * 4 * length**2)  # layers * (24 * hidden * tokens + 2 * heads * tokens^2)
-    logits = 5 * 28 * len(tokenizer)
+    logits = 4 * 256 * 28 * len(tokenizer)  # fewer than the 2**25 of a chunk
     assert memory == {
         "weights": weights,
         "reference": weights,
         "gradients": weights,
         "AdamW": 2 * weights,
-        "rollout or update": 4 * 128 * (activations + logits),
+        "rollout or update": 4 * (256 * activations + logits),
     }
     assert estimate_memory(load_config(None, ["kl_coeff=0"]), model, 30) == memory | {"reference": 0}
+    by_tokens = estimate_memory(load_config(None, ["micro_batch_tokens=5000"]), model, 30)  # 86 of 58 tokens
+    assert by_tokens["rollout or update"] == 4 * 86 * (activations + 4 * 28 * len(tokenizer))
+
+
+def test_memory_of_a_chunked_head_does_not_grow_with_the_vocabulary() -> None:
+    model, _ = load_skeleton("tiny")
+    model.config.vocab_size = 1_000_000
+    memory = estimate_memory(load_config(None, ["batch_size=1", "group_size=2", "micro_batch_size=2"]), model, 30)
+    activations = 2 * 2 * (24 * 64 * 58 + 2 * 4 * 58**2)
+    assert memory["rollout or update"] == 4 * (activations + 4 * 2**25)
 
 
 def test_the_cache_of_the_rollout_counts_where_it_is_the_larger_part() -> None:

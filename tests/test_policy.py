@@ -2,7 +2,9 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -16,15 +18,18 @@ from grpo.config import load_config
 from grpo.data import JSONLinesDataset
 from grpo.errors import InputError, RunError
 from grpo.policy import (
+    check_compile,
     check_lengths,
     check_positions,
     choose_device,
+    compile_trunks,
     disable_dropout,
     frozen_copy,
     learning_rate_at,
     load_policy,
     make_autocast,
     make_optimizer,
+    uncompiled,
 )
 
 CPU = torch.device("cpu")
@@ -213,6 +218,42 @@ def test_devices_and_dtypes() -> None:
     for dtype, expected in [("auto", torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16)]:
         with make_autocast(dtype, CPU)():
             assert (a @ a).dtype == expected
+
+
+def test_compile_is_for_cuda() -> None:
+    for kind in ("cpu", "mps"):
+        check_compile(load_config(), torch.device(kind))
+        with pytest.raises(InputError, match=f"^compile: got true on {kind}, allowed there: false"):
+            check_compile(load_config(None, ["compile=true"]), torch.device(kind))
+    check_compile(load_config(None, ["compile=true"]), torch.device("cuda"))
+
+
+def test_compiled_trunks_keep_their_names_and_run_plainly_where_asked(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a compiler that only counts how often what it made is run."""
+    names, ids, num_runs = list(llama.state_dict()), torch.tensor([[3, 4, 5]]), 0
+    expected = llama(ids, use_cache=False).logits
+
+    def counting(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+        def run(*inputs: Any) -> Any:
+            nonlocal num_runs
+            num_runs += 1
+            return graph(*inputs)
+
+        return run
+
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda module, **settings: compile_module(module, backend=counting, **settings)
+    )
+    compile_trunks(llama, None)
+    with uncompiled():
+        assert torch.equal(llama(ids, use_cache=False).logits, expected)
+    assert num_runs == 0
+    torch.testing.assert_close(llama(ids, use_cache=False).logits, expected)
+    assert num_runs > 0
+    assert list(llama.state_dict()) == names
 
 
 def test_a_model_folder_appears_whole_or_not_at_all(tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.readme import BLOCKS, TOY, rendered
+from benchmarks.readme import BLOCKS, RESULTS, parts_of, rendered
 from grpo.advantages import group_advantages
 from grpo.base_model import build_model, train_tokenizer
 from grpo.config import TYPES, Options, load_config
@@ -32,18 +32,17 @@ def test_its_numbers_come_from_the_results(path: Path) -> None:
 
 def test_a_typed_number_would_be_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The twin of the test above: another result renders another text."""
-    changed = tmp_path / "toy.json"
-    changed.write_text(
-        re.sub(r'"num_right": \d+,\s*"accuracy": [\d.]+', '"num_right": 1, "accuracy": 0.002', TOY.read_text())
-    )
-    monkeypatch.setattr("benchmarks.readme.TOY", changed)
+    for results in RESULTS.glob("*.json"):
+        changed = re.sub(r'"num_right": \d+,\s*"accuracy": [\d.]+', '"num_right": 1, "accuracy": 0.002', results.read_text())
+        (tmp_path / results.name).write_text(changed)
+    monkeypatch.setattr("benchmarks.readme.RESULTS", tmp_path)
     for path in BLOCKS:
         assert rendered(path) != path.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_what_it_says_of_the_controls_holds_for_every_seed(seed: int) -> None:
-    runs = json.loads(TOY.read_text())["runs"]
+    runs = parts_of("toy")
     grpo, base = runs[f"grpo-{seed}"]["final"]["accuracy"], runs[f"grpo-{seed}"]["base"]["accuracy"]
     assert runs[f"shuffled-{seed}"]["final"]["accuracy"] < base + 0.05  # "accuracy does not rise"
     assert base + 0.05 < runs[f"rejection_sampling-{seed}"]["final"]["accuracy"] < grpo - 0.02  # "it rises, not as far"

@@ -252,12 +252,28 @@ def test_a_settings_file_may_change_no_more_than_a_flag(whole: Path, tmp_path: P
 
 
 def test_what_may_change_changes_and_everything_else_is_the_runs_own(whole: Path) -> None:
-    changes = {"num_train_steps": 9, "eval_every": 3, "save_every": 5, "keep_checkpoints": 7, "micro_batch_size": 2}
+    changes = {
+        "num_train_steps": 9, "eval_every": 3, "save_every": 5, "keep_checkpoints": 7, "micro_batch_size": 2,
+        "micro_batch_tokens": 100, "shared_prefix": "never", "compile": True,
+    }  # fmt: skip
     config = resumed_config(None, [f"output_dir={whole}"] + [f"{key}={value}" for key, value in changes.items()])
     recorded = json.loads((whole / "run.json").read_text())["settings"]
     assert set(changes) | {"device"} == set(MAY_CHANGE_ON_RESUME)
     for key in TYPES:
         assert getattr(config, key) == changes.get(key, recorded[key]), key
+
+
+def test_other_micro_batches_go_on_with_the_same_run(whole: Path, tmp_path: Path) -> None:
+    """Up to rounding: what a device has room for, or how the prompts are laid out, is no part of the experiment."""
+    folder = interrupted(whole, tmp_path / "run")
+    rows = resume(folder, micro_batch_size=3, micro_batch_tokens=90, shared_prefix="always")
+    settings = json.loads((folder / "run.json").read_text())["settings"]
+    assert (settings["micro_batch_tokens"], settings["shared_prefix"]) == (90, "always")
+    assert (folder / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+    for ours, expected in zip(undisturbed(rows), undisturbed(read(whole / "metrics.jsonl")), strict=True):
+        assert ours == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    weights = [load_file(path / "final" / "model.safetensors") for path in (folder, whole)]
+    assert all((weights[0][name] - weights[1][name]).abs().max() < 1e-5 for name in weights[1])
 
 
 def test_a_run_may_be_copied_elsewhere_before_it_goes_on(whole: Path, tmp_path: Path) -> None:

@@ -1,22 +1,52 @@
-"""Sampling: groups, noise, one token by hand, top-k, top-p, stop ids, wrong input. Agreement with others: fidelity/."""
+"""Sampling: groups, rows that siblings share, the cache, texts, micro-batches, noise, one token by hand, stop ids,
+wrong input. Agreement with others: fidelity/."""
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.cache_utils import DynamicLayer
 
-import grpo.rollout as rollout_module
 from grpo.rollout import (
     Rollout,
+    RoomyLayer,
+    _decode_texts,
+    _unpadded,
     generate_completions,
+    philox,
     sample_tokens,
     sampling_noise,
     step_seed,
     stop_token_ids,
 )
-from tests.conftest import EOS_ID, PROMPTS, STOP_IDS, assert_same_samples, sample
+from tests.conftest import (
+    BROAD,
+    EOS_ID,
+    INITIALIZER_RANGE,
+    PROMPTS,
+    STOP_IDS,
+    VOCABULARY,
+    assert_same_rows,
+    assert_same_samples,
+    naive_loop,
+    rows_of,
+    sample,
+)
 
 INF = float("inf")
 
@@ -44,7 +74,321 @@ def test_the_same_prompt_twice_stays_two_groups(llama: PreTrainedModel, tokenize
     assert_same_samples(sample(llama, tokenizer, ["1+2="], completion_indices=[4, 5, 6, 7]), rollout, range(4, 8))
 
 
+# Rows that siblings share
+
+Samples = Sequence[tuple[list[int], list[float], bool]]
+FOUR_PROMPTS = [*PROMPTS, PROMPTS[1]]  # ragged, and one of them twice
+
+
+def peaked(model: PreTrainedModel, factor: float = 3.0) -> PreTrainedModel:
+    """The same model, surer of itself: siblings often write the same."""
+    model.generation_config.eos_token_id = STOP_IDS
+    with torch.no_grad():
+        model.get_output_embeddings().weight *= factor
+    return model.eval()
+
+
+def rows_per_call(model: PreTrainedModel) -> list[int]:
+    """To be filled: with how many rows the model is called, call by call."""
+    calls: list[int] = []
+    model.register_forward_pre_hook(lambda _, __, inputs: calls.append(len(inputs["input_ids"])), with_kwargs=True)
+    return calls
+
+
+def distinct_prefixes(samples: Samples, group_size: int) -> list[int]:
+    """Before each token, how many different (prompt, what was written so far) are still to go on."""
+    return [
+        len({(row // group_size, *ids[:t]) for row, (ids, _, _) in enumerate(samples) if len(ids) > t})
+        for t in range(max(len(ids) for ids, _, _ in samples))
+    ]
+
+
+def test_siblings_share_a_row_until_they_part(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row for each distinct (prompt, completion so far), and yet every sample is the one that a row alone draws."""
+    monkeypatch.setitem(BROAD, "group_size", 16)
+    expected = naive_loop(peaked(model), FOUR_PROMPTS, STOP_IDS)
+    calls = rows_per_call(model)
+    ours = rows_of(sample(model, tokenizer, FOUR_PROMPTS))
+    assert_same_rows(ours, expected)
+    assert calls == distinct_prefixes(expected, 16)
+    # Some stay together and some part, and the same prompt twice is never merged.
+    unfinished = sum(len(ids) for ids, _, _ in expected)
+    assert 2 * len(FOUR_PROMPTS) < max(calls)
+    assert sum(calls) < 0.6 * unfinished
+    assert calls[0] == len(FOUR_PROMPTS)
+    assert [row[0] for row in ours[16:32]] != [row[0] for row in ours[48:]]
+
+
+def test_greedy_siblings_stay_together_to_the_end(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    expected = naive_loop(peaked(model, 1.0), FOUR_PROMPTS, STOP_IDS, temperature=0)
+    calls = rows_per_call(model)
+    assert_same_rows(rows_of(sample(model, tokenizer, FOUR_PROMPTS, temperature=0)), expected)
+    assert calls == [
+        sum(len(ids) > t for ids, _, _ in expected[:: BROAD["group_size"]]) for t in range(len(calls))
+    ]  # one for each prompt that still goes on
+    assert sum(calls) > len(FOUR_PROMPTS)
+
+
+def test_siblings_that_part_take_their_own_mask_and_positions(
+    llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """What the model is given: columns of one row are one sequence, its padding in front and its positions counted."""
+    seen: list[dict[str, Tensor]] = []
+    peaked(llama).register_forward_pre_hook(lambda _, __, inputs: seen.append(dict(inputs)), with_kwargs=True)
+    rollout = sample(llama, tokenizer, FOUR_PROMPTS, group_size=8)
+    written = {
+        (row // 8, *ids[:t]) for row, ids in enumerate(rollout.token_lists()) for t in range(1, len(ids))
+    }  # by whom a row of a later call can have been written
+    for t, inputs in enumerate(seen[1:], start=1):
+        lengths = inputs["attention_mask"].sum(1)
+        assert inputs["attention_mask"].shape == (len(lengths), rollout.prompt_ids.shape[1] + t)
+        assert (inputs["position_ids"].squeeze(1) == lengths - 1).all()
+        # As many rows of every prompt length, and as many of every last token, as there are distinct prefixes.
+        prefixes = [prefix for prefix in written if len(prefix) == t + 1]
+        wanted = sorted((len(FOUR_PROMPTS[p]) + t, ids[-1]) for p, *ids in prefixes)
+        assert sorted(zip(lengths.tolist(), inputs["input_ids"].squeeze(1).tolist(), strict=True)) == wanted
+
+
+def test_filters_are_those_of_a_row_alone(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """top-k and top-p of a row that several completions draw from, each with its own random number."""
+    settings: dict[str, Any] = {"top_k": 6, "top_p": 0.9, "temperature": 1.3}
+    together = sample(peaked(llama, 1.0), tokenizer, FOUR_PROMPTS, group_size=8, **settings)
+    copies = [prompt for prompt in FOUR_PROMPTS for _ in range(8)]
+    assert_same_samples(sample(llama, tokenizer, copies, group_size=1, **settings), together)
+    assert len(set(map(tuple, together.token_lists()))) > 20
+    unfiltered = sample(llama, tokenizer, FOUR_PROMPTS, group_size=8, temperature=1.3)
+    assert unfiltered.token_lists() != together.token_lists()
+
+
+def sliding(kind: str, window: int) -> PreTrainedModel:
+    """Two layers; those of Mistral see `window` tokens, of Gemma 2 every other layer does."""
+    common: dict[str, Any] = {
+        "vocab_size": len(VOCABULARY),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "initializer_range": INITIALIZER_RANGE,
+        "sliding_window": window,
+        "bos_token_id": None,
+        "eos_token_id": EOS_ID,
+        "pad_token_id": None,
+        "attn_implementation": "eager",
+    }
+    torch.manual_seed(0)
+    if kind == "mistral":
+        return MistralForCausalLM(MistralConfig(**common))
+    return Gemma2ForCausalLM(Gemma2Config(query_pre_attn_scalar=8, **common))
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma2"])
+def test_a_sliding_window_changes_no_sample(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Completions grow beyond a window of 4, after prompts that are shorter and longer than it."""
+    monkeypatch.setitem(BROAD, "group_size", 8)
+    model = peaked(sliding(kind, window=4), 2.0)
+    expected = naive_loop(model, PROMPTS, STOP_IDS)
+    calls = rows_per_call(model)
+    assert_same_rows(rows_of(sample(model, tokenizer)), expected)
+    assert calls == distinct_prefixes(expected, 8)
+    assert len(calls) > 5
+    assert sum(calls) < sum(len(ids) for ids, _, _ in expected)
+    # The window does something.
+    assert naive_loop(peaked(sliding(kind, window=64), 2.0), PROMPTS, STOP_IDS) != expected
+
+
+# The cache
+
+
+def states(*shape: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(*shape), torch.randn(*shape)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_roomy_layer_is_a_dynamic_layer(seed: int) -> None:
+    """The same keys and values after any updates and selections, and what was returned before stays as it was."""
+    torch.manual_seed(seed)
+    chance = random.Random(seed)
+    theirs = DynamicLayer()
+    theirs.update(*states(3, 2, 5, 4))
+    ours = RoomyLayer(theirs)
+    returned: list[tuple[Tensor, Tensor]] = [(theirs.keys, theirs.keys.clone()), (theirs.values, theirs.values.clone())]
+    for _ in range(80):
+        if chance.random() < 0.2:
+            num_rows = len(ours.keys)
+            indices = torch.tensor([chance.randrange(num_rows) for _ in range(chance.randint(1, 6))])
+            for layer in (ours, theirs):
+                layer.batch_select_indices(indices)
+        else:
+            num_tokens = chance.choice([1, 1, 1, 1, 1, 3, RoomyLayer.ROOM + 1])
+            new = states(len(ours.keys), 2, num_tokens, 4)
+            for layer in (ours, theirs):
+                for given_back, kept in zip(layer.update(*new), (layer.keys, layer.values), strict=True):
+                    assert torch.equal(given_back, kept)
+                    returned.append((given_back, given_back.clone()))
+        assert torch.equal(ours.keys, theirs.keys)
+        assert torch.equal(ours.values, theirs.values)
+        assert ours.get_seq_length() == theirs.get_seq_length()
+        assert ours.get_mask_sizes(1) == theirs.get_mask_sizes(1)
+    for given_back, as_it_was in returned:
+        assert torch.equal(given_back, as_it_was)
+
+
+def test_a_roomy_layer_moves_once_in_many_tokens() -> None:
+    filled = DynamicLayer()
+    filled.update(*states(2, 2, 5, 4))
+    layer = RoomyLayer(filled)
+    places = [layer.update(*states(2, 2, 1, 4))[0].data_ptr() for _ in range(1 + RoomyLayer.ROOM)]
+    assert len(set(places)) == 1  # the token it moved for, and as many as there is room for
+    assert layer.update(*states(2, 2, 1, 4))[0].data_ptr() != places[0]
+    # After a selection too: the rows that were dropped take their room with them.
+    layer.batch_select_indices(torch.tensor([1, 1, 0]))
+    assert len({layer.update(*states(3, 2, 1, 4))[1].data_ptr() for _ in range(1 + RoomyLayer.ROOM)}) == 1
+
+
+# Texts
+
+
+def test_texts_are_decoded_once_each_and_stand_in_order(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sequences = [[5, 6], [], [7], [5, 6], [6, 5], [], [7, EOS_ID]]
+    expected = [tokenizer.decode(ids, skip_special_tokens=True) for ids in sequences]
+    asked: list[list[int]] = []
+    batch_decode = tokenizer.batch_decode
+
+    def spy(ids: list[list[int]], **settings: Any) -> list[str]:
+        asked.extend(ids)
+        return batch_decode(ids, **settings)
+
+    monkeypatch.setattr(tokenizer, "batch_decode", spy)
+    assert _decode_texts(tokenizer, sequences) == expected == ["23", "", "4", "23", "32", "", "4"]
+    assert sorted(asked) == [[], [5, 6], [6, 5], [7], [7, EOS_ID]]
+
+
+def test_unpadded_rows_are_as_long_as_their_masks() -> None:
+    ids = torch.tensor([[4, 5, 6], [7, 0, 0], [0, 0, 0], [0, 0, 8]])  # an id may be 0
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 0]]).bool()
+    assert _unpadded(ids, mask) == [[4, 5, 6], [7], [], [0, 0]]
+
+
+# Micro-batches
+
+
+def rollout_of(lengths: Sequence[int], prompt_length: int) -> Rollout:
+    """Completions of these lengths behind prompts of one padded length; nothing else counts."""
+    num_rows, most = len(lengths), max(lengths)
+    completion_mask = torch.arange(most) < torch.tensor(lengths).unsqueeze(1)  # (B, C)
+    prompts = torch.ones(num_rows, prompt_length, dtype=torch.long)
+    return Rollout(
+        prompts,
+        prompts.bool(),
+        completion_mask.long(),
+        completion_mask,
+        torch.zeros(num_rows, most),
+        torch.zeros(num_rows).bool(),
+        [""] * num_rows,
+    )
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.data())
+def test_micro_batches_take_every_row_once_within_their_bounds(data: st.DataObject) -> None:
+    num_groups, group_size = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 5))
+    count = num_groups * group_size
+    rollout = rollout_of(data.draw(st.lists(st.integers(1, 12), min_size=count, max_size=count)), prompt_length=3)
+    order = data.draw(st.permutations(range(num_groups)))[: data.draw(st.integers(1, num_groups))]
+    groups = torch.arange(count).view(num_groups, group_size)[torch.tensor(order)]  # (q, G)
+    max_rows, max_tokens = data.draw(st.integers(1, 8)), data.draw(st.integers(1, 70))
+
+    batches = rollout.micro_batches(groups, max_rows=max_rows, max_tokens=max_tokens)
+    rows = [row for batch in batches for row in batch.tolist()]
+    assert sorted(rows) == sorted(groups.flatten().tolist())  # every row exactly once, and no other
+    width = {row: 3 + int(rollout.completion_mask[row].sum()) for row in rows}
+    for batch in batches:
+        assert 1 <= len(batch) <= max_rows
+        padded = len(batch) * max(width[row] for row in batch.tolist())
+        assert padded <= max_tokens or len(batch) == 1  # a row that is too long stands alone
+    members = [row // group_size for row in rows]
+    assert [p for p, _ in groupby(members)] == list(dict.fromkeys(members))  # siblings side by side
+    longest = [max(width[row] for row in rows if row // group_size == p) for p in dict.fromkeys(members)]
+    assert longest == sorted(longest, reverse=True)  # the groups with the longest rows come first
+    assert width[rows[0]] == max(width.values())
+    again = rollout.micro_batches(groups, max_rows=max_rows, max_tokens=max_tokens)
+    assert [batch.tolist() for batch in again] == [batch.tolist() for batch in batches]
+
+
+def test_micro_batches_by_hand() -> None:
+    # Two groups of three, prompts of 2 tokens: rows of 2 + lengths tokens.
+    rollout = rollout_of([1, 2, 3, 9, 1, 4], prompt_length=2)
+    groups = torch.tensor([[0, 1, 2], [3, 4, 5]])
+
+    def batches(max_rows: int, max_tokens: int) -> list[list[int]]:
+        return [batch.tolist() for batch in rollout.micro_batches(groups, max_rows=max_rows, max_tokens=max_tokens)]
+
+    assert batches(6, 1000) == [[3, 5, 4, 2, 1, 0]]
+    assert batches(2, 1000) == [[3, 5], [4, 2], [1, 0]]
+    assert batches(6, 66) == [[3, 5, 4, 2, 1, 0]]  # 6 rows of 11 tokens, padding included
+    assert batches(6, 65) == [[3, 5, 4, 2, 1], [0]]
+    assert batches(6, 10) == [[3], [5], [4, 2], [1, 0]]  # the row of 11 alone; 2 rows of 5
+    assert batches(1, 1) == [[3], [5], [4], [2], [1], [0]]
+    assert [batch.tolist() for batch in rollout.micro_batches(groups[:1], max_rows=2, max_tokens=99)] == [[2, 1], [0]]
+
+
 # Noise
+
+
+KNOWN_ANSWERS = [  # kat_vectors of Random123: counter, key, words, lowest word first
+    ([0, 0, 0, 0], [0, 0], [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+    ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+    (
+        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+        [0xA4093822, 0x299F31D0],
+        [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "words"), KNOWN_ANSWERS)
+@pytest.mark.filterwarnings("error")
+def test_philox_gives_the_known_answers_of_its_authors(counter: list[int], key: list[int], words: list[int]) -> None:
+    output = philox([np.array([word], dtype=np.uint64) for word in counter], key[0] + key[1] * 2**32)
+    assert [int(word[0]) for word in output] == words
+
+
+def test_noise_is_24_bits_of_philox_words() -> None:
+    # Tokens 4 to 7 of completion 2**32 + 3 under seed 5: counter (1, 3, 1, 0), key (5, 0).
+    words = philox([np.array([word], dtype=np.uint64) for word in (1, 3, 1, 0)], 5)
+    expected = [(int(word[0]) >> 8) / 2**24 for word in words]
+    assert sampling_noise(5, [2**32 + 3], 8)[0, 4:].tolist() == expected
+
+
+@pytest.mark.filterwarnings("error")
+def test_noise_differs_in_every_bit_of_seed_and_index() -> None:
+    numbers = [0, 1, 2**31, 2**32, 2**32 + 1, 2**33, 2**63, 2**63 + 1, 2**64 - 1]
+    by_seed = torch.cat([sampling_noise(seed, [7], 8) for seed in numbers])
+    by_index = sampling_noise(7, numbers, 8)
+    for noise in (by_seed, by_index):
+        assert len(set(noise.flatten().tolist())) == 8 * len(numbers)
+        assert 0 <= noise.min() <= noise.max() < 1
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 8, 9, 31])
+def test_noise_goes_on_as_it_began(length: int) -> None:
+    assert torch.equal(sampling_noise(3, [4, 9], length), sampling_noise(3, [9, 4], 32)[[1, 0], :length])
+    assert sampling_noise(3, [4, 9], length).shape == (2, length)
+
+
+def test_the_largest_noise_is_below_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All bits set: a division by 2**32 in float32 would round to 1."""
+    monkeypatch.setattr("grpo.rollout.philox", lambda counter, key: [0 * word + 0xFFFFFFFF for word in counter])
+    assert sampling_noise(0, [0], 4).tolist() == [[1 - 2**-24] * 4]
 
 
 def test_noise_is_a_function_of_seed_completion_and_token() -> None:
@@ -292,23 +636,3 @@ def test_completion_indices_are_checked(
 def test_a_negative_seed_is_refused(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ValueError, match="seed: got -1"):
         generate_completions(llama, tokenizer, [[5]], group_size=2, max_completion_length=3, seed=-1)
-
-
-def test_looking_rarely_which_rows_have_finished_changes_nothing(
-    llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What a GPU does: finished rows go on for up to 16 tokens, and nothing of that may be seen."""
-    llama.generation_config.eos_token_id = STOP_IDS
-
-    def sample() -> Rollout:
-        return generate_completions(llama, tokenizer, [[5, 6], [7]], group_size=8, max_completion_length=40, seed=3)
-
-    at_every_token = sample()
-    monkeypatch.setitem(rollout_module.CHECK_EVERY, "cpu", 16)
-    rarely = sample()
-    assert not at_every_token.is_truncated.all()
-    assert at_every_token.completion_mask.sum(1).unique().numel() > 3  # rows do finish at different times
-    for name in ("completion_ids", "completion_mask", "is_truncated"):
-        assert torch.equal(getattr(rarely, name), getattr(at_every_token, name)), name
-    assert rarely.completions == at_every_token.completions
-    torch.testing.assert_close(rarely.sampling_logps, at_every_token.sampling_logps, atol=1e-5, rtol=0)

@@ -521,7 +521,7 @@ def test_an_infinite_setting_survives_in_json(small: dict[str, Any], tmp_path: P
 
 
 def test_a_full_device_says_what_to_turn_down(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="the device is out of memory: turn down micro_batch_size"):
+    with pytest.raises(RunError, match="the device is out of memory: turn down micro_batch_tokens"):
         fail(settings_of(tmp_path / "run"), torch.OutOfMemoryError())
 
 

@@ -1,5 +1,6 @@
 """train_grpo.py as a user starts it, on a small untrained model: what it writes, says and refuses."""
 
+import contextlib
 import copy
 import json
 import math
@@ -7,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -17,15 +18,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import grpo.evaluation
 import train_grpo
 from grpo.base_model import build_model, train_tokenizer
 from grpo.checkpoint import save_model
 from grpo.config import Options, load_config, resumed_config
 from grpo.data import JSONLinesDataset, samples_for_step
-from grpo.errors import InputError
+from grpo.errors import InputError, errors_explained
 from grpo.policy import load_policy
 from grpo.rollout import generate_completions, step_seed
-from tests.toy_rewards import different_letters, even_digits
+from tests.toy_rewards import different_letters
 
 ROOT = Path(__file__).parent.parent
 
@@ -147,20 +149,24 @@ def test_nothing_depends_on_the_micro_batch_size(small: dict[str, Any], tmp_path
     """Metrics and weights; one step, because a second one would sample from weights that differ by rounding."""
     settings = small | {"num_train_steps": 1, "loss_aggregation": aggregation, "mask_truncated_completions": True}
     expected = train(settings, tmp_path / "all", micro_batch_size=16)[1]
-    for size in (1, 3, 5):
-        row = train(settings, tmp_path / str(size), micro_batch_size=size)[1]
+    cuts: dict[str, dict[str, Any]] = {str(size): {"micro_batch_size": size} for size in (1, 3, 5)}
+    cuts |= {f"{tokens} tokens": {"micro_batch_tokens": tokens} for tokens in (1, 100)}
+    for name, cut in cuts.items():
+        row = train(settings, tmp_path / name, **cut)[1]
         for key in EVERY_STEP - {"step_time", "rollout_time", "update_time", "rewards/math/mean", "rewards/math/std"}:
             assert row[key] == pytest.approx(expected[key], abs=2e-6, rel=1e-4), key
     for name, weight in weights_of(tmp_path / "all").items():
         # Adam's first step moves every weight by about the learning rate, whatever the gradient's size: the sign of a
         # gradient near 0 is rounding, so nearly all weights agree, not all.
-        close = torch.isclose(weights_of(tmp_path / "1")[name], weight, atol=1e-6)
-        assert close.float().mean() > 0.98, name
+        for cut in ("1", "100 tokens"):
+            close = torch.isclose(weights_of(tmp_path / cut)[name], weight, atol=1e-6)
+            assert close.float().mean() > 0.98, (name, cut)
 
 
 def test_several_updates_a_rollout_move_the_ratio(small: dict[str, Any], tmp_path: Path) -> None:
     """old_logps are those of the rollout, so the second minibatch and the second pass see ratios other than 1."""
     tight = {"clip_range": 1e-6, "learning_rate": 1e-2, "warmup_steps": 0, "num_train_steps": 1}
+    tight["rewards"] = "[tests.toy_rewards:different_letters]"  # so that both minibatches have a signal
     one = train(small | tight, tmp_path / "one")[1]
     minibatches = train(small | tight, tmp_path / "minibatches", num_minibatches=2)[1]
     iterations = train(small | tight, tmp_path / "iterations", num_iterations=2)[1]
@@ -198,7 +204,8 @@ def test_rewards_of_another_kind_are_logged_by_name(small: dict[str, Any], tmp_p
 
 def test_masked_truncated_completions_are_not_trained_on(small: dict[str, Any], tmp_path: Path) -> None:
     """At length 1 an untrained model hardly ever stops, so everything is masked: loss 0 and finite gradients."""
-    row = train(small, tmp_path / "run", max_completion_length=1, mask_truncated_completions=True, num_train_steps=1)[1]
+    changes = {"max_completion_length": 1, "mask_truncated_completions": True, "num_train_steps": 1, "seed": 1}
+    row = train(small, tmp_path / "run", **changes)[1]
     assert row["completions/clipped_ratio"] == 1.0
     assert row["loss"] == row["grad_norm"] == row["kl"] == row["entropy"] == 0.0
 
@@ -244,6 +251,65 @@ def test_another_distribution_than_the_scorers_is_warned_about(
     assert rows[1]["sampling/logp_difference/mean"] > 0.1
 
 
+def test_compile_is_refused_on_a_cpu_before_any_compute(
+    small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(train_grpo, "load_skeleton", fail)
+    monkeypatch.setattr(train_grpo, "load_policy", fail)
+    with pytest.raises(SystemExit) as raised, errors_explained():
+        train(small, tmp_path / "run", compile="true")
+    assert raised.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: compile: got true on cpu")
+    with pytest.raises(AssertionError, match="a model was loaded"):
+        train(small, tmp_path / "run", compile="false")
+
+
+@pytest.mark.parametrize("kl_coeff", [0.1, 0])
+def test_compiled_are_the_trunks_of_policy_and_reference_and_never_in_the_sampler(
+    small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kl_coeff: float
+) -> None:
+    """Without a GPU: the checks of the device and torch.compile itself are replaced by what they would be asked."""
+    compiled: list[tuple[torch.nn.Module, dict[str, Any]]] = []
+    models: dict[str, list[tuple[Any, bool]]] = {"sampled": [], "scored": []}  # and whether it may run compiled
+    is_eager = False
+
+    @contextlib.contextmanager
+    def uncompiled() -> Iterator[None]:
+        nonlocal is_eager
+        is_eager = True
+        yield
+        is_eager = False
+
+    def watched(function: Callable[..., Any], calls: list[tuple[Any, bool]]) -> Callable[..., Any]:
+        def call(model: Any, *arguments: Any, **settings: Any) -> Any:
+            calls.append((model, is_eager))
+            return function(model, *arguments, **settings)
+
+        return call
+
+    monkeypatch.setattr(train_grpo, "check_compile", lambda config, device: None)
+    monkeypatch.setattr(train_grpo, "uncompiled", uncompiled)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **settings: compiled.append((module, settings)))
+    for place in (train_grpo, grpo.evaluation):
+        monkeypatch.setattr(place, "generate_completions", watched(place.generate_completions, models["sampled"]))
+    monkeypatch.setattr(train_grpo, "compute_logprobs", watched(train_grpo.compute_logprobs, models["scored"]))
+    train(small, tmp_path / "run", compile="true", kl_coeff=kl_coeff, num_train_steps=1)
+    scored = list(dict.fromkeys(model for model, _ in models["scored"]))  # the reference comes first
+    assert len(scored) == (2 if kl_coeff else 1)
+    assert compiled == [(model.base_model, {"dynamic": True}) for model in reversed(scored)]
+    assert not any(is_eager for _, is_eager in models["scored"])
+    assert len(models["sampled"]) >= 4  # pre-flight, the base's evaluation, the step's rollout, the last evaluation
+    assert all(is_eager for _, is_eager in models["sampled"])
+    compiled.clear()
+    models["sampled"].clear()
+    train(small, tmp_path / "plain", kl_coeff=kl_coeff, num_train_steps=1)
+    assert compiled == []
+    assert not any(is_eager for _, is_eager in models["sampled"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("flag", "status", "message"),
@@ -272,6 +338,7 @@ def test_what_goes_wrong_ends_in_one_line(
         ({"model_name": "/nowhere/at/all"}, "model_name: there is no folder '/nowhere/at/all'"),
         ({"eval_file": "missing.jsonl"}, "missing.jsonl: cannot be read"),
         ({"group_size": 1}, "group_size: got 1, allowed with advantage_baseline group: >= 2"),
+        ({"compile": "true"}, "compile: got true on cpu, allowed there: false"),
     ],
 )
 def test_wrong_input_leaves_nothing_half_written(
@@ -351,7 +418,6 @@ class Twin:
     """Settings of a run, and what they mean, in plain Python."""
 
     changes: dict[str, Any]
-    reward: Callable[[list[str], list[str]], list[float]]  # of prompts and completions
     rates: list[float]  # of the optimizer steps
     advantage: Callable[[float, list[float]], float]  # of a reward among all rewards of its group
     kl: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of the ratio and of ref - new
@@ -364,7 +430,6 @@ GRPO = Twin(
         "temperature": 0.7, "kl_coeff": 2.0, "num_minibatches": 2, "num_iterations": 2, "micro_batch_size": 3,
         "warmup_steps": 3, "learning_rate": 5e-3, "max_grad_norm": 0.5, "weight_decay": 0.1,
     },
-    reward=even_digits,
     # 3 steps of warm-up, then 5 of cosine, of 8 optimizer steps in all
     rates=[5e-3 * factor for factor in (1 / 4, 2 / 4, 3 / 4, *COSINE)],
     advantage=lambda reward, group: (reward - mean(group)) / (stdev(group) + 1e-4),
@@ -377,9 +442,8 @@ OTHER = Twin(
         "warmup_steps": 1, "learning_rate": 2e-3, "max_grad_norm": 3.0, "weight_decay": 0.01, "seed": 3,
         "clip_range": 0.05, "clip_range_high": 0.15, "lr_schedule": "linear", "adam_beta1": 0.8, "adam_beta2": 0.9,
         "advantage_baseline": "leave_one_out", "advantage_scale": "none", "loss_aggregation": "constant",
-        "max_completion_length": 7, "rewards": "[tests.toy_rewards:different_letters]",
+        "max_completion_length": 7,
     },
-    reward=different_letters,
     # 1 step of warm-up, then 3 of a line, of 4 in all
     rates=[2e-3 * factor for factor in (1 / 2, 1, 2 / 3, 1 / 3)],
     advantage=lambda reward, group: reward - (sum(group) - reward) / 3,
@@ -396,6 +460,7 @@ def test_two_steps_of_the_loop_worked_by_hand(small: dict[str, Any], tmp_path: P
     gradient clipping, weight decay; then other values of all of these. The sampler is shared; log-probs, advantages,
     loss and update are written out.
     """
+    small = small | {"rewards": "[tests.toy_rewards:different_letters]"}  # nearly every group has a signal
     rows = train(small, tmp_path / "run", **twin.changes)
     trained = torch.cat([weight.flatten() for weight in weights_of(tmp_path / "run").values()])
 
@@ -428,7 +493,7 @@ def test_two_steps_of_the_loop_worked_by_hand(small: dict[str, Any], tmp_path: P
         )  # fmt: skip
         prompts = [tokenizer(samples[row // 4]["prompt"])["input_ids"] for row in range(16)]
         completions = rollout.token_lists()
-        rewards = twin.reward([samples[row // 4]["prompt"] for row in range(16)], rollout.completions)
+        rewards = different_letters([samples[row // 4]["prompt"] for row in range(16)], rollout.completions)
         advantages = []
         for group in range(4):
             siblings = rewards[4 * group : 4 * group + 4]
@@ -452,6 +517,7 @@ def test_two_steps_of_the_loop_worked_by_hand(small: dict[str, Any], tmp_path: P
             loss.backward()
             losses.append(loss.item())
             grad_norm = torch.cat([weight.grad.flatten() for weight in policy.parameters()]).norm().item()
+            assert grad_norm > 0.01  # every minibatch has a signal: else take another seed
             rate = rates.pop(0)
             for group in optimizer.param_groups:
                 group["lr"] = rate

@@ -12,7 +12,8 @@ from torch.autograd.gradcheck import GradcheckError
 from torch.func import functional_call
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from grpo.logprobs import compute_logprobs
+import grpo.logprobs
+from grpo.logprobs import can_share_prefix, compute_logprobs, find_head
 from grpo.loss import AGGREGATIONS, KL_ESTIMATORS, clipped_surrogate, kl_divergence, loss_weights
 
 MASK = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]], dtype=torch.bool)
@@ -24,11 +25,12 @@ def random(*shape: int, seed: int, size: float = 1.0) -> Tensor:
     return size * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def random_tokens(vocabulary: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def random_tokens(vocabulary: int, *, is_one_prompt: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four arguments of compute_logprobs."""
     generator = torch.Generator().manual_seed(0)
     prompt_ids, completion_ids = (torch.randint(vocabulary, (3, length), generator=generator) for length in (3, 4))
-    return prompt_ids, PROMPT_MASK, completion_ids, MASK
+    prompt_of = [0, 0, 0] if is_one_prompt else [0, 1, 2]
+    return prompt_ids[prompt_of], PROMPT_MASK[prompt_of], completion_ids, MASK
 
 
 # Log-probs
@@ -43,12 +45,10 @@ class AveragingModel(nn.Module):
         self.positions = nn.Parameter(random(7, 2, seed=2))
         self.head = nn.Parameter(random(2, VOCABULARY, seed=3))
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, logits_to_keep: int, **_: Any
-    ) -> SimpleNamespace:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, **_: Any) -> SimpleNamespace:
         hidden = (self.embedding[input_ids] + self.positions[position_ids]) * attention_mask.unsqueeze(-1)
         average = hidden.cumsum(1) / attention_mask.cumsum(1).clamp(min=1).unsqueeze(-1)
-        return SimpleNamespace(logits=(average.tanh() @ self.head)[:, -logits_to_keep:])
+        return SimpleNamespace(logits=average.tanh() @ self.head)
 
 
 @pytest.mark.parametrize("temperature", [0.4, 1.7])
@@ -141,11 +141,38 @@ def llama() -> LlamaForCausalLM:
 
 
 WEIGHTS = ["model.norm.weight", "model.layers.0.self_attn.k_proj.weight", "model.layers.1.input_layernorm.weight"]
+WEIGHTS.append("lm_head.weight")
 
 
-def loss_of(llama: LlamaForCausalLM, aggregation: str, estimator: str) -> Callable[..., Tensor]:
-    """The loss of one optimizer step as a function of three of the weights."""
-    tokens = random_tokens(7)
+class Scorer(nn.Module):
+    """compute_logprobs as a module, so that functional_call swaps whatever it reads of the model, the head included."""
+
+    def __init__(self, scored: LlamaForCausalLM) -> None:
+        super().__init__()
+        self.scored = scored
+
+    def forward(self, *tokens: Tensor, **settings: Any) -> Tensor:
+        return compute_logprobs(self.scored, *tokens, **settings)[0]
+
+
+def score_with(llama: LlamaForCausalLM, names: list[str], values: tuple[Tensor, ...], *tokens: Tensor) -> Tensor:
+    """(B, C) log-probs with these values of the weights; completions of one prompt stand behind one copy of it."""
+    swapped = {f"scored.{name}": value for name, value in zip(names, values, strict=True)}
+    settings = {"temperature": 0.7, "group_size": 3, "shared_prefix": "always"}
+    return functional_call(Scorer(llama), swapped, tokens, settings)
+
+
+@pytest.fixture
+def _tiny_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two tokens at a time through the head, of nine."""
+    monkeypatch.setattr(grpo.logprobs, "CHUNK", 2 * 7)
+
+
+def loss_of(
+    llama: LlamaForCausalLM, aggregation: str, estimator: str, *, is_one_prompt: bool = False
+) -> Callable[..., Tensor]:
+    """The loss of one optimizer step as a function of four of the weights."""
+    tokens = random_tokens(7, is_one_prompt=is_one_prompt)
     with torch.no_grad():
         start = compute_logprobs(llama, *tokens, temperature=0.7)[0]
     old, ref = start - AWAY_FROM_KINKS, start + random(3, 4, seed=3, size=0.5)
@@ -153,10 +180,7 @@ def loss_of(llama: LlamaForCausalLM, aggregation: str, estimator: str) -> Callab
     weights = loss_weights(MASK, aggregation, max_completion_length=6, dtype=torch.float64)
 
     def loss(*values: Tensor) -> Tensor:
-        def call(**inputs: Any) -> Any:
-            return functional_call(llama, dict(zip(WEIGHTS, values, strict=True)), kwargs=inputs)
-
-        logps, _ = compute_logprobs(call, *tokens, temperature=0.7)
+        logps = score_with(llama, WEIGHTS, values, *tokens)
         surrogate = clipped_surrogate(logps, old, advantages, MASK, clip_range=0.2)
         kl = kl_divergence(logps, ref, estimator=estimator, old_logps=old, completion_mask=MASK)
         return ((surrogate + 0.3 * kl) * weights).sum()
@@ -164,14 +188,22 @@ def loss_of(llama: LlamaForCausalLM, aggregation: str, estimator: str) -> Callab
     return loss
 
 
+@pytest.mark.usefixtures("_tiny_chunks")
 @pytest.mark.parametrize(
-    ("aggregation", "estimator"),
-    [*((aggregation, "k3_corrected") for aggregation in AGGREGATIONS), ("token", "k3")],
+    ("aggregation", "estimator", "is_one_prompt"),
+    [
+        *((aggregation, "k3_corrected", False) for aggregation in AGGREGATIONS),
+        ("token", "k3", False),
+        ("token", "k3_corrected", True),  # three completions in one row
+    ],
 )
 def test_the_loss_of_a_step_in_weights_of_a_tiny_llama(
-    llama: LlamaForCausalLM, aggregation: str, estimator: str
+    llama: LlamaForCausalLM, aggregation: str, estimator: str, is_one_prompt: bool
 ) -> None:
-    loss = loss_of(llama, aggregation, estimator)
+    """Through the chunked head, whose gradient is written by hand."""
+    assert find_head(llama) is not None
+    assert can_share_prefix(llama, 7)
+    loss = loss_of(llama, aggregation, estimator, is_one_prompt=is_one_prompt)
     values = tuple(llama.get_parameter(name).detach().clone().requires_grad_() for name in WEIGHTS)
     assert gradcheck(loss, values)
     gradients = torch.autograd.grad(loss(*values), values)
@@ -183,10 +215,7 @@ def test_old_logps_that_follow_the_policy_have_another_gradient(llama: LlamaForC
     tokens, advantages = random_tokens(7), random(3, 1, seed=4)
 
     def loss(weight: Tensor) -> Tensor:
-        def call(**inputs: Any) -> Any:
-            return functional_call(llama, {WEIGHTS[0]: weight}, kwargs=inputs)
-
-        logps, _ = compute_logprobs(call, *tokens, temperature=0.7)
+        logps = score_with(llama, WEIGHTS[:1], (weight,), *tokens)
         return clipped_surrogate(logps, logps.detach(), advantages, MASK, clip_range=0.2).sum()
 
     with pytest.raises(GradcheckError):

@@ -5,7 +5,7 @@ gradient the chain rule written out by hand.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from random import Random
 from types import SimpleNamespace
@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
+import grpo.logprobs
 from grpo.advantages import BASELINES, SCALES, group_advantages, groups_without_spread
-from grpo.logprobs import compute_logprobs
+from grpo.logprobs import compute_logprobs, find_head
 from grpo.loss import AGGREGATIONS, KL_ESTIMATORS, clipped_surrogate, clipped_tokens, kl_divergence, loss_weights
 from grpo.records import TokenMeans
 
@@ -308,13 +310,50 @@ def random_logits(seed: int) -> Tensor:
     return torch.randn(9, VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def model_of(logits: Tensor) -> Any:
-    """A model that looks its logits up."""
+class Lookup(PreTrainedModel):
+    """Looks its logits up: the hidden state is one-hot, of position and token, and the LM head holds their logits."""
 
-    def model(input_ids: Tensor, position_ids: Tensor, logits_to_keep: int, **_: Any) -> SimpleNamespace:
-        return SimpleNamespace(logits=logits[position_ids, input_ids][:, -logits_to_keep:])
+    config_class = PreTrainedConfig
+    base_model_prefix = "trunk"
 
-    return model
+    def __init__(self, logits: Tensor) -> None:
+        num_pairs = len(logits) * VOCABULARY
+        super().__init__(PreTrainedConfig(vocab_size=VOCABULARY, hidden_size=num_pairs))
+        self.trunk = OneHot(num_pairs)
+        self.lm_head = nn.Linear(num_pairs, VOCABULARY, bias=False)
+        self.lm_head.weight = nn.Parameter(logits.flatten(0, 1).T)  # (V, positions * V)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def forward(self, **inputs: Any) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.lm_head(self.trunk(**inputs).last_hidden_state))
+
+
+class OneHot(nn.Module):
+    def __init__(self, num_pairs: int) -> None:
+        super().__init__()
+        self.num_pairs = num_pairs
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None, **_: Any) -> SimpleNamespace:
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1])
+        pairs = position_ids * VOCABULARY + input_ids
+        return SimpleNamespace(last_hidden_state=nn.functional.one_hot(pairs, self.num_pairs).double())
+
+
+@pytest.fixture(params=["all logits", "head"])
+def score(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Tensor, Tensor]]:
+    """score(model): log-probs and entropies, from logits that the model gives, or from its head by chunks of 2 tokens."""
+    monkeypatch.setattr(grpo.logprobs, "CHUNK", 2 * VOCABULARY)
+
+    def score(model: Lookup, temperature: float = TEMPERATURE) -> tuple[Tensor, Tensor]:
+        assert find_head(model) is not None
+        tokens = (*padded(PROMPTS, is_left=True), *padded(COMPLETIONS, is_left=False))
+        scored: Any = model if request.param == "head" else model.forward
+        return compute_logprobs(scored, *tokens, temperature=temperature)
+
+    return score
 
 
 def padded(rows: list[list[int]], *, is_left: bool) -> tuple[Tensor, Tensor]:
@@ -324,11 +363,6 @@ def padded(rows: list[list[int]], *, is_left: bool) -> tuple[Tensor, Tensor]:
     ids = [[0] * gap + row if is_left else row + [0] * gap for row, gap in zip(rows, gaps, strict=True)]
     places = [[t >= gap if is_left else t < width - gap for t in range(width)] for gap in gaps]
     return torch.tensor(ids), torch.tensor(places)
-
-
-def our_logprobs(logits: Tensor, temperature: float = TEMPERATURE) -> tuple[Tensor, Tensor]:
-    tokens = (*padded(PROMPTS, is_left=True), *padded(COMPLETIONS, is_left=False))
-    return compute_logprobs(model_of(logits), *tokens, temperature=temperature)
 
 
 def predicting(i: int, t: int) -> tuple[int, int]:
@@ -350,20 +384,22 @@ def oracle_logprobs(logits: Tensor) -> tuple[Table, Table]:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_logps_and_entropies_equal_a_softmax_by_hand(seed: int) -> None:
+def test_logps_and_entropies_equal_a_softmax_by_hand(score: Callable[..., tuple[Tensor, Tensor]], seed: int) -> None:
     logits = random_logits(seed)
-    logps, entropies = our_logprobs(logits)
+    logps, entropies = score(Lookup(logits))
     expected_logps, expected_entropies = oracle_logprobs(logits)
     assert logps.tolist() == exactly(expected_logps)
     assert entropies.tolist() == exactly(expected_entropies)
-    for wrong in (our_logprobs(logits, temperature=1.0), our_logprobs(logits.roll(1, dims=0))):
+    for wrong in (score(Lookup(logits), temperature=1.0), score(Lookup(logits.roll(1, dims=0)))):
         assert (wrong[0] - logps).abs().max() > 0.1
         assert (wrong[1] - entropies).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("estimator", KL_ESTIMATORS)
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_the_gradient_reaches_the_logits_as_the_chain_rule_says(aggregation: str, estimator: str) -> None:
+def test_the_gradient_reaches_the_logits_as_the_chain_rule_says(
+    score: Callable[..., tuple[Tensor, Tensor]], aggregation: str, estimator: str
+) -> None:
     """From logits and rewards to d loss / d logits: the softmax's part is (1[v = token] - p_v) / temperature."""
     setting = Setting(aggregation, estimator)
     rewards = [[1.0, 0.0], [0.5, 3.0]]
@@ -378,11 +414,11 @@ def test_the_gradient_reaches_the_logits_as_the_chain_rule_says(aggregation: str
             for v in range(VOCABULARY):
                 expected[predicting(i, t)][v] += slopes[i][t] * ((v == token) - probs[v]) / TEMPERATURE
 
-    leaf = policy.clone().requires_grad_()
-    ours, our_entropies = our_logprobs(leaf)
+    model = Lookup(policy)
+    ours, our_entropies = score(model)
     _, mask = padded(COMPLETIONS, is_left=False)
     loss, _ = our_objective(doubles(rewards), ours, doubles(old), doubles(ref), mask, our_entropies, setting)
-    (gradient,) = torch.autograd.grad(loss, leaf)
+    (gradient,) = torch.autograd.grad(loss, model.lm_head.weight)
     assert loss.item() == exactly(expected_loss)
-    torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(gradient.T.view_as(expected), expected, rtol=0, atol=1e-12)
     assert expected.abs().max() > 1e-3

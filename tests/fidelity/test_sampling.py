@@ -1,7 +1,7 @@
 """Sampled tokens follow the distribution they claim to: chi-square tests, each with distributions that it rejects."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -148,6 +148,57 @@ def test_generated_tokens_follow_the_models_own_softmax(
         assert p_value(counts, distribution(logits, **settings)) > PLAUSIBLE
         hotter = settings | {"temperature": 1.25 * settings["temperature"]}
         assert p_value(counts, distribution(logits, **hotter)) < REJECTED
+
+
+# The noise itself
+
+
+def neighbours(noise: Callable[[int, Sequence[int], int], Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Pairs of numbers that must have nothing to do with each other, 80,000 of each kind."""
+    by_row = noise(11, range(4001), 20)
+    by_seed = torch.stack([noise(seed, range(200), 20) for seed in range(21)])  # (21, 200, 20)
+    far = noise(11, [index << 32 for index in range(4001)], 20)
+    return {
+        "completions": (by_row[1:], by_row[:-1]),
+        "completions whose indices differ above bit 32": (far[1:], far[:-1]),
+        "tokens": (by_row[:, 1:], by_row[:, :-1]),
+        "tokens four apart": (by_row[:, 4:], by_row[:, :-4]),
+        "seeds": (by_seed[1:], by_seed[:-1]),
+    }
+
+
+def p_value_of_pairs(pairs: tuple[Tensor, Tensor]) -> float:
+    """Of 256 equally likely squares: any dependence that leaves its mark there shows, correlation is only one."""
+    first, second = ((16 * numbers.flatten()).long() for numbers in pairs)
+    return p_value(torch.bincount(16 * first + second, minlength=256), [1 / 256] * 256)
+
+
+def test_noise_is_uniform_and_neighbours_are_independent() -> None:
+    for name, pairs in neighbours(sampling_noise).items():
+        assert p_value_of_pairs(pairs) > PLAUSIBLE, name
+        first, second = (numbers.double().flatten() for numbers in pairs)
+        # Four standard errors of the moments of a uniform number: mean 1/2, variance 1/12, correlation 0.
+        assert first.mean().item() == pytest.approx(1 / 2, abs=4 * math.sqrt(1 / 12 / len(first))), name
+        assert first.var().item() == pytest.approx(1 / 12, abs=4 * math.sqrt(1 / 180 / len(first))), name
+        assert abs(torch.corrcoef(torch.stack([first, second]))[0, 1].item()) < 4 / math.sqrt(len(first)), name
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("completions", lambda seed, indices, length: sampling_noise(seed, [index // 16 for index in indices], length)),
+        (
+            "completions whose indices differ above bit 32",
+            lambda seed, indices, length: sampling_noise(seed, [index % 2**32 for index in indices], length),
+        ),
+        ("tokens", lambda seed, indices, length: sampling_noise(seed, indices, 1).expand(-1, length)),
+        ("tokens four apart", lambda seed, indices, length: sampling_noise(seed, indices, 4).repeat(1, length // 4)),
+        ("seeds", lambda seed, indices, length: sampling_noise(seed // 16, indices, length)),
+        ("seeds", lambda seed, indices, length: (sampling_noise(0, indices, length) + seed / 7) % 1),
+    ],
+)
+def test_noise_that_hangs_together_is_rejected(name: str, wrong: Callable[[int, Sequence[int], int], Tensor]) -> None:
+    assert p_value_of_pairs(neighbours(wrong)[name]) < REJECTED
 
 
 def test_noise_shared_by_all_completions_is_rejected() -> None:

@@ -1,6 +1,7 @@
-"""An optimizer step's gradient and metrics depend on neither micro-batches, nor the order of rows, nor padding."""
+"""An optimizer step's gradient depends on neither micro-batches, nor the order of rows, nor padding, nor idle groups."""
 
 import copy
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,14 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import train_grpo
 from grpo.advantages import group_advantages
 from grpo.logprobs import compute_logprobs
 from grpo.loss import AGGREGATIONS, clipped_surrogate, clipped_tokens, kl_divergence, loss_weights
+from grpo.policy import load_policy
 from grpo.records import TokenMeans
+from grpo.rollout import Rollout, generate_completions
 from tests.conftest import make_tiny_model
+from train_grpo import without_idle
 
 PROMPT_LENGTHS = (3, 3, 3, 3, 7, 7, 7, 7)  # two groups of four
 LENGTHS = (4, 1, 6, 2, 3, 6, 5, 1)
@@ -190,12 +196,12 @@ def test_a_float32_run_of_several_updates_does_not_depend_on_micro_batches(
 ) -> None:
     """The real loop: two passes over the rollout, two optimizer steps a pass, ratios beyond both clips."""
     settings = {"num_iterations": 2, "num_minibatches": 2, "kl_coeff": 0.1, "learning_rate": 1e-3, "clip_range": 0.01}
-    expected, folder = train_tiny("gpt2", micro_batch_size=16, **settings)
+    expected, folder = train_tiny("gpt2", **settings)
     names = ["loss", "grad_norm", "kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean"]
     assert min(expected[name] for name in names[1:]) > 0.01
     weights = AutoModelForCausalLM.from_pretrained(folder / "final").state_dict()
-    for size in (1, 3):
-        row, folder = train_tiny("gpt2", micro_batch_size=size, **settings)
+    for cut in ({"micro_batch_size": 1}, {"micro_batch_size": 3}, {"micro_batch_tokens": 35}):
+        row, folder = train_tiny("gpt2", **cut, **settings)
         assert {name: row[name] for name in names} == pytest.approx(
             {name: expected[name] for name in names}, rel=1e-5, abs=1e-6
         )
@@ -203,3 +209,176 @@ def test_a_float32_run_of_several_updates_does_not_depend_on_micro_batches(
             # A bias of all keys leaves the attention as it is: its gradient is rounding, and Adam makes steps of that.
             if not name.endswith("c_attn.bias"):
                 torch.testing.assert_close(weight, weights[name], rtol=0, atol=1e-6, msg=name)
+
+
+# Groups whose rewards are all alike
+
+ALIKE_REWARD = """
+def alike(prompts, completions, **_):
+    return [0.5 for _ in prompts]
+
+def alike_for_sums(prompts, completions, **_):
+    return [0.5 if "=" in prompt else len(text) / 8 for prompt, text in zip(prompts, completions)]
+"""
+
+
+class Watched:
+    """What the loop sampled and chose to score in its runs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.rollout: Rollout | None = None  # the last one
+        self.scored: list[list[int]] = []  # rows of every minibatch, sorted
+        self.scores_all = False  # scored behind a copy of the prompt each, alike or not, as the naive loop would
+        self.counts_all = True  # the tokens that are not scored too
+        for name in ("generate_completions", "without_idle", "loss_weights"):
+            monkeypatch.setattr(train_grpo, name, getattr(self, name))
+        micro_batches = Rollout.micro_batches
+
+        def cut(rollout: Rollout, groups: Tensor, **limits: int) -> list[Tensor]:
+            self.scored.append(groups.flatten().tolist())
+            return micro_batches(rollout, groups, **limits)
+
+        monkeypatch.setattr(Rollout, "micro_batches", cut)
+
+    def generate_completions(self, *arguments: Any, **settings: Any) -> Rollout:
+        self.rollout = generate_completions(*arguments, **settings)
+        return self.rollout
+
+    def without_idle(self, rows: Tensor, is_idle: Tensor) -> Tensor:
+        return rows if self.scores_all else without_idle(rows, is_idle)
+
+    def loss_weights(self, mask: Tensor, *arguments: Any, **settings: Any) -> Tensor:
+        if self.counts_all:
+            return loss_weights(mask, *arguments, **settings)
+        weights, rows = torch.zeros(mask.shape), self.scored[-1]
+        weights[rows] = loss_weights(mask[rows], *arguments, **settings)
+        return weights
+
+    def num_tokens(self, rows: Any = slice(None)) -> int:
+        assert self.rollout is not None
+        return int(self.rollout.completion_mask[rows].sum())
+
+
+@pytest.fixture
+def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Watched:
+    (tmp_path / "alike_reward.py").write_text(ALIKE_REWARD)
+    monkeypatch.syspath_prepend(tmp_path)
+    return Watched(monkeypatch)
+
+
+SOME_ALIKE = {"rewards": "[alike_reward:alike_for_sums]", "kl_coeff": 0, "learning_rate": 1e-3}  # two of four groups
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "baseline"), [("token", "group"), ("sequence", "leave_one_out"), ("constant", "group")]
+)
+def test_a_group_without_a_signal_may_be_left_out(
+    train_tiny: Callable[..., tuple[dict[str, Any], Path]], watched: Watched, aggregation: str, baseline: str
+) -> None:
+    """Same gradient, same weights; its tokens still count in the denominator."""
+    settings = SOME_ALIKE | {"loss_aggregation": aggregation, "advantage_baseline": baseline, "num_iterations": 2}
+    settings |= {"max_grad_norm": 1e9, "clip_range": 0.01}
+    row, folder = train_tiny("llama", **settings)
+    assert row["frac_reward_zero_std"] == 0.5
+    (scored,) = watched.scored
+    assert len(scored) == 8
+
+    watched.scores_all = True
+    expected, expected_folder = train_tiny("llama", shared_prefix="never", **settings)
+    assert watched.scored[1] == list(range(16))
+    assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5, abs=1e-6)
+    assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+    assert row["grad_norm"] > 0.01
+    weights = [AutoModelForCausalLM.from_pretrained(path / "final").state_dict() for path in (folder, expected_folder)]
+    for name, weight in weights[1].items():
+        torch.testing.assert_close(weights[0][name], weight, rtol=0, atol=1e-6, msg=name)
+    # A token that clips is one that is scored: the shares differ by what they are shares of.
+    for name in ("clip_ratio/low_mean", "clip_ratio/high_mean"):
+        assert row[name] * watched.num_tokens(scored) == pytest.approx(expected[name] * watched.num_tokens(), rel=1e-5)
+        assert row[name] > expected[name] > 0
+
+    watched.scores_all, watched.counts_all = False, False
+    wrong, _ = train_tiny("llama", **settings)
+    assert wrong["grad_norm"] > 1.2 * row["grad_norm"]
+
+
+def test_metrics_cover_the_rows_that_are_scored(
+    train_tiny: Callable[..., tuple[dict[str, Any], Path]], watched: Watched, tmp_path: Path
+) -> None:
+    names = ("entropy", "sampling/logp_difference/mean", "sampling/logp_difference/max")
+
+    def run_and_work_out(**changes: Any) -> tuple[list[float], list[float]]:
+        """What the run says, and what its rows give; a narrow sampler, so that it differs from the scorer."""
+        row, _ = train_tiny("llama", top_k=3, **SOME_ALIKE, **changes)
+        policy, _ = load_policy(str(tmp_path / "llama"), base_seed=0, device=torch.device("cpu"))
+        assert watched.rollout is not None
+        rollout = watched.rollout.select(torch.tensor(watched.scored[-1]))
+        with torch.no_grad():
+            logps, entropies = compute_logprobs(policy, *rollout.tokens())
+        mask = rollout.completion_mask
+        differences = (rollout.sampling_logps - logps).abs()[mask]
+        values = [entropies[mask].mean(), differences.mean(), differences.max()]
+        return [row[name] for name in names], [value.item() for value in values]
+
+    found, expected = run_and_work_out()
+    assert found == pytest.approx(expected, rel=1e-4)
+    watched.scores_all = True
+    found_of_all, expected_of_all = run_and_work_out()
+    assert found_of_all == pytest.approx(expected_of_all, rel=1e-4)
+    assert abs(found_of_all[0] / found[0] - 1) > 1e-3
+    assert abs(found_of_all[1] / found[1] - 1) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("num_scored", "settings"),
+    [
+        (8, {}),
+        (8, {"advantage_baseline": "leave_one_out", "advantage_scale": "batch"}),
+        (16, {"kl_coeff": 0.1}),
+        (16, {"advantage_baseline": "batch", "advantage_scale": "none"}),
+        (16, {"advantage_baseline": "none", "advantage_scale": "none"}),
+    ],
+    ids=str,
+)
+def test_nothing_is_left_out_that_has_a_gradient(
+    train_tiny: Callable[..., tuple[dict[str, Any], Path]], watched: Watched, num_scored: int, settings: dict[str, Any]
+) -> None:
+    """A KL holds every token, and against the whole batch a group may be better than others as a whole."""
+    train_tiny("llama", **(SOME_ALIKE | settings))
+    assert [len(rows) for rows in watched.scored] == [num_scored]
+
+
+def test_where_no_group_has_a_signal_the_first_optimizer_step_is_one_of_nothing(
+    train_tiny: Callable[..., tuple[dict[str, Any], Path]], watched: Watched, tmp_path: Path
+) -> None:
+    row, folder = train_tiny("llama", **(SOME_ALIKE | {"rewards": "[alike_reward:alike]", "num_minibatches": 2}))
+    assert row["frac_reward_zero_std"] == 1.0
+    assert watched.scored == [[0], [8]]
+    assert row["loss"] == row["grad_norm"] == 0.0
+    assert row["entropy"] > 0.1
+    state = torch.load(folder / "step-000001" / "optimizer.pt", weights_only=True)["state"]
+    assert len(state) > 10
+    assert {weight["step"].item() for weight in state.values()} == {2.0}
+    assert not any(weight["exp_avg"].any() for weight in state.values())
+    weights = [load_file(path / "model.safetensors") for path in (tmp_path / "llama", folder / "final")]
+    assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
+
+
+def test_where_no_group_has_a_signal_momentum_moves_the_weights(
+    train_tiny: Callable[..., tuple[dict[str, Any], Path]], watched: Watched, tmp_path: Path
+) -> None:
+    """Step 1 has a signal, step 2 has none."""
+    settings = SOME_ALIKE | {"batch_size": 1, "num_train_steps": 2, "save_every": 1, "adam_beta1": 0.8, "seed": 1}
+    _, folder = train_tiny("llama", **settings)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()[1:]]
+    assert [row["frac_reward_zero_std"] for row in rows] == [0.0, 1.0]  # else take another seed
+    assert [len(scored) for scored in watched.scored] == [4, 1]
+    assert rows[0]["grad_norm"] > 0.01
+    assert rows[1]["loss"] == rows[1]["grad_norm"] == 0.0
+    first, second = (folder / f"step-{step:06d}" for step in (1, 2))
+    moments = [torch.load(path / "optimizer.pt", weights_only=True)["state"] for path in (first, second)]
+    for before, after in zip(moments[0].values(), moments[1].values(), strict=True):
+        assert (before["step"], after["step"]) == (1, 2)
+        torch.testing.assert_close(after["exp_avg"], 0.8 * before["exp_avg"])
+    weights = [load_file(path / "model.safetensors") for path in (first, second)]
+    assert all(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0] if "norm" in name)

@@ -20,6 +20,7 @@ from grpo.logprobs import compute_logprobs
 from grpo.loss import AGGREGATIONS, KL_ESTIMATORS, clipped_surrogate, clipped_tokens, kl_divergence, loss_weights
 from grpo.policy import frozen_copy, load_policy, make_optimizer
 from grpo.records import TokenMeans
+from grpo.rollout import Rollout
 from tests.test_loss import EXACT, MASK, doubles, random, value_and_gradient
 
 NAN, INF = float("nan"), float("inf")
@@ -103,6 +104,19 @@ def spy_on(monkeypatch: pytest.MonkeyPatch, name: str) -> list[dict[str, Any]]:
 
     monkeypatch.setattr(train_grpo, name, spy)
     return calls
+
+
+def spy_on_micro_batches(monkeypatch: pytest.MonkeyPatch) -> list[list[Tensor]]:
+    """For every minibatch of the run its micro-batches, as the row numbers they hold."""
+    found: list[list[Tensor]] = []
+    micro_batches = Rollout.micro_batches
+
+    def spy(*args: Any, **kwargs: Any) -> list[Tensor]:
+        found.append(micro_batches(*args, **kwargs))
+        return found[-1]
+
+    monkeypatch.setattr(Rollout, "micro_batches", spy)
+    return found
 
 
 # Clip
@@ -309,17 +323,21 @@ def test_mask_dropped_in_the_loop(run_training: Callable[..., Run], monkeypatch:
     """Truncated completions left out: of the surrogate, of the KL, and of the weights' denominator alike."""
     names = ("clipped_surrogate", "kl_divergence", "loss_weights")
     calls = {name: spy_on(monkeypatch, name) for name in names}
+    minibatches = spy_on_micro_batches(monkeypatch)
     samples = run_training(mask_truncated_completions=True).samples
-    is_truncated = [row["is_truncated"] for row in samples]
-    assert 0 < sum(is_truncated) < 12
+    is_truncated = torch.tensor([row["is_truncated"] for row in samples])
+    assert 0 < is_truncated.sum() < 12
+    ((rows,),) = minibatches  # in another order than the rollout's
+    assert rows.sort().values.tolist() == list(range(12))
     masks = [
         calls["clipped_surrogate"][0][3],
         calls["kl_divergence"][0]["completion_mask"],
-        calls["loss_weights"][0][0],
+        calls["loss_weights"][0][0][rows],
     ]
     for mask in masks:
-        assert (mask.sum(1) == 0).tolist() == is_truncated
+        assert torch.equal(mask.sum(1) == 0, is_truncated[rows])
         assert torch.equal(mask, masks[0])
+    assert not torch.equal(is_truncated[rows], is_truncated)
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
@@ -546,14 +564,19 @@ def test_token_mean_per_micro_batch_is_another_gradient(make_model: Callable[...
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_loss_weights_per_micro_batch_in_the_loop(run_training: Callable[..., Run], aggregation: str) -> None:
+def test_loss_weights_per_micro_batch_in_the_loop(
+    run_training: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, aggregation: str
+) -> None:
     settings = {"loss_aggregation": aggregation, "max_grad_norm": 1e9}
     run = run_training(**settings)
     assert len({len(row["completion"]) for row in run.samples}) > 2  # ragged, else a mean per micro-batch would pass
     assert run.steps[0]["grad_norm"] > 0.01
-    (pieces,) = run_training(micro_batch_size=5, **settings).steps
-    assert pieces["grad_norm"] == pytest.approx(run.steps[0]["grad_norm"], rel=1e-4)
-    assert pieces["loss"] == pytest.approx(run.steps[0]["loss"], abs=1e-6)
+    minibatches = spy_on_micro_batches(monkeypatch)
+    for cut in ({"micro_batch_size": 5}, {"micro_batch_tokens": 40}):
+        (pieces,) = run_training(**cut, **settings).steps
+        assert len(minibatches[-1]) > 2
+        assert pieces["grad_norm"] == pytest.approx(run.steps[0]["grad_norm"], rel=1e-4)
+        assert pieces["loss"] == pytest.approx(run.steps[0]["loss"], abs=1e-6)
 
 
 def test_last_micro_batch_loss_reported(run_training: Callable[..., Run]) -> None:
@@ -627,7 +650,7 @@ def test_bf16_checkpoint_trained_in_bf16(
 
 def returning_logits(logits: Tensor) -> Any:
     """A model with these logits (B, T, V) whatever it is asked."""
-    return lambda input_ids, logits_to_keep, **_: SimpleNamespace(logits=logits[:, -logits_to_keep:])
+    return lambda **_: SimpleNamespace(logits=logits)
 
 
 def test_bf16_old_logps_scored_in_other_micro_batches(

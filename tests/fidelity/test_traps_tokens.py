@@ -265,7 +265,8 @@ def test_the_update_scores_the_very_ids_that_were_sampled(
     train_tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prompts included: scoring another prompt than the sampled one is the same trap."""
-    rollouts, scored = list[Rollout](), list[tuple[Tensor, ...]]()
+    rollouts, scored, pieces = list[Rollout](), list[tuple[Tensor, ...]](), list[Tensor]()
+    micro_batches = Rollout.micro_batches
 
     def watched_sampler(*arguments: Any, **settings: Any) -> Rollout:
         rollouts.append(generate_completions(*arguments, **settings))
@@ -275,13 +276,21 @@ def test_the_update_scores_the_very_ids_that_were_sampled(
         scored.append(tokens)
         return compute_logprobs(model, *tokens, **settings)
 
+    def watched_cut(*arguments: Any, **settings: Any) -> list[Tensor]:
+        pieces.extend(micro_batches(*arguments, **settings))
+        return pieces
+
     monkeypatch.setattr(train_grpo, "generate_completions", watched_sampler)
     monkeypatch.setattr(train_grpo, "compute_logprobs", watched_scorer)
+    monkeypatch.setattr(Rollout, "micro_batches", watched_cut)
     train_tiny("llama", micro_batch_size=6)
     rollout = rollouts[-1]  # the first one is the pre-flight's
     assert rollout.completion_ids.shape[0] == 16
     assert len(scored) == 2 * 3  # reference and policy, micro-batches of 6, 6 and 4
-    for call, rows in zip(scored, [slice(0, 6), slice(6, 12), slice(12, 16)] * 2, strict=True):
+    assert len(pieces) > 2
+    assert max(len(rows) for rows in pieces) <= 6
+    assert sorted(torch.cat(pieces).tolist()) == list(range(16))  # each once
+    for call, rows in zip(scored, pieces * 2, strict=True):
         assert all(torch.equal(ours, sampled[rows]) for ours, sampled in zip(call, rollout.tokens(), strict=True))
 
 
@@ -497,7 +506,11 @@ def test_temperature_missing_when_scoring_shows_in_the_logged_difference(
     train_tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert train_tiny("llama", temperature=0.7)[0]["sampling/logp_difference/max"] < 1e-5
-    monkeypatch.setattr(train_grpo, "compute_logprobs", lambda *tokens, temperature: compute_logprobs(*tokens))
+
+    def at_temperature_1(*tokens: Any, temperature: float, **settings: Any) -> tuple[Tensor, Tensor]:
+        return compute_logprobs(*tokens, **settings)
+
+    monkeypatch.setattr(train_grpo, "compute_logprobs", at_temperature_1)
     assert train_tiny("llama", temperature=0.7)[0]["sampling/logp_difference/mean"] > 0.05
 
 

@@ -44,7 +44,13 @@ def test_every_setting_reaches_its_function(run_training: Callable[..., Run], mo
     names = ["samples_for_step", "generate_completions", "evaluate_greedy", "compute_logprobs", "group_advantages"]
     names += ["loss_weights", "clipped_surrogate", "clipped_tokens", "kl_divergence"]
     calls = {name: spy_on(monkeypatch, name) for name in names}
-    max_norms = []
+    cuts, max_norms = [], []
+    micro_batches = Rollout.micro_batches
+
+    def micro_batches_spied(rollout: Rollout, groups: Tensor, **limits: int) -> list[Tensor]:
+        cuts.append((groups.tolist(), limits))
+        return micro_batches(rollout, groups, **limits)
+
     clip_grad_norm = torch.nn.utils.clip_grad_norm_
 
     def clip_grad_norm_spied(weights: Any, max_norm: float) -> Tensor:
@@ -52,11 +58,12 @@ def test_every_setting_reaches_its_function(run_training: Callable[..., Run], mo
         return clip_grad_norm(weights, max_norm)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_grad_norm_spied)
+    monkeypatch.setattr(Rollout, "micro_batches", micro_batches_spied)
     run_training(
         seed=8,
         group_size=5,
         max_completion_length=50,
-        temperature=0.7,
+        temperature=1.5,  # hot, so that every completion ends before its 50 tokens
         top_p=0.9,
         top_k=40,
         advantage_baseline="leave_one_out",
@@ -68,6 +75,8 @@ def test_every_setting_reaches_its_function(run_training: Callable[..., Run], mo
         max_grad_norm=5.0,
         num_iterations=2,
         micro_batch_size=15,
+        micro_batch_tokens=1000,
+        shared_prefix="always",
     )
     assert all(calls.values())
     # Data and noise; step 0 is the pre-flight, on the samples of step 1.
@@ -75,12 +84,14 @@ def test_every_setting_reaches_its_function(run_training: Callable[..., Run], mo
     assert [call.get("seed") for call in calls["generate_completions"]] == [step_seed(8, 0), step_seed(8, 1)]
     # The sampler
     settings = ("group_size", "max_completion_length", "temperature", "top_p", "top_k")
-    assert given(calls["generate_completions"], *settings) == {(5, 50, 0.7, 0.9, 40)}
+    assert given(calls["generate_completions"], *settings) == {(5, 50, 1.5, 0.9, 40)}
     assert given(calls["evaluate_greedy"], "max_completion_length") == {(50,)}
     # The scorer: reference, policy before the first pass, and both passes
     is_trained = [next(call[0].parameters()).requires_grad for call in calls["compute_logprobs"]]
     assert is_trained == [False, True, True, True]
-    assert given(calls["compute_logprobs"], "temperature") == {(0.7,)}
+    assert given(calls["compute_logprobs"], "temperature", "group_size", "shared_prefix") == {(1.5, 5, "always")}
+    groups = [[5 * p + g for g in range(5)] for p in range(3)]
+    assert cuts == [(groups, {"max_rows": 15, "max_tokens": 1000})]
     # The objective
     assert {call[0].shape for call in calls["group_advantages"]} == {(3, 5)}
     assert given(calls["group_advantages"], "baseline", "scale") == {("leave_one_out", "none")}
@@ -180,9 +191,14 @@ def test_one_steps_gradient_in_the_loop_does_not_depend_on_micro_batches(
         num_runs += 1
         return torch.cat([weight["exp_avg"].flatten() for weight in state.values()]) / (1 - 0.9)
 
-    whole = gradient(micro_batch_size=12)
+    whole = gradient()
     largest = whole.abs().max()
     assert largest > 1e-3
-    for size in (1, 2, 3, 5):
-        assert (gradient(micro_batch_size=size) - whole).abs().max() < 1e-5 * largest, size
-    assert (gradient(micro_batch_size=12, seed=1) - whole).abs().max() > 0.1 * largest  # another rollout is another
+    for changes in (
+        *({"micro_batch_size": size} for size in (1, 2, 3, 5)),
+        *({"micro_batch_tokens": tokens} for tokens in (1, 40, 90)),
+        {"micro_batch_size": 5, "micro_batch_tokens": 60, "shared_prefix": "always"},
+        {"shared_prefix": "never"},
+    ):
+        assert (gradient(**changes) - whole).abs().max() < 1e-5 * largest, changes
+    assert (gradient(seed=1) - whole).abs().max() > 0.1 * largest  # another rollout is another
