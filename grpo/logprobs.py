@@ -149,14 +149,13 @@ def _lay_out(prompts: Tensor, completions: Tensor, k: int, model: PreTrainedMode
     ids = torch.cat([prompts, slots.flatten(1)], dim=1)  # (R, T)
     is_token, is_prompt = ids != PADDING, prompts != PADDING
     after_prompt = is_prompt.sum(1, keepdim=True) + torch.arange(length, device=ids.device).repeat(k)  # (R, k * C)
-    # A lone completion needs no mask of its own, and the kernels for the usual one are faster.
-    mask = (
-        is_token.long() if k == 1 else _block_mask(is_token, prompt_length, k, _matmul_dtype(model.dtype, ids.device))
-    )
+    mask = is_token.long()  # enough for a lone completion, and its kernels are faster
+    if k > 1:
+        mask = _block_mask(is_token, prompt_length, k, _matmul_dtype(model.dtype, ids.device))
     inputs = {
         "input_ids": ids.clamp(min=0),
         "attention_mask": mask,
-        "position_ids": torch.cat([positions_from_mask(is_prompt), after_prompt], dim=1),
+        "position_ids": torch.cat([positions_from_mask(is_prompt), after_prompt * is_token[:, prompt_length:]], dim=1),
     }
     u, t = (completions != PADDING).nonzero(as_tuple=True)  # (N,)
     place = torch.where(t == 0, 0, slot[u] * length + t)  # every completion's first token follows the prompt
@@ -316,7 +315,8 @@ class _ChunkedHead(torch.autograd.Function):
 
 def _matmul_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """What autocast, where it is on, makes of the operands of a matrix product."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
+    is_cast = torch.is_autocast_enabled(device.type) and dtype != torch.float64
+    return torch.get_autocast_dtype(device.type) if is_cast else dtype
 
 
 def _cast(head: Head, dtype: torch.dtype) -> Head:
@@ -387,13 +387,12 @@ def _abilities(model: PreTrainedModel) -> _Abilities:
     if not isinstance(model, PreTrainedModel):
         return _Abilities(False, False)
     if model not in _ABILITIES:
-        was_training = model.training
+        in_training = [module for module in model.modules() if module.training]
         model.eval()
-        try:
-            with torch.autocast(model.device.type, enabled=False):
-                _ABILITIES[model] = _Abilities(_try_head(model), _try_block_mask(model))
-        finally:
-            model.train(was_training)
+        with torch.autocast(model.device.type, enabled=False):
+            _ABILITIES[model] = _Abilities(_try_head(model), _try_block_mask(model))
+        for module in in_training:
+            module.training = True
     return _ABILITIES[model]
 
 
@@ -426,5 +425,5 @@ def _try_block_mask(model: PreTrainedModel) -> bool:
         )
         masked = model(**together, attention_mask=mask).logits[0, 2:]  # (4, V)
         unmasked = model(**together, attention_mask=torch.ones_like(mask[:, 0, 0], dtype=torch.long)).logits[0, 2:]
-        return bool((masked - right).abs().max() <= 0.01 * (unmasked - right).abs().max())
+        return bool((masked - right).abs().max() < 0.01 * (unmasked - right).abs().max())
     return False

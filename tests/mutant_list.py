@@ -26,6 +26,7 @@ SHARED = "tests/fidelity/test_shared_prefix.py::"
 ALONE = f"{SHARED}test_completions_behind_one_prompt_score_as_rows_of_their_own[Llama-sdpa]"
 HEAD = "tests/fidelity/test_chunked_head.py::"
 HEAD_GRADIENT = "tests/fidelity/test_oracle.py::test_the_gradient_reaches_the_logits_as_the_chain_rule_says"
+IDLE = "tests/fidelity/test_step_gradient.py::"
 ORACLE = "tests/fidelity/test_oracle.py::"
 TWO_STEPS = "tests/test_train.py::test_two_steps_of_the_loop_worked_by_hand"
 
@@ -218,10 +219,10 @@ MUTANTS = [
         (f"{SIBLINGS}test_a_roomy_layer_is_a_dynamic_layer",),
     ),
     Mutant(
-        "the room kept when rows are selected",
+        "the room of selected rows taken for tokens",
         ROLLOUT,
-        "self.keys, self.values = self.roomy_keys, self.roomy_values\n",
-        "pass\n",
+        "length = self.keys.shape[-2]",
+        "length = self.roomy_keys.shape[-2]",
         (f"{SIBLINGS}test_a_roomy_layer_is_a_dynamic_layer",),
     ),
     Mutant(
@@ -305,13 +306,6 @@ MUTANTS = [
         (f"{SHARED}test_a_family_that_cannot_share_keeps_rows_of_its_own_and_says_so_once[Gemma2]",),
     ),
     Mutant(
-        "GPT-Neo's window counted in places of a row that siblings share",
-        LOGPROBS,
-        'if hasattr(model.config, "window_size"):',
-        "if False:",
-        (f"{SHARED}test_gpt_neo_counts_places_not_positions",),
-    ),
-    Mutant(
         "a model shares without having been tried",
         LOGPROBS,
         "if not _abilities(model).takes_block_mask:",
@@ -393,8 +387,15 @@ MUTANTS = [
     Mutant(
         "micro-batches counted in tokens without padding",
         ROLLOUT,
-        "width = max(width, lengths[row])",
-        "width = lengths[row]",
+        "num_rows * max(width, lengths[siblings[0]]) <= max_tokens",
+        "num_rows * lengths[siblings[0]] <= max_tokens",
+        (f"{SIBLINGS}test_micro_batches_take_every_row_once_within_their_bounds",),
+    ),
+    Mutant(
+        "siblings parted although they fit",
+        ROLLOUT,
+        "fitting = min(max_rows, max(max_tokens // lengths[group[0]], 1))",
+        "fitting = 1",
         (f"{SIBLINGS}test_micro_batches_take_every_row_once_within_their_bounds",),
     ),
     Mutant(
@@ -666,6 +667,50 @@ MUTANTS = [
         "            optimizer.step()\n            optimizer.zero_grad()\n",
         "            optimizer.step()\n",
         (TWO_STEPS,),
+    ),
+    # Groups whose rewards are all alike
+    Mutant(
+        "idle groups left out although a KL holds them",
+        LOOP,
+        "skips_idle_groups = config.kl_coeff == 0 and ",
+        "skips_idle_groups = ",
+        (f"{IDLE}test_nothing_is_left_out_that_has_a_gradient",),
+    ),
+    Mutant(
+        "idle groups left out although they are measured against others",
+        LOOP,
+        'skips_idle_groups = config.kl_coeff == 0 and config.advantage_baseline in ("group", "leave_one_out")',
+        "skips_idle_groups = config.kl_coeff == 0",
+        (f"{IDLE}test_nothing_is_left_out_that_has_a_gradient",),
+    ),
+    Mutant(
+        "idle groups scored like the others",
+        LOOP,
+        "return chosen if len(chosen) else rows[:1, :1]",
+        "return rows",
+        (f"{IDLE}test_a_group_without_a_signal_may_be_left_out",),
+    ),
+    Mutant(
+        "idle groups numbered within their minibatch",
+        LOOP,
+        "[rows[:, 0] // rows.shape[1]]",
+        "[: len(rows)]",
+        (f"{SIBLINGS}test_idle_groups_are_known_by_their_rows",),
+    ),
+    Mutant(
+        "loss weights counted over the groups that are scored",
+        LOOP,
+        "mask[rows.flatten()], config.loss_aggregation,",
+        "mask[rows.flatten()] & ~is_idle[rows[:, 0] // rows.shape[1]].repeat_interleave(rows.shape[1]).unsqueeze(1), "
+        "config.loss_aggregation,",
+        (f"{IDLE}test_a_group_without_a_signal_may_be_left_out",),
+    ),
+    Mutant(
+        "no optimizer step where no group has a signal",
+        LOOP,
+        "            optimizer.step()\n",
+        "            if not is_idle.all():\n                optimizer.step()\n",
+        (f"{IDLE}test_where_no_group_has_a_signal_the_first_optimizer_step_is_one_of_nothing",),
     ),
     # Runs
     Mutant(

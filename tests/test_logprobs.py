@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo.logprobs import compute_logprobs, positions_from_mask
+from grpo import logprobs
+from grpo.logprobs import SHARED_PREFIX, completions_per_row, compute_logprobs, positions_from_mask
+from tests.conftest import make_tiny_model
 
 EXACT = {"rtol": 0.0, "atol": 1e-12}
 LN2, LN4 = 0.6931471805599453, 1.3862943611198906
@@ -125,3 +127,151 @@ def test_impossible_tokens_have_no_entropy() -> None:
         lambda input_ids, **_: SimpleNamespace(logits=logits[input_ids]), one, one, one, one
     )
     assert entropies.item() == pytest.approx(math.log(2))
+
+
+# Completions behind one prompt. The numbers they give, family by family: fidelity/test_shared_prefix.py
+
+
+def test_the_layout_by_hand() -> None:
+    """Prompt 5 6 with completions 1 2 and 3, prompt 7 8 9 with completion 4; two completions a row. _ is padding.
+
+    _ 5 6 | 1 2 | 3 _
+    7 8 9 | 4 _ | _ _
+    """
+    _ = logprobs.PADDING
+    prompts, completions = ids([_, 5, 6], [_, 5, 6], [7, 8, 9]), ids([1, 2], [3, _], [4, _])
+    rows = logprobs._lay_out(prompts, completions, 2, make_tiny_model("llama"))
+    assert rows.inputs["input_ids"].tolist() == [[0, 5, 6, 1, 2, 3, 0], [7, 8, 9, 4, 0, 0, 0]]
+    is_token = ids([0, 1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0, 0]).bool()
+    expected = ids([0, 0, 1, 2, 3, 2, 3], [0, 1, 2, 3, 4, 3, 4])  # a completion begins where its prompt ends
+    assert torch.equal(rows.inputs["position_ids"][is_token], expected[is_token])
+    mask = rows.inputs["attention_mask"]
+    assert mask.shape == (2, 1, 7, 7)
+    assert set(mask.unique().tolist()) == {0.0, torch.finfo(torch.float32).min}
+    assert (mask[:, 0] == 0).int().tolist() == [
+        [
+            [1, 0, 0, 0, 0, 0, 0],  # padding sees itself
+            [0, 1, 0, 0, 0, 0, 0],  # 5
+            [0, 1, 1, 0, 0, 0, 0],  # 6
+            [0, 1, 1, 1, 0, 0, 0],  # 1
+            [0, 1, 1, 1, 1, 0, 0],  # 2
+            [0, 1, 1, 0, 0, 1, 0],  # 3: the prompt and itself, not 1 2
+            [0, 1, 1, 0, 0, 1, 1],
+        ],
+        [
+            [1, 0, 0, 0, 0, 0, 0],  # 7
+            [1, 1, 0, 0, 0, 0, 0],  # 8
+            [1, 1, 1, 0, 0, 0, 0],  # 9
+            [1, 1, 1, 1, 0, 0, 0],  # 4
+            [1, 1, 1, 1, 1, 0, 0],
+            [1, 1, 1, 0, 0, 1, 0],
+            [1, 1, 1, 0, 0, 0, 1],
+        ],
+    ]
+    assert [x.tolist() for x in rows.token_at] == [[0, 0, 1, 2], [0, 1, 0, 0]]  # 1 2, 3, 4
+    assert rows.row.tolist() == [0, 0, 0, 1]
+    # Counted from 6 and 9: they speak of 1, 3 and 4; the output at 1 speaks of 2.
+    assert rows.place.tolist() == [0, 1, 0, 0]
+
+
+def test_one_completion_a_row_by_hand() -> None:
+    _ = logprobs.PADDING
+    prompts, completions = ids([_, 5, 6], [_, 5, 6]), ids([1, 2], [3, _])
+    rows = logprobs._lay_out(prompts, completions, 1, make_tiny_model("llama"))
+    assert rows.inputs["input_ids"].tolist() == [[0, 5, 6, 1, 2], [0, 5, 6, 3, 0]]
+    assert rows.inputs["attention_mask"].tolist() == [[0, 1, 1, 1, 1], [0, 1, 1, 1, 0]]
+    assert rows.inputs["position_ids"][0].tolist() == [0, 0, 1, 2, 3]
+    assert rows.inputs["position_ids"][1, :4].tolist() == [0, 0, 1, 2]
+    assert rows.row.tolist() == [0, 0, 1]
+    assert rows.place.tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize("counts", [[8], [8, 3, 5], [1], [2, 2, 2, 7]])
+def test_completions_per_row_is_the_cheapest_of_all(counts: list[int]) -> None:
+    chosen = set()
+    for prompt_length in (1, 10, 100, 1000):
+        for length in (1, 8, 64, 512):
+            for hidden_size in (8, 64, 1024):
+                costs = {}
+                for k in range(1, 9):
+                    width = prompt_length + k * length
+                    rows = sum(math.ceil(count / k) for count in counts)
+                    costs[k] = rows * (12 * hidden_size * width + width**2)
+                k = completions_per_row(counts, prompt_length, length, hidden_size, range(1, 9))
+                assert costs[k] == min(costs.values())
+                assert k == min(k for k in costs if costs[k] == costs[min(costs, key=costs.__getitem__)])
+                assert completions_per_row(counts, prompt_length, length, hidden_size, range(3, 5)) in (3, 4)
+                chosen.add(k)
+    assert chosen == {1} if counts == [1] else len(chosen) > 2
+
+
+def widths(prompt_length: int, length: int, **settings: Any) -> set[tuple[int, int]]:
+    """The shape of the batch that a model of width 32 is given for 4 completions of one prompt."""
+    model = make_tiny_model("llama")
+    logprobs.can_share_prefix(model, 1)  # has tried what it wants to try
+    shapes: list[tuple[int, int]] = []
+    model.model.register_forward_pre_hook(
+        lambda _, __, given: shapes.append(given["input_ids"].shape), with_kwargs=True
+    )
+    prompts = torch.arange(prompt_length).remainder(40).expand(4, -1)
+    completions = torch.arange(4 * length).view(4, length).remainder(40)
+    score(model, prompts, torch.ones_like(prompts), completions, torch.ones_like(completions), **settings)
+    return {tuple(shape) for shape in shapes}
+
+
+def test_auto_shares_long_prompts_alone_and_never_and_always_what_they_say() -> None:
+    for shared_prefix in SHARED_PREFIX:
+        assert widths(50, 2, shared_prefix=shared_prefix) == {(4, 52)}  # without groups nothing is shared
+    assert widths(50, 2, group_size=4) == widths(50, 2, group_size=4, shared_prefix="auto") == {(1, 58)}
+    assert widths(50, 2, group_size=4, shared_prefix="always") == {(1, 58)}
+    assert widths(50, 2, group_size=2, shared_prefix="always") == {(2, 54)}  # no more than group_size
+    assert widths(50, 2, group_size=4, shared_prefix="never") == {(4, 52)}
+    assert widths(1, 50, group_size=4) == {(4, 51)}
+    assert widths(1, 50, group_size=4, shared_prefix="always") == {(2, 101)}
+
+
+@pytest.mark.parametrize("shared_prefix", ["Auto", "", "true", None])
+def test_an_unknown_shared_prefix_is_refused_by_name(shared_prefix: Any) -> None:
+    one = ids([1])
+    with pytest.raises(ValueError, match=r"shared_prefix: got .*, allowed: auto, always, never"):
+        score(bigram(TRANSITIONS), one, one, one, one, shared_prefix=shared_prefix)
+
+
+def test_equal_rows_are_scored_once_and_both_count() -> None:
+    """With group_size alone: a copy costs nothing, and its gradient is added to the other's."""
+    model, seen = make_tiny_model("llama"), []
+    prompts, completions = ids([3, 4], [3, 4], [3, 4]), ids([5, 6, 9], [7, 8, 2], [5, 6, 1])
+    mask = ids([1, 1, 0], [1, 1, 1], [1, 1, 0])  # rows 0 and 2 differ in padding alone
+    inputs = prompts, torch.ones_like(prompts), completions, mask
+    expected, _ = score(model, *inputs)
+    (expected_gradient,) = torch.autograd.grad(expected.sum(), model.lm_head.weight)
+    model.model.register_forward_pre_hook(lambda _, __, given: seen.append(len(given["input_ids"])), with_kwargs=True)
+    logps, _ = score(model, *inputs, group_size=3, shared_prefix="never")
+    (gradient,) = torch.autograd.grad(logps.sum(), model.lm_head.weight)
+    assert seen == [2]
+    torch.testing.assert_close(logps, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-6)
+    assert torch.equal(logps[0], logps[2])
+
+
+def test_columns_of_padding_cost_nothing() -> None:
+    model, seen = make_tiny_model("llama"), []
+    expected, _ = score(model, ids([3, 4]), ids([1, 1]), ids([5, 6]), ids([1, 1]))
+    model.model.register_forward_pre_hook(
+        lambda _, __, given: seen.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    logps, entropies = score(model, ids([0, 0, 3, 4]), ids([0, 0, 1, 1]), ids([5, 6, 0, 0]), ids([1, 1, 0, 0]))
+    assert seen == [4]
+    assert logps.shape == entropies.shape == (1, 4)
+    torch.testing.assert_close(logps, torch.nn.functional.pad(expected, (0, 2)), rtol=0, atol=1e-6)
+
+
+def test_inputs_are_left_as_they_were_and_the_mode_too() -> None:
+    model = make_tiny_model("llama")
+    tensors = [ids([0, 3], [5, 4]), ids([0, 1], [1, 1]), ids([5, 6], [5, 6]), ids([1, 1], [1, 0])]
+    copies = [tensor.clone() for tensor in tensors]
+    for mode in (True, False):
+        model.train(mode)
+        score(model, *tensors, group_size=2)
+        assert model.training == mode
+    assert all(torch.equal(tensor, copy) for tensor, copy in zip(tensors, copies, strict=True))

@@ -15,6 +15,10 @@ from torch import Tensor
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
@@ -47,6 +51,7 @@ from tests.conftest import (
     rows_of,
     sample,
 )
+from train_grpo import without_idle
 
 INF = float("inf")
 
@@ -247,9 +252,24 @@ def test_a_roomy_layer_moves_once_in_many_tokens() -> None:
     places = [layer.update(*states(2, 2, 1, 4))[0].data_ptr() for _ in range(1 + RoomyLayer.ROOM)]
     assert len(set(places)) == 1  # the token it moved for, and as many as there is room for
     assert layer.update(*states(2, 2, 1, 4))[0].data_ptr() != places[0]
-    # After a selection too: the rows that were dropped take their room with them.
+    # The room goes with the rows that are selected.
     layer.batch_select_indices(torch.tensor([1, 1, 0]))
-    assert len({layer.update(*states(3, 2, 1, 4))[1].data_ptr() for _ in range(1 + RoomyLayer.ROOM)}) == 1
+    assert len({layer.update(*states(3, 2, 1, 4))[1].data_ptr() for _ in range(RoomyLayer.ROOM)}) == 1
+
+
+@pytest.mark.parametrize("kind", ["mamba", "lfm2"])
+def test_a_model_that_keeps_a_state_is_refused(tokenizer: PreTrainedTokenizerFast, kind: str) -> None:
+    """transformers' caches of states take no selection of rows."""
+    common: dict[str, Any] = {"vocab_size": len(VOCABULARY), "hidden_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+    model = (
+        MambaForCausalLM(MambaConfig(state_size=8, **common))
+        if kind == "mamba"
+        else Lfm2ForCausalLM(Lfm2Config(full_attn_idxs=[1], **heads, **common))
+    )
+    with pytest.raises(ValueError, match=r"^model: keeps a state"):
+        sample(model, tokenizer)
+    assert model.training  # put back
 
 
 # Texts
@@ -315,6 +335,9 @@ def test_micro_batches_take_every_row_once_within_their_bounds(data: st.DataObje
         assert 1 <= len(batch) <= max_rows
         padded = len(batch) * max(width[row] for row in batch.tolist())
         assert padded <= max_tokens or len(batch) == 1  # a row that is too long stands alone
+    for group in groups.tolist():
+        if group_size <= max_rows and group_size * max(width[row] for row in group) <= max_tokens:
+            assert any(set(group) <= set(batch.tolist()) for batch in batches)  # siblings are not parted without need
     members = [row // group_size for row in rows]
     assert [p for p, _ in groupby(members)] == list(dict.fromkeys(members))  # siblings side by side
     longest = [max(width[row] for row in rows if row // group_size == p) for p in dict.fromkeys(members)]
@@ -333,12 +356,21 @@ def test_micro_batches_by_hand() -> None:
         return [batch.tolist() for batch in rollout.micro_batches(groups, max_rows=max_rows, max_tokens=max_tokens)]
 
     assert batches(6, 1000) == [[3, 5, 4, 2, 1, 0]]
-    assert batches(2, 1000) == [[3, 5], [4, 2], [1, 0]]
     assert batches(6, 66) == [[3, 5, 4, 2, 1, 0]]  # 6 rows of 11 tokens, padding included
-    assert batches(6, 65) == [[3, 5, 4, 2, 1], [0]]
-    assert batches(6, 10) == [[3], [5], [4, 2], [1, 0]]  # the row of 11 alone; 2 rows of 5
+    assert batches(6, 65) == [[3, 5, 4], [2, 1, 0]]  # one row less would fit, but siblings stay together
+    assert batches(5, 1000) == [[3, 5, 4], [2, 1, 0]]
+    assert batches(2, 1000) == [[3, 5], [4], [2, 1], [0]]  # where they must be parted
+    assert batches(6, 10) == [[3], [5], [4], [2, 1], [0]]  # the row of 11 alone; 2 rows of 5
     assert batches(1, 1) == [[3], [5], [4], [2], [1], [0]]
     assert [batch.tolist() for batch in rollout.micro_batches(groups[:1], max_rows=2, max_tokens=99)] == [[2, 1], [0]]
+
+
+def test_idle_groups_are_known_by_their_rows() -> None:
+    """Minibatches hold the row numbers of the rollout; a group's number is not its place among them."""
+    groups, is_idle = torch.arange(12).view(4, 3), torch.tensor([False, True, True, False])
+    assert without_idle(groups, is_idle).tolist() == [[0, 1, 2], [9, 10, 11]]
+    assert without_idle(groups[2:], is_idle).tolist() == [[9, 10, 11]]
+    assert without_idle(groups[1:3], is_idle).tolist() == [[3]]  # one row all the same
 
 
 # Noise

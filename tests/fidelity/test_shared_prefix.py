@@ -25,8 +25,8 @@ SIZES: dict[str, Any] = {
     "state_size": 8, "num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
     "initializer_range": 0.2, "init_std": 0.2, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
     "attention_dropout": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "hidden_dropout": 0.0,
-    "dropout": 0.0, "embed_dropout": 0.0, "resid_dropout": 0.0, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
-    "activation_dropout": 0.0, "layerdrop": 0.0,
+    "dropout": 0.0, "embed_dropout": 0.0, "resid_dropout": 0.0, "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0, "activation_dropout": 0.0, "layerdrop": 0.0,
 }  # fmt: skip
 SHARING: dict[str, dict[str, Any]] = {
     "Llama": {"tie_word_embeddings": True},
@@ -50,7 +50,6 @@ SHARING: dict[str, dict[str, Any]] = {
     "GptOss": {},  # attention sinks
     "GPT2": {},
     "GPTBigCode": {},
-    "GPTNeo": {"attention_types": [[["global", "local"], 1]], "window_size": 64},
     "GPTNeoX": {},
     "GPTJ": {},
     "CodeGen": {},
@@ -63,6 +62,7 @@ NOT_SHARING: dict[str, dict[str, Any]] = {
     "Mpt": {},  # ALiBi
     "Mamba": {},  # a state, no attention
     "Lfm2": {"layer_types": ["conv", "full_attention"]},  # a convolution
+    "GPTNeo": {"attention_types": [[["global", "local"], 1]], "window_size": 12},  # counts places in the row
     "Mistral": {"sliding_window": 11},  # too short for the last token of the longest row
     "Gemma2": {"sliding_window": 6},
     "Gemma3": {"sliding_window": 6},
@@ -94,7 +94,9 @@ def make_batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def random_ids(*shape: int) -> Tensor:
         return torch.randint(VOCABULARY, shape, generator=generator)
 
-    prompt_mask = torch.tensor([[t >= PROMPT_LENGTH - PROMPT_LENGTHS[p] for t in range(PROMPT_LENGTH)] for p, _ in ROWS])
+    prompt_mask = torch.tensor(
+        [[t >= PROMPT_LENGTH - PROMPT_LENGTHS[p] for t in range(PROMPT_LENGTH)] for p, _ in ROWS]
+    )
     prompts = random_ids(len(PROMPT_LENGTHS), PROMPT_LENGTH)[[p for p, _ in ROWS]]
     prompt_ids = torch.where(prompt_mask, prompts, random_ids(*prompts.shape))
     completion_mask = torch.tensor([[t < length for t in range(LENGTH)] for _, length in ROWS])
@@ -180,7 +182,12 @@ def _one_thread() -> Iterator[None]:
 def implementations() -> list[tuple[str, str]]:
     """eager, which adds the mask by itself, and sdpa where a family has it."""
     classes = {family: getattr(transformers, HEADS.get(family, f"{family}ForCausalLM")) for family in SHARING}
-    return [(family, way) for family in SHARING for way in ("eager", "sdpa") if way == "eager" or classes[family]._supports_sdpa]
+    return [
+        (family, way)
+        for family in SHARING
+        for way in ("eager", "sdpa")
+        if way == "eager" or classes[family]._supports_sdpa
+    ]
 
 
 @pytest.mark.parametrize(("family", "implementation"), implementations())
@@ -258,10 +265,11 @@ def test_a_family_that_cannot_share_keeps_rows_of_its_own_and_says_so_once(
         assert widths.shapes[-1] == APART
         assert largest_difference(ours, expected) < 1e-5
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1
-    assert type(model).__name__ in said[0]
-    if "sliding_window" in settings:
-        assert f"no further than {settings['sliding_window']} tokens" in said[0]
+    if "sliding_window" in settings:  # it depends on the lengths
+        assert said == []
+    else:
+        assert len(said) == 1
+        assert type(model).__name__ in said[0]
     # To share all the same would be wrong: the fallback is needed, and the comparison can fail.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(logprobs, "can_share_prefix", lambda model, length: True)
@@ -337,16 +345,6 @@ def test_a_model_that_misreads_the_mask_is_found_out_by_trying(monkeypatch: pyte
 # Found while these tests were written
 
 
-@pytest.mark.xfail(strict=True, reason="GPT-Neo looks back over places, not positions, and has a table of them")
-@pytest.mark.parametrize(("window", "positions"), [(12, 64), (64, 16)], ids=["window", "table of places"])
-def test_gpt_neo_counts_places_not_positions(window: int, positions: int) -> None:
-    """Its local layers see `window_size` places back, and its causal mask is a table of max_position_embeddings."""
-    settings = {"attention_types": [[["global", "local"], 1]], "window_size": window}
-    model = make_model("GPTNeo", settings | {"max_position_embeddings": positions})
-    expected = score_alone(model)
-    assert largest_difference(score(model, group_size=GROUP_SIZE, shared_prefix="always"), expected) < 1e-5
-
-
 def long_and_short() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Prompts of 6 and 1 tokens with completions of 1 and 6: no sequence is longer than 7."""
     ids = torch.randint(VOCABULARY, (2, 2, 6), generator=torch.Generator().manual_seed(0))
@@ -354,7 +352,6 @@ def long_and_short() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return ids[0], prompt_mask, ids[1], prompt_mask.flip(0).flip(1)
 
 
-@pytest.mark.xfail(strict=True, reason="padding after a completion counts on")
 def test_padding_needs_no_positions_that_a_model_may_not_have() -> None:
     model, (prompt_ids, prompt_mask, *completions) = make_model("GPT2", {"n_positions": 8}), long_and_short()
     logps, _ = compute_logprobs(model, prompt_ids, prompt_mask, *completions)
@@ -362,11 +359,13 @@ def test_padding_needs_no_positions_that_a_model_may_not_have() -> None:
     torch.testing.assert_close(logps[1:], alone, rtol=0, atol=1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="padding after a completion counts on")
 def test_padding_does_not_switch_phi_3_to_its_frequencies_for_long_texts() -> None:
     """longrope takes other frequencies once a position of the batch exceeds original_max_position_embeddings."""
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
-    settings = {"rope_parameters": rope | {"original_max_position_embeddings": 8}, "original_max_position_embeddings": 8}
+    settings = {
+        "rope_parameters": rope | {"original_max_position_embeddings": 8},
+        "original_max_position_embeddings": 8,
+    }
     model, (prompt_ids, prompt_mask, *completions) = make_model("Phi3", settings), long_and_short()
     logps, _ = compute_logprobs(model, prompt_ids, prompt_mask, *completions)
     alone, _ = compute_logprobs(model, prompt_ids[1:, 5:], prompt_mask[1:, 5:], *(x[1:] for x in completions))

@@ -4,6 +4,7 @@ import copy
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -183,11 +184,12 @@ class WithoutPositions(torch.nn.Module):
 def test_without_position_ids_left_padding_would_move_the_gradient_of_learned_positions(
     policy: PreTrainedModel, batch: Batch
 ) -> None:
-    wrong = WithoutPositions(policy)
-    narrow, _ = optimizer_step(wrong, batch, "token")
-    wide, _ = optimizer_step(wrong, batch.padded(5, 0), "token")
+    """The short prompts of the first group are padded beside the second, and not where they are alone."""
+    groups = [range(4), range(4, 8)]
+    together, _ = optimizer_step(WithoutPositions(policy), batch, "token")
+    apart, _ = optimizer_step(WithoutPositions(policy), batch, "token", groups)
     has_learned_positions = policy.config.model_type == "gpt2"
-    assert ((wide - narrow).norm() / narrow.norm() > 0.05) == has_learned_positions
+    assert ((together - apart).norm() / apart.norm() > 0.05) == has_learned_positions
 
 
 @pytest.mark.slow
@@ -195,10 +197,11 @@ def test_a_float32_run_of_several_updates_does_not_depend_on_micro_batches(
     train_tiny: Callable[..., tuple[dict[str, Any], Path]],
 ) -> None:
     """The real loop: two passes over the rollout, two optimizer steps a pass, ratios beyond both clips."""
-    settings = {"num_iterations": 2, "num_minibatches": 2, "kl_coeff": 0.1, "learning_rate": 1e-3, "clip_range": 0.01}
+    settings = {"num_iterations": 2, "num_minibatches": 2, "kl_coeff": 0.1, "clip_range": 0.01}
+    settings["learning_rate"] = 3e-4  # Adam makes a step of about this size of a gradient that is nearly rounding alone
     expected, folder = train_tiny("gpt2", **settings)
     names = ["loss", "grad_norm", "kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean"]
-    assert min(expected[name] for name in names[1:]) > 0.01
+    assert min(expected[name] for name in names[1:]) > 1e-3
     weights = AutoModelForCausalLM.from_pretrained(folder / "final").state_dict()
     for cut in ({"micro_batch_size": 1}, {"micro_batch_size": 3}, {"micro_batch_tokens": 35}):
         row, folder = train_tiny("gpt2", **cut, **settings)
@@ -208,7 +211,7 @@ def test_a_float32_run_of_several_updates_does_not_depend_on_micro_batches(
         for name, weight in AutoModelForCausalLM.from_pretrained(folder / "final").state_dict().items():
             # A bias of all keys leaves the attention as it is: its gradient is rounding, and Adam makes steps of that.
             if not name.endswith("c_attn.bias"):
-                torch.testing.assert_close(weight, weights[name], rtol=0, atol=1e-6, msg=name)
+                torch.testing.assert_close(weight, weights[name], rtol=0, atol=1e-6, msg=partial("{}: {}".format, name))
 
 
 # Groups whose rewards are all alike
@@ -266,7 +269,7 @@ def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Watched:
     return Watched(monkeypatch)
 
 
-SOME_ALIKE = {"rewards": "[alike_reward:alike_for_sums]", "kl_coeff": 0, "learning_rate": 1e-3}  # two of four groups
+SOME_ALIKE = {"rewards": "[alike_reward:alike_for_sums]", "kl_coeff": 0, "learning_rate": 3e-4}  # two of four groups
 
 
 @pytest.mark.parametrize(
@@ -291,7 +294,7 @@ def test_a_group_without_a_signal_may_be_left_out(
     assert row["grad_norm"] > 0.01
     weights = [AutoModelForCausalLM.from_pretrained(path / "final").state_dict() for path in (folder, expected_folder)]
     for name, weight in weights[1].items():
-        torch.testing.assert_close(weights[0][name], weight, rtol=0, atol=1e-6, msg=name)
+        torch.testing.assert_close(weights[0][name], weight, rtol=0, atol=1e-6, msg=partial("{}: {}".format, name))
     # A token that clips is one that is scored: the shares differ by what they are shares of.
     for name in ("clip_ratio/low_mean", "clip_ratio/high_mean"):
         assert row[name] * watched.num_tokens(scored) == pytest.approx(expected[name] * watched.num_tokens(), rel=1e-5)
@@ -368,7 +371,7 @@ def test_where_no_group_has_a_signal_momentum_moves_the_weights(
     train_tiny: Callable[..., tuple[dict[str, Any], Path]], watched: Watched, tmp_path: Path
 ) -> None:
     """Step 1 has a signal, step 2 has none."""
-    settings = SOME_ALIKE | {"batch_size": 1, "num_train_steps": 2, "save_every": 1, "adam_beta1": 0.8, "seed": 1}
+    settings = SOME_ALIKE | {"batch_size": 1, "num_train_steps": 2, "save_every": 1, "adam_beta1": 0.8}
     _, folder = train_tiny("llama", **settings)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()[1:]]
     assert [row["frac_reward_zero_std"] for row in rows] == [0.0, 1.0]  # else take another seed
