@@ -84,9 +84,6 @@ class ScriptedCache:
         self.rows = rows
         self.num_written = 0  # tokens fed since the prefill
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.rows = self.rows.repeat_interleave(repeats)
-
     def batch_select_indices(self, indices: Tensor) -> None:
         self.rows = self.rows[indices]
 

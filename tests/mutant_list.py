@@ -77,8 +77,8 @@ MUTANTS = [
     Mutant(
         "position_ids missing in scoring",
         LOGPROBS,
-        '        "position_ids": torch.cat([positions_from_mask(is_prompt), after_prompt], dim=1),\n',
-        "",
+        "    u, t = (completions != PADDING).nonzero(as_tuple=True)",
+        '    del inputs["position_ids"]\n    u, t = (completions != PADDING).nonzero(as_tuple=True)',
         (f"{TOKENS}test_position_ids_missing_under_left_padding_move_a_model_with_learned_positions",),
     ),
     Mutant(
@@ -304,6 +304,20 @@ MUTANTS = [
         "return all(window is None or window >= length for window in windows)",
         "return True",
         (f"{SHARED}test_a_family_that_cannot_share_keeps_rows_of_its_own_and_says_so_once[Gemma2]",),
+    ),
+    Mutant(
+        "padding has positions that no token has",
+        LOGPROBS,
+        "after_prompt * is_token[:, prompt_length:]",
+        "after_prompt",
+        (f"{SHARED}test_padding_does_not_switch_phi_3_to_its_frequencies_for_long_texts",),
+    ),
+    Mutant(
+        "GPT-Neo's window counted in places of a row that siblings share",
+        LOGPROBS,
+        'if hasattr(model.config, "window_size"):',
+        "if False:",
+        (f"{SHARED}test_a_family_that_cannot_share_keeps_rows_of_its_own_and_says_so_once[GPTNeo]",),
     ),
     Mutant(
         "a model shares without having been tried",

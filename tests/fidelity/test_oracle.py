@@ -344,7 +344,7 @@ class OneHot(nn.Module):
 
 @pytest.fixture(params=["all logits", "head"])
 def score(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Tensor, Tensor]]:
-    """score(model): log-probs and entropies, from logits that the model gives, or from its head by chunks of 2 tokens."""
+    """score(model): log-probs and entropies, from logits the model gives, or from its head by chunks of 2 tokens."""
     monkeypatch.setattr(grpo.logprobs, "CHUNK", 2 * VOCABULARY)
 
     def score(model: Lookup, temperature: float = TEMPERATURE) -> tuple[Tensor, Tensor]:

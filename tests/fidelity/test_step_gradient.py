@@ -1,4 +1,4 @@
-"""An optimizer step's gradient depends on neither micro-batches, nor the order of rows, nor padding, nor idle groups."""
+"""An optimizer step depends on neither micro-batches, nor the order of rows, nor padding, nor idle groups."""
 
 import copy
 import json
