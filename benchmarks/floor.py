@@ -32,11 +32,12 @@ import train_grpo
 from benchmarks.common import ROOT, Results, spread
 from benchmarks.vs_trl import Training, default_run, train
 from grpo.config import Config, load_config
-from grpo.logprobs import Head, find_head
+from grpo.lm_head import Head
+from grpo.logprobs import find_head
 from grpo.policy import frozen_copy, load_policy, make_optimizer
 from grpo.rollout import Rollout
 
-SEEDS = (0,)
+SEEDS = (0, 1, 2)
 MAX_OVER_FLOOR = 1.25
 
 

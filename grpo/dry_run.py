@@ -5,7 +5,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.config import Config
 from grpo.data import JSONLinesDataset, check_prompt_lengths
-from grpo.logprobs import CHUNK
+from grpo.lm_head import CHUNK
 
 BYTES = 4  # of a float32
 

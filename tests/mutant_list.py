@@ -14,9 +14,9 @@ class Mutant:
     tests: tuple[str, ...]
 
 
-LOOP, LOSS, ADVANTAGES, LOGPROBS, ROLLOUT, POLICY, CHECKPOINT = (
-    "train_grpo.py", "grpo/loss.py", "grpo/advantages.py", "grpo/logprobs.py", "grpo/rollout.py", "grpo/policy.py",
-    "grpo/checkpoint.py",
+LOOP, LOSS, ADVANTAGES, LOGPROBS, LM_HEAD, ROLLOUT, CACHE, POLICY, CHECKPOINT = (
+    "train_grpo.py", "grpo/loss.py", "grpo/advantages.py", "grpo/logprobs.py", "grpo/lm_head.py", "grpo/rollout.py",
+    "grpo/cache.py", "grpo/policy.py", "grpo/checkpoint.py",
 )  # fmt: skip
 TOKENS = "tests/fidelity/test_traps_tokens.py::"
 REWARDS = "tests/fidelity/test_traps_rewards.py::"
@@ -90,7 +90,7 @@ MUTANTS = [
     ),
     Mutant(
         "temperature missing in scoring",
-        LOGPROBS,
+        LM_HEAD,
         "torch.promote_types(logits.dtype, torch.float32)) / temperature",
         "torch.promote_types(logits.dtype, torch.float32))",
         ("tests/fidelity/test_models.py::test_sampler_is_scorer_so_no_temperature_is_missing_when_scoring",),
@@ -149,14 +149,14 @@ MUTANTS = [
     ),
     Mutant(
         "log-softmax in bfloat16",
-        LOGPROBS,
+        LM_HEAD,
         "logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature",
         "logits / temperature",
         ("tests/fidelity/test_bfloat16.py::test_bf16_log_softmax_errs_so_logits_are_cast_to_float32_first",),
     ),
     Mutant(
         "sampled -log p called entropy",
-        LOGPROBS,
+        LM_HEAD,
         "entropies = -(all_logps.exp() * all_logps.clamp(min=lowest)).sum(-1)",
         "entropies = -all_logps.gather(-1, targets.unsqueeze(-1)).squeeze(-1)",
         ("tests/test_logprobs.py::test_entropy_is_of_the_full_distribution_and_has_no_gradient",),
@@ -213,14 +213,14 @@ MUTANTS = [
     ),
     Mutant(
         "the room of a cache written over",
-        ROLLOUT,
+        CACHE,
         "start, end = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]",
         "start, end = self.keys.shape[-2] - 1, self.keys.shape[-2] + key_states.shape[-2] - 1",
         (f"{SIBLINGS}test_a_roomy_layer_is_a_dynamic_layer",),
     ),
     Mutant(
         "the room of selected rows taken for tokens",
-        ROLLOUT,
+        CACHE,
         "length = self.keys.shape[-2]",
         "length = self.roomy_keys.shape[-2]",
         (f"{SIBLINGS}test_a_roomy_layer_is_a_dynamic_layer",),
@@ -329,56 +329,56 @@ MUTANTS = [
     # The head in chunks, whose backward pass is written by hand
     Mutant(
         "chunked head: the softmax with the wrong sign",
-        LOGPROBS,
+        LM_HEAD,
         "dim=-1).mul_(-dlogp.unsqueeze(1))",
         "dim=-1).mul_(dlogp.unsqueeze(1))",
         (HEAD_GRADIENT,),
     ),
     Mutant(
         "chunked head: the softmax alone, without the sampled token",
-        LOGPROBS,
+        LM_HEAD,
         "            dz.scatter_add_(1, y.unsqueeze(1), dlogp.unsqueeze(1))\n",
         "",
         (HEAD_GRADIENT,),
     ),
     Mutant(
         "chunked head: temperature missing in the backward pass",
-        LOGPROBS,
+        LM_HEAD,
         "dz.mul_(ctx.scale / ctx.temperature)",
         "dz.mul_(ctx.scale)",
         (HEAD_GRADIENT,),
     ),
     Mutant(
         "chunked head: temperature missing in the recomputed softmax",
-        LOGPROBS,
+        LM_HEAD,
         "torch.softmax(logits / ctx.temperature, dim=-1)",
         "torch.softmax(logits, dim=-1)",
         (HEAD_GRADIENT,),
     ),
     Mutant(
         "chunked head: the scale of the logits missing in the backward pass",
-        LOGPROBS,
+        LM_HEAD,
         "dz.mul_(ctx.scale / ctx.temperature)",
         "dz.mul_(1 / ctx.temperature)",
         (f"{SHARED}test_completions_behind_one_prompt_score_as_rows_of_their_own[Granite-sdpa]",),
     ),
     Mutant(
         "chunked head: the slope of the cap missing",
-        LOGPROBS,
+        LM_HEAD,
         "dz.mul_(1 - (logits / ctx.cap).square())",
         "pass",
         (f"{SHARED}test_completions_behind_one_prompt_score_as_rows_of_their_own[Gemma3-sdpa]",),
     ),
     Mutant(
         "chunked head: the weight's gradient of the last chunk alone",
-        LOGPROBS,
+        LM_HEAD,
         "grad_weight.addmm_(dz.T, h)",
         "grad_weight.copy_(dz.T @ h)",
         (HEAD_GRADIENT,),
     ),
     Mutant(
         "chunked head: no gradient for the hidden states",
-        LOGPROBS,
+        LM_HEAD,
         "dh.copy_(dz @ head.weight)",
         "dh.zero_()",
         (ALONE,),

@@ -3,7 +3,6 @@
 import dataclasses
 import inspect
 import itertools
-import json
 import re
 import shlex
 from pathlib import Path
@@ -33,7 +32,9 @@ def test_its_numbers_come_from_the_results(path: Path) -> None:
 def test_a_typed_number_would_be_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The twin of the test above: another result renders another text."""
     for results in RESULTS.glob("*.json"):
-        changed = re.sub(r'"num_right": \d+,\s*"accuracy": [\d.]+', '"num_right": 1, "accuracy": 0.002', results.read_text())
+        changed = re.sub(
+            r'"num_right": \d+,\s*"accuracy": [\d.]+', '"num_right": 1, "accuracy": 0.002', results.read_text()
+        )
         (tmp_path / results.name).write_text(changed)
     monkeypatch.setattr("benchmarks.readme.RESULTS", tmp_path)
     for path in BLOCKS:

@@ -26,9 +26,9 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
+from grpo.cache import RoomyLayer
 from grpo.rollout import (
     Rollout,
-    RoomyLayer,
     _decode_texts,
     _unpadded,
     generate_completions,

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.autograd import gradcheck
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from grpo import logprobs
-from grpo.logprobs import Head, compute_logprobs, find_head, log_probs_and_entropies
+from grpo import lm_head, logprobs
+from grpo.lm_head import Head, log_probs_and_entropies
+from grpo.logprobs import compute_logprobs, find_head
 from tests.conftest import make_tiny_model, ragged_batch
 from tests.fidelity.test_shared_prefix import (
     BATCH,
@@ -42,7 +43,7 @@ KINDS = {
 @pytest.fixture(params=[1, 2, 3, 100], ids=lambda rows: f"{rows} a chunk")
 def _chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """5 tokens in chunks of 1; 2, 2, 1; 3, 2; or all at once."""
-    monkeypatch.setattr(logprobs, "CHUNK", request.param * VOCABULARY + 1)
+    monkeypatch.setattr(lm_head, "CHUNK", request.param * VOCABULARY + 1)
 
 
 def random(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -182,7 +183,7 @@ def test_no_tokens_at_all() -> None:
 
 @pytest.mark.parametrize("kind", ["plain", "all"])
 def test_under_bfloat16_autocast_it_is_the_plain_way_under_autocast(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logprobs, "CHUNK", 2 * VOCABULARY)
+    monkeypatch.setattr(lm_head, "CHUNK", 2 * VOCABULARY)
     scale, cap, temperature, has_bias = KINDS[kind]
     leaves = inputs(has_bias, torch.float32)
     exact = plain(*leaves, scale, cap, temperature)[0]
@@ -227,7 +228,7 @@ def test_the_size_of_the_chunks_does_not_matter(monkeypatch: pytest.MonkeyPatch)
     model = make_model("Qwen3", {})
     expected = score(model)
     for chunk in (1, 40, 100, 40 * 7 + 3):
-        monkeypatch.setattr(logprobs, "CHUNK", chunk)
+        monkeypatch.setattr(lm_head, "CHUNK", chunk)
         assert largest_difference(score(model), expected) < 1e-5
 
 
@@ -335,7 +336,7 @@ def test_no_logits_of_all_tokens_are_ever_made(monkeypatch: pytest.MonkeyPatch) 
     )
     prompts, completions = torch.randint(vocabulary, (2, rows, length))
     ones = torch.ones_like(prompts)
-    monkeypatch.setattr(logprobs, "CHUNK", 3 * vocabulary)
+    monkeypatch.setattr(lm_head, "CHUNK", 3 * vocabulary)
     num_tokens = rows * length  # N
     find_head(model)  # tries six tokens
     asked: list[tuple[int, ...]] = []

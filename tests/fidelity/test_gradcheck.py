@@ -12,7 +12,7 @@ from torch.autograd.gradcheck import GradcheckError
 from torch.func import functional_call
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import grpo.logprobs
+import grpo.lm_head
 from grpo.logprobs import can_share_prefix, compute_logprobs, find_head
 from grpo.loss import AGGREGATIONS, KL_ESTIMATORS, clipped_surrogate, kl_divergence, loss_weights
 
@@ -165,7 +165,7 @@ def score_with(llama: LlamaForCausalLM, names: list[str], values: tuple[Tensor, 
 @pytest.fixture
 def _tiny_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two tokens at a time through the head, of nine."""
-    monkeypatch.setattr(grpo.logprobs, "CHUNK", 2 * 7)
+    monkeypatch.setattr(grpo.lm_head, "CHUNK", 2 * 7)
 
 
 def loss_of(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-import grpo.logprobs
+import grpo.lm_head
 from grpo.advantages import BASELINES, SCALES, group_advantages, groups_without_spread
 from grpo.logprobs import compute_logprobs, find_head
 from grpo.loss import AGGREGATIONS, KL_ESTIMATORS, clipped_surrogate, clipped_tokens, kl_divergence, loss_weights
@@ -345,7 +345,7 @@ class OneHot(nn.Module):
 @pytest.fixture(params=["all logits", "head"])
 def score(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Tensor, Tensor]]:
     """score(model): log-probs and entropies, from logits the model gives, or from its head by chunks of 2 tokens."""
-    monkeypatch.setattr(grpo.logprobs, "CHUNK", 2 * VOCABULARY)
+    monkeypatch.setattr(grpo.lm_head, "CHUNK", 2 * VOCABULARY)
 
     def score(model: Lookup, temperature: float = TEMPERATURE) -> tuple[Tensor, Tensor]:
         assert find_head(model) is not None

@@ -1,0 +1,55 @@
+"""The keys and values of the tokens so far, kept so that a new token costs one position and no copy of the others."""
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+
+
+def with_room(cache: Any) -> Any:
+    """The cache after the prefill, its plain layers with room to grow, those of sliding windows as they are."""
+    layers = getattr(cache, "layers", [cache])
+    if not all(hasattr(layer, "batch_select_indices") and not hasattr(layer, "recurrent_states") for layer in layers):
+        raise ValueError("model: keeps a state that cannot be copied for every completion; only keys and values can")
+    if isinstance(cache, Cache):
+        cache.layers = [RoomyLayer(layer) if type(layer) is DynamicLayer else layer for layer in layers]
+    return cache
+
+
+class RoomyLayer(DynamicLayer):
+    """The keys and values of a layer, (n, heads, tokens, size), with room behind them for tokens to come.
+
+    transformers' own layer appends by torch.cat, which copies the whole cache for every token.
+    """
+
+    ROOM = 32  # tokens
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, filled: DynamicLayer) -> None:
+        super().__init__()
+        assert filled.keys is not None
+        assert filled.values is not None
+        self.lazy_initialization(filled.keys, filled.values)
+        self.keys, self.values = filled.keys, filled.values
+        self.roomy_keys, self.roomy_values = filled.keys, filled.values  # the same, and the room
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Write new tokens behind the others, and return all."""
+        start, end = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
+        if end > self.roomy_keys.shape[-2]:
+            self.roomy_keys, self.roomy_values = (
+                functional.pad(old, (0, 0, 0, end - start + self.ROOM)) for old in (self.keys, self.values)
+            )
+        self.roomy_keys[..., start:end, :] = key_states
+        self.roomy_values[..., start:end, :] = value_states
+        self.keys, self.values = self.roomy_keys[..., :end, :], self.roomy_values[..., :end, :]
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """These rows alone, some maybe several times."""
+        length = self.keys.shape[-2]
+        self.roomy_keys, self.roomy_values = self.roomy_keys[indices], self.roomy_values[indices]
+        self.keys, self.values = self.roomy_keys[..., :length, :], self.roomy_values[..., :length, :]

@@ -1,0 +1,121 @@
+"""Hidden states -> log-probabilities and entropies: the LM head, some tokens at a time, so that logits stay few.
+
+Letters: N tokens to score, n of them in a chunk, H hidden size, V vocabulary.
+"""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+CHUNK = 2**25  # logits computed at a time: 128 MB in float32, of which about five copies are alive
+
+
+class Head(NamedTuple):
+    """The last layer: logits = x, or cap * tanh(x / cap) where there is a cap, with x = scale * (W h + b)."""
+
+    weight: Tensor  # (V, H), maybe the embedding's too
+    bias: Tensor | None  # (V,)
+    scale: float = 1.0
+    cap: float | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(n, H) -> (n, V), at least float32."""
+        logits = functional.linear(hidden, self.weight, self.bias)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.scale != 1:
+            logits = logits * self.scale
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+    def log_probs(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """(N, H) hidden states, (N,) targets -> (N,) log-probs and entropies; its logits never exist as a whole."""
+        return _ChunkedHead.apply(hidden, self.weight, self.bias, targets, self.scale, self.cap, temperature)
+
+
+def log_probs_and_entropies(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """(n, V) logits, (n,) targets -> (n,) log-probs, and (n,) entropies without gradient."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    all_logps = torch.log_softmax(logits, dim=-1)  # (n, V)
+    with torch.no_grad():
+        lowest = torch.finfo(all_logps.dtype).min  # where p is 0: 0 * log 0 is 0, not NaN
+        entropies = -(all_logps.exp() * all_logps.clamp(min=lowest)).sum(-1)
+    return all_logps.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropies.clamp(min=0)
+
+
+class _ChunkedHead(torch.autograd.Function):
+    """Log-probs of targets and entropies straight from hidden states, a chunk of tokens at a time.
+
+        forward    z = logits / temperature,   logp = z[target] - logsumexp(z);   nothing of size V is kept
+        backward   dz = dlogp * (onehot(target) - softmax(z)), z computed once more;   dh = dz W,   dW += dz^T h
+
+    The recomputation is a fourth matrix product beside autograd's three. What it saves are several (N, V) tensors:
+    with a vocabulary of 150,000, gigabytes each.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        scale: float,
+        cap: float | None,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.dtype = matmul_dtype(hidden.dtype, hidden.device)
+        ctx.scale, ctx.cap, ctx.temperature = scale, cap, temperature
+        hidden = hidden.to(ctx.dtype)
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        head = _cast(Head(weight, bias, scale, cap), ctx.dtype)
+        parts = [
+            log_probs_and_entropies(head.logits(h), y, temperature) for h, y in _chunks(len(weight), hidden, targets)
+        ]
+        logps, entropies = (torch.cat(part) for part in zip(*parts, strict=True))
+        ctx.mark_non_differentiable(entropies)
+        return logps, entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logps: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets = ctx.saved_tensors
+        head = _cast(Head(weight, bias, ctx.scale, ctx.cap), ctx.dtype)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # a frozen head needs none
+        grad_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
+        for h, y, dlogp, dh in _chunks(len(weight), hidden, targets, grad_logps, grad_hidden):
+            logits = head.logits(h)  # (n, V)
+            dz = torch.softmax(logits / ctx.temperature, dim=-1).mul_(-dlogp.unsqueeze(1))
+            dz.scatter_add_(1, y.unsqueeze(1), dlogp.unsqueeze(1))
+            dz.mul_(ctx.scale / ctx.temperature)
+            if ctx.cap is not None:
+                dz.mul_(1 - (logits / ctx.cap).square())  # the slope of tanh
+            if grad_bias is not None:
+                grad_bias += dz.sum(0)
+            dz = dz.to(ctx.dtype)
+            dh.copy_(dz @ head.weight)
+            if grad_weight is not None and grad_weight.dtype == ctx.dtype:
+                grad_weight.addmm_(dz.T, h)  # in place: to add a second (V, H) would take as long as the product
+            elif grad_weight is not None:
+                grad_weight += dz.T @ h
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+
+
+def matmul_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What autocast, where it is on, makes of the operands of a matrix product."""
+    is_cast = torch.is_autocast_enabled(device.type) and dtype != torch.float64
+    return torch.get_autocast_dtype(device.type) if is_cast else dtype
+
+
+def _cast(head: Head, dtype: torch.dtype) -> Head:
+    """What autocast does for a matrix product."""
+    return head._replace(weight=head.weight.to(dtype), bias=None if head.bias is None else head.bias.to(dtype))
+
+
+def _chunks(vocab_size: int, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Tensors of N rows -> matching pieces of them, small enough that a row of V for each stays within CHUNK."""
+    size = max(1, CHUNK // vocab_size)
+    return zip(*(tensor.split(size) for tensor in tensors), strict=True)
