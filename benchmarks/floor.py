@@ -72,7 +72,7 @@ def recording(training: RecordedTraining, trunk_class: Any) -> Iterator[None]:
     """Every forward pass of a model of this class is noted meanwhile."""
     forward, log_probs, sample = trunk_class.forward, Head.log_probs, train_grpo.generate_completions
 
-    def noted_forward(self: Any, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> Any:
+    def noted_forward(self: Any, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         cache = kwargs.get("past_key_values")
         if training.calls:
             training.calls[-1].append(
@@ -81,7 +81,7 @@ def recording(training: RecordedTraining, trunk_class: Any) -> Iterator[None]:
                     new=input_ids.shape[1],
                     cached=cache.get_seq_length() if cache is not None else 0,
                     scored=input_ids.shape[0],
-                    has_block_mask=attention_mask.dim() == 4,
+                    has_block_mask=attention_mask is not None and attention_mask.dim() == 4,
                     has_backward=torch.is_grad_enabled(),
                     is_sampling=bool(kwargs.get("use_cache")),
                 )
