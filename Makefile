@@ -1,7 +1,7 @@
 # Conveniences; nothing depends on this file.
 PYTHON ?= .venv/bin/python
 
-.PHONY: install train smoke resume evaluate curves test mutants check benchmark readme clean
+.PHONY: install train smoke resume evaluate curves test mutants check benchmark speed readme clean
 
 install: ## the environment of tests and runs
 	python3 -m venv .venv && $(PYTHON) -m pip install -r requirements-dev.txt
@@ -33,8 +33,11 @@ check: ## what a commit must pass
 	$(PYTHON) -m mypy
 	$(PYTHON) -m pytest
 
-benchmark: ## ten seeds and two controls, half an hour
+benchmark: ## learning: ten seeds and two controls, a quarter of an hour
 	$(PYTHON) -m benchmarks.toy
+
+speed: ## time and memory, beside TRL and Hugging Face's generate, 25 minutes
+	$(PYTHON) -m benchmarks
 
 readme: ## carry measured numbers into the READMEs
 	$(PYTHON) -m benchmarks.readme

@@ -218,7 +218,7 @@ def _block_mask(is_token: Tensor, prompt_length: int, k: int, dtype: torch.dtype
     return mask.masked_fill_(~is_seen, torch.finfo(dtype).min).unsqueeze(1)
 
 
-# what a model can take
+# What a model can take
 
 
 class _Abilities(NamedTuple):
