@@ -228,6 +228,7 @@ def test_compile_is_for_cuda() -> None:
     check_compile(load_config(None, ["compile=true"]), torch.device("cuda"))
 
 
+@pytest.mark.slow
 def test_compiled_trunks_keep_their_names_and_run_plainly_where_asked(
     llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

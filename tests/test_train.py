@@ -267,6 +267,7 @@ def test_compile_is_refused_on_a_cpu_before_any_compute(
         train(small, tmp_path / "run", compile="false")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kl_coeff", [0.1, 0])
 def test_compiled_are_the_trunks_of_policy_and_reference_and_never_in_the_sampler(
     small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kl_coeff: float

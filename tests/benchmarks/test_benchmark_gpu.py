@@ -149,6 +149,7 @@ def test_memory_that_runs_out_is_a_result(monkeypatch: pytest.MonkeyPatch) -> No
     assert child("sampling", "tiny", CPU) == {"out_of_memory": True}
 
 
+@pytest.mark.slow
 def test_the_script_keeps_each_part_in_its_devices_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

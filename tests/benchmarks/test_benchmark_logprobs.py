@@ -67,6 +67,7 @@ def test_time_is_measured_only_if_both_did_the_same_work(monkeypatch: pytest.Mon
         measure_time(16, 1, TINY)
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_the_work_alone() -> None:
     """A parent that once held a gigabyte, a model whose building takes twice its size: neither is in the number."""
     ballast = torch.ones(250_000_000)
@@ -114,6 +115,7 @@ def test_what_is_computed_lies_on_the_line_through_the_two_largest() -> None:
     assert needed_gb({}, "full_logits", 1024) == 0.0
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_not_run_and_what_is_measured_is_not_measured_again(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

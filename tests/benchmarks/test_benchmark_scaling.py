@@ -84,6 +84,7 @@ def test_a_rollout_runs_to_its_maximum() -> None:
     assert rollout.completion_mask.all()
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_the_call() -> None:
     """Neither the parent's nor the imports'."""
     ballast = bytearray(b"1") * 500_000_000
@@ -138,6 +139,7 @@ def test_there_are_no_bars() -> None:
     assert bars({"grid": {"cells": [cell(1.0, 2.0, 9.0)]}}) == []
 
 
+@pytest.mark.slow
 def test_main_measures_what_is_missing_and_prints_every_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -168,6 +168,7 @@ def test_the_learning_rates_differ_in_the_warm_up_alone() -> None:
     assert ours[:5] == pytest.approx([config.learning_rate * (n + 1) / 6 for n in range(5)])
 
 
+@pytest.mark.slow
 def test_the_measurements_measure(settings: list[str], tmp_path: Path) -> None:
     parts = {
         "step": measure_step({0: settings}),

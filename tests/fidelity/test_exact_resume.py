@@ -114,7 +114,11 @@ def assert_goes_on_as(whole: Path, folder: Path) -> None:
 # The same bits
 
 
-@pytest.mark.parametrize("step", [1, 2, 3, 4, 5])
+# Between two checkpoints and right after one; the other steps are slow.
+EVERY_STOP = [pytest.param(step, marks=[] if step in (3, 4) else [pytest.mark.slow]) for step in (1, 2, 3, 4, 5)]
+
+
+@pytest.mark.parametrize("step", EVERY_STOP)
 def test_after_a_power_cut_a_run_goes_on_as_if_nothing_had_happened(
     recorded: tuple[Path, Path], tmp_path: Path, step: int
 ) -> None:
@@ -124,7 +128,7 @@ def test_after_a_power_cut_a_run_goes_on_as_if_nothing_had_happened(
     assert_same_run(recorded[0], folder)
 
 
-@pytest.mark.parametrize("step", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("step", EVERY_STOP)
 def test_after_ctrl_c_a_run_goes_on_as_if_nothing_had_happened(
     small: dict[str, Any], two_iterations: tuple[Path, Path], tmp_path: Path, step: int
 ) -> None:

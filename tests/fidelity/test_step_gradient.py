@@ -273,7 +273,12 @@ SOME_ALIKE = {"rewards": "[alike_reward:alike_for_sums]", "kl_coeff": 0, "learni
 
 
 @pytest.mark.parametrize(
-    ("aggregation", "baseline"), [("token", "group"), ("sequence", "leave_one_out"), ("constant", "group")]
+    ("aggregation", "baseline"),
+    [
+        ("token", "group"),
+        pytest.param("sequence", "leave_one_out", marks=pytest.mark.slow),
+        pytest.param("constant", "group", marks=pytest.mark.slow),
+    ],
 )
 def test_a_group_without_a_signal_may_be_left_out(
     train_tiny: Callable[..., tuple[dict[str, Any], Path]], watched: Watched, aggregation: str, baseline: str
