@@ -151,7 +151,11 @@ def performance(runs: Runs) -> str:
     line(what, f"{ours:.1f} s", f"TRL {theirs:.1f} s", to_ratio, to_bar, to_met)
     ours, theirs = (trl["memory"][side]["peak_memory_gb"] for side in ("ours", "trl"))
     line("peak memory of such a run", gb(ours), f"TRL {gb(theirs)}", ours / theirs, "")
-    for (what, bar, ratio, met), name in zip(floor.bars({"step": step}), ("plain", "made"), strict=True):
+    floors = {
+        "plain": "a step, over bare model calls that share nothing",
+        "made": "a step, over its own bare model calls",
+    }
+    for (_, bar, ratio, met), (name, what) in zip(floor.bars({"step": step}), floors.items(), strict=True):
         line(what, ms(step["ours"]["median"]), ms(step[name]["median"]), ratio, bar, met)
     for (what, bar, ratio, met), case in zip(sampler.bars(samples), samples.values(), strict=True):
         speeds = [f"{case['samplers'][side]['tokens_per_second']:,.0f} tokens/s" for side in ("ours", "generate")]
