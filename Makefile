@@ -6,7 +6,7 @@ PYTHON ?= .venv/bin/python
 install: ## the environment of tests and runs
 	python3 -m venv .venv && $(PYTHON) -m pip install -r requirements-dev.txt
 
-train: ## the default run, about a minute
+train: ## the default run, less than a minute
 	$(PYTHON) train_grpo.py
 
 smoke: ## does everything work here?
@@ -36,7 +36,7 @@ check: ## what a commit must pass
 benchmark: ## learning: ten seeds and two controls, a quarter of an hour
 	$(PYTHON) -m benchmarks.toy
 
-speed: ## time and memory, beside TRL and Hugging Face's generate, 25 minutes
+speed: ## time and memory, beside TRL and Hugging Face's generate, 22 minutes
 	$(PYTHON) -m benchmarks
 
 readme: ## carry measured numbers into the READMEs

@@ -1,12 +1,12 @@
 """GRPO in one sitting: sample a group of answers, reinforce those that beat their siblings, repeat.
 
-    python train_grpo.py                                   a tiny model learns to work arithmetic out, about a minute
+    python train_grpo.py                                   a tiny model learns to work arithmetic out, on a laptop
     python train_grpo.py --learning_rate 1e-4 --seed 3     every key of config.yaml is a flag
 
 Reading order: config.yaml -> [train_grpo.py] (skim the seven steps) -> grpo/data.py -> grpo/rollout.py ->
 reward_model.py -> grpo/advantages.py -> grpo/logprobs.py -> grpo/loss.py -> [train_grpo.py] again.
 
-Letters: P prompts a step, G = group_size, B = P * G completions, C padded completion length.
+Letters: P prompts a step, G = group_size, B = P * G completions, C padded completion length; p of P, b of B.
 
 Differs from the paper ("DeepSeekMath", 2402.03300, algorithm 1):
   - the loss is a mean over all tokens of the step (DAPO's aggregation); loss_aggregation: sequence is the paper's
@@ -306,7 +306,8 @@ def without_idle(rows: Tensor, is_idle: Tensor) -> Tensor:
     Where there is none, a single row. Its gradient is exactly 0, but it is there: without one AdamW would not step, and
     neither its momentum nor its weight decay would act.
     """
-    chosen = rows[~is_idle.to(rows.device)[rows[:, 0] // rows.shape[1]]]
+    group_numbers = rows[:, 0] // rows.shape[1]  # (p,)
+    chosen = rows[~is_idle.to(rows.device)[group_numbers]]
     return chosen if len(chosen) else rows[:1, :1]
 
 

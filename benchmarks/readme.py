@@ -183,7 +183,10 @@ def gb(size: float) -> str:
 
 def parts_of(name: str) -> Runs:
     """What results/NAME.json holds."""
-    return json.loads((RESULTS / f"{name}.json").read_text())["parts"]
+    path = RESULTS / f"{name}.json"
+    if not path.is_file():
+        sys.exit(f"{path} is missing: run python -m benchmarks.{name}")
+    return json.loads(path.read_text())["parts"]
 
 
 BLOCKS: dict[Path, dict[str, Callable[[Runs], str]]] = {

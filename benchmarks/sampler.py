@@ -1,6 +1,6 @@
 """`generate_completions` against Hugging Face's `model.generate`: which samples the completions of a rollout sooner?
 
-    python -m benchmarks.sampler                                       all of it, about four minutes on two cores
+    python -m benchmarks.sampler                                       all of it, about five minutes on two cores
     python -m benchmarks.sampler --cases "tiny equal" "tiny ragged"    a part of it
 
 The models are Llamas with random float32 weights, so nothing is downloaded: a tiny one and one of 110 M. Three kinds of

@@ -1,6 +1,6 @@
 """Does the default run learn, and is it GRPO that does it? Ten seeds and two controls on the same base models.
 
-    python -m benchmarks.toy                              all of it, half an hour on two cores; goes on where it stopped
+    python -m benchmarks.toy                              all of it, a quarter of an hour on two cores
     python -m benchmarks.toy --seeds 0 1 --kinds grpo     a part of it
 
 For every seed (seed = base_seed) three things are trained and measured greedily on data/math_tasks_test.jsonl:

@@ -55,7 +55,7 @@ EVAL_EVERY = 5  # steps between two looks at it
 NEVER = 10**6  # steps
 MEMORY_STEPS = 20
 MAX_RATIO = 0.5  # the bar: at most this share of TRL's seconds,
-MAX_OVER_FLOOR = 1.15  # or at most so many times what no implementation can beat (benchmarks/results/floor.json)
+MAX_OVER_FLOOR = 1.15  # or at most so many times our own model calls alone (benchmarks/results/floor.json)
 
 LOSS_TYPES = {"sequence": "grpo", "token": "dapo", "constant": "dr_grpo"}  # ours -> TRL's name
 

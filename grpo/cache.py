@@ -7,12 +7,17 @@ from torch.nn import functional
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from grpo.errors import InputError
+
 
 def with_room(cache: Any) -> Any:
     """The cache after the prefill, its plain layers with room to grow, those of sliding windows as they are."""
     layers = getattr(cache, "layers", [cache])
     if not all(hasattr(layer, "batch_select_indices") and not hasattr(layer, "recurrent_states") for layer in layers):
-        raise ValueError("model: keeps a state that cannot be copied for every completion; only keys and values can")
+        raise InputError(
+            "model_name: a model of this kind cannot be sampled from: its cache is not of keys and values alone, "
+            "which could be copied for every completion"
+        )
     if isinstance(cache, Cache):
         cache.layers = [RoomyLayer(layer) if type(layer) is DynamicLayer else layer for layer in layers]
     return cache
@@ -21,7 +26,8 @@ def with_room(cache: Any) -> Any:
 class RoomyLayer(DynamicLayer):
     """The keys and values of a layer, (n, heads, tokens, size), with room behind them for tokens to come.
 
-    transformers' own layer appends by torch.cat, which copies the whole cache for every token.
+    transformers' own layer appends by torch.cat, which copies the whole cache for every token. Made for what the
+    sampler does, `update` and `batch_select_indices`; the other changes a cache knows would pass the room by.
     """
 
     ROOM = 32  # tokens

@@ -49,12 +49,13 @@ def describe(
 def estimate_memory(config: Config, model: PreTrainedModel, prompt_length: int) -> dict[str, int]:
     """Bytes by purpose, for completions of full length and float32: a rule of thumb.
 
-    The update keeps about 24 hidden-sized values per token and layer, the attention weights, and four chunks of the
-    logits: themselves, log-softmax, entropy and a gradient. The sampler keeps a cache and four rows of the vocabulary
+    The update keeps about 24 hidden-sized values per token and layer, the attention weights, and five copies of a chunk
+    of the logits (grpo/lm_head.py). The sampler keeps a cache and four rows of the vocabulary
     for each completion. What siblings share is not subtracted.
     """
     architecture = model.config.get_text_config()
-    hidden, layers, heads = architecture.hidden_size, architecture.num_hidden_layers, architecture.num_attention_heads
+    hidden, layers = architecture.hidden_size, architecture.num_hidden_layers
+    heads = getattr(architecture, "num_attention_heads", 1)
     head_size = getattr(architecture, "head_dim", None) or hidden // heads
     kv_heads = getattr(architecture, "num_key_value_heads", None) or heads
     weights = model.num_parameters()
@@ -62,7 +63,7 @@ def estimate_memory(config: Config, model: PreTrainedModel, prompt_length: int) 
     completions = config.batch_size * config.group_size
     rows = _micro_batch_rows(config, prompt_length)
     update = rows * layers * (24 * hidden * length + 2 * heads * length**2)
-    update += 4 * min(rows * config.max_completion_length * architecture.vocab_size, CHUNK)
+    update += 5 * min(rows * config.max_completion_length * architecture.vocab_size, CHUNK)
     rollout = completions * (length * layers * 2 * kv_heads * head_size + 4 * architecture.vocab_size)
     return {
         "weights": BYTES * weights,

@@ -5,13 +5,14 @@ Reading order: ... -> grpo/advantages.py -> [grpo/logprobs.py] -> grpo/loss.py -
 Letters: B completions, L padded prompt length, C padded completion length, V vocabulary. Here also: U different pairs
 of prompt and completion, k completions in a row of the model's batch, R rows, T = L + k * C, N tokens, H hidden size.
 
-Nothing is computed twice. A completion that occurs again is scored once; completions of one prompt may stand in one row
-behind a single copy of it; the vocabulary is projected onto only where a sampled token is to be scored, and so that the
-(N, V) logits never exist as a whole.
+What is the same is computed once. A completion that occurs again is scored once; completions of one prompt may stand in
+one row behind a single copy of it. And logits are computed only where a sampled token is to be scored, never all at a
+time.
 """
 
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -247,7 +248,10 @@ def can_share_prefix(model: PreTrainedModel, length: int) -> bool:
         return False
     config = model.config.get_text_config()
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    return all(window is None or window >= length for window in windows)  # our mask would take their place
+    if any(window is not None and window < length for window in windows):  # our mask would take the window's place
+        _say_once(model, "looks back less far than a row is long: each completion is scored behind its own prompt")
+        return False
+    return True
 
 
 def _say_once(model: PreTrainedModel, what: str) -> None:
@@ -284,11 +288,22 @@ def _abilities(model: PreTrainedModel) -> _Abilities:
     return _ABILITIES[model]
 
 
+@contextmanager
+def _failing_means_no() -> Iterator[None]:
+    """Foreign code may want other arguments, return something else, raise anything; but no memory is another matter."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # noqa: S110
+        pass
+
+
 def _try_head(model: PreTrainedModel) -> bool:
     head, ids = _head_of(model), torch.arange(6, device=model.device).unsqueeze(0)  # any tokens will do
     if head is None:
         return False
-    with suppress(Exception):  # foreign code: a trunk may want other arguments, return something else
+    with _failing_means_no():
         ours = head.logits(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
         theirs = model(input_ids=ids, use_cache=False).logits.float()
         return bool((ours - theirs).abs().max() <= 1e-3 * theirs.std())
@@ -299,7 +314,7 @@ def _try_block_mask(model: PreTrainedModel) -> bool:
     """Whether the mask does what it should: the result is far nearer to the right one than without it."""
     if hasattr(model.config, "window_size"):  # GPT-Neo's counts places in the row, whatever the mask says
         return False
-    with suppress(Exception):  # as above
+    with _failing_means_no():
         ids = torch.arange(6, device=model.device)  # a prompt of two tokens, two completions of two
         apart = torch.stack([ids[[0, 1, 2, 3]], ids[[0, 1, 4, 5]]])
         together: dict[str, Any] = {

@@ -74,7 +74,8 @@ class Rollout:
             fitting = min(max_rows, max(max_tokens // lengths[group[0]], 1))
             for siblings in (group[start : start + fitting] for start in range(0, len(group), fitting)):
                 num_rows = len(batches[-1]) + len(siblings) if batches else 0
-                if 0 < num_rows <= max_rows and num_rows * max(width, lengths[siblings[0]]) <= max_tokens:
+                width = max(width, lengths[siblings[0]])
+                if 0 < num_rows <= max_rows and num_rows * width <= max_tokens:
                     batches[-1] += siblings
                 else:
                     batches.append(siblings)

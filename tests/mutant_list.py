@@ -301,8 +301,8 @@ MUTANTS = [
     Mutant(
         "a sliding window counted in places of a row that siblings share",
         LOGPROBS,
-        "return all(window is None or window >= length for window in windows)",
-        "return True",
+        "if any(window is not None and window < length for window in windows):",
+        "if False:",
         (f"{SHARED}test_a_family_that_cannot_share_keeps_rows_of_its_own_and_says_so_once[Gemma2]",),
     ),
     Mutant(
@@ -401,9 +401,16 @@ MUTANTS = [
     Mutant(
         "micro-batches counted in tokens without padding",
         ROLLOUT,
-        "num_rows * max(width, lengths[siblings[0]]) <= max_tokens",
-        "num_rows * lengths[siblings[0]] <= max_tokens",
+        "0 < num_rows <= max_rows and num_rows * width <= max_tokens",
+        "0 < num_rows <= max_rows and num_rows * lengths[siblings[0]] <= max_tokens",
         (f"{SIBLINGS}test_micro_batches_take_every_row_once_within_their_bounds",),
+    ),
+    Mutant(
+        "the width of a micro-batch not raised by what joins it",
+        ROLLOUT,
+        "                width = max(width, lengths[siblings[0]])\n",
+        "",
+        (f"{SIBLINGS}test_micro_batches_by_hand",),
     ),
     Mutant(
         "siblings parted although they fit",
@@ -707,8 +714,8 @@ MUTANTS = [
     Mutant(
         "idle groups numbered within their minibatch",
         LOOP,
-        "[rows[:, 0] // rows.shape[1]]",
-        "[: len(rows)]",
+        "is_idle.to(rows.device)[group_numbers]",
+        "is_idle.to(rows.device)[: len(rows)]",
         (f"{SIBLINGS}test_idle_groups_are_known_by_their_rows",),
     ),
     Mutant(

@@ -27,6 +27,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from grpo.cache import RoomyLayer
+from grpo.errors import InputError
 from grpo.rollout import (
     Rollout,
     _decode_texts,
@@ -267,7 +268,7 @@ def test_a_model_that_keeps_a_state_is_refused(tokenizer: PreTrainedTokenizerFas
         if kind == "mamba"
         else Lfm2ForCausalLM(Lfm2Config(full_attn_idxs=[1], **heads, **common))
     )
-    with pytest.raises(ValueError, match=r"^model: keeps a state"):
+    with pytest.raises(InputError, match=r"^model_name: a model of this kind cannot be sampled from"):
         sample(model, tokenizer)
     assert model.training  # put back
 
@@ -362,6 +363,9 @@ def test_micro_batches_by_hand() -> None:
     assert batches(2, 1000) == [[3, 5], [4], [2, 1], [0]]  # where they must be parted
     assert batches(6, 10) == [[3], [5], [4], [2, 1], [0]]  # the row of 11 alone; 2 rows of 5
     assert batches(1, 1) == [[3], [5], [4], [2], [1], [0]]
+    # A group parted leaves a batch of short rows behind, which longer siblings may join only at their own width.
+    rollout, groups = rollout_of([5, 1, 1, 1, 1, 2], prompt_length=1), torch.arange(6).view(3, 2)
+    assert batches(9, 11) == [[0], [1, 5, 4], [2, 3]]
     assert [batch.tolist() for batch in rollout.micro_batches(groups[:1], max_rows=2, max_tokens=99)] == [[2, 1], [0]]
 
 
