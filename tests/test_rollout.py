@@ -363,10 +363,10 @@ def test_micro_batches_by_hand() -> None:
     assert batches(2, 1000) == [[3, 5], [4], [2, 1], [0]]  # where they must be parted
     assert batches(6, 10) == [[3], [5], [4], [2, 1], [0]]  # the row of 11 alone; 2 rows of 5
     assert batches(1, 1) == [[3], [5], [4], [2], [1], [0]]
+    assert [batch.tolist() for batch in rollout.micro_batches(groups[:1], max_rows=2, max_tokens=99)] == [[2, 1], [0]]
     # A group parted leaves a batch of short rows behind, which longer siblings may join only at their own width.
     rollout, groups = rollout_of([5, 1, 1, 1, 1, 2], prompt_length=1), torch.arange(6).view(3, 2)
     assert batches(9, 11) == [[0], [1, 5, 4], [2, 3]]
-    assert [batch.tolist() for batch in rollout.micro_batches(groups[:1], max_rows=2, max_tokens=99)] == [[2, 1], [0]]
 
 
 def test_idle_groups_are_known_by_their_rows() -> None:
