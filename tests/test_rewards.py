@@ -1,7 +1,7 @@
 """Rewards: which number a text ends with, how scores combine, and errors that name the function."""
 
 import math
-import time
+import timeit
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -126,9 +126,11 @@ ADVERSARIAL = [
 @pytest.mark.parametrize("tail", ["", "x", "."])
 def test_adversarial_texts_of_100_kilobytes_are_fast(unit: str, tail: str) -> None:
     text = unit * (100_000 // len(unit)) + tail
-    start = time.perf_counter()
-    found = last_integer(text)
-    assert time.perf_counter() - start < 0.5
+    find = last_integer.__wrapped__  # what it remembers would be too fast
+    assert (
+        min(timeit.repeat(lambda: find(text), number=1, repeat=3)) < 0.5
+    )  # the best of three: a busy machine is no fault
+    found = find(text)
     assert found is None or found.lstrip("-").isascii()
 
 

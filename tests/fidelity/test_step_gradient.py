@@ -210,8 +210,9 @@ def test_a_float32_run_of_several_updates_does_not_depend_on_micro_batches(
         )
         for name, weight in AutoModelForCausalLM.from_pretrained(folder / "final").state_dict().items():
             # A bias of all keys leaves the attention as it is: its gradient is rounding, and Adam makes steps of that.
+            # Other weights move by up to four steps of 3e-4: they agree to half a percent of that.
             if not name.endswith("c_attn.bias"):
-                torch.testing.assert_close(weight, weights[name], rtol=0, atol=1e-6, msg=partial("{}: {}".format, name))
+                torch.testing.assert_close(weight, weights[name], rtol=0, atol=5e-6, msg=partial("{}: {}".format, name))
 
 
 # Groups whose rewards are all alike
