@@ -83,6 +83,7 @@ def assert_one_line(result: subprocess.CompletedProcess[str], *texts: str) -> No
 # The command
 
 
+@pytest.mark.slow
 def test_two_models_side_by_side(trained: Path, small: dict[str, Any], tmp_path: Path) -> None:
     """Everything in the file is worked out again, from this process and from other numbers in the file."""
     base, output = small["model_name"], tmp_path / "numbers.json"

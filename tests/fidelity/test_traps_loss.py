@@ -563,7 +563,9 @@ def test_token_mean_per_micro_batch_is_another_gradient(make_model: Callable[...
     assert (whole - wrong).norm() / whole.norm() > 0.05
 
 
-@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize(
+    "aggregation", ["token", *(pytest.param(name, marks=pytest.mark.slow) for name in AGGREGATIONS if name != "token")]
+)
 def test_loss_weights_per_micro_batch_in_the_loop(
     run_training: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, aggregation: str
 ) -> None:

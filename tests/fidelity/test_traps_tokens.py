@@ -494,6 +494,7 @@ def test_top_k_makes_the_samplers_distribution_differ_from_the_scorers(
     assert differences.max() > 0.1
 
 
+@pytest.mark.slow
 def test_top_k_shows_in_the_logged_difference_of_sampler_and_scorer(train_tiny: Callable[..., Any]) -> None:
     full, _ = train_tiny("llama")
     assert full["sampling/logp_difference/mean"] <= full["sampling/logp_difference/max"] < 1e-5
