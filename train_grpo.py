@@ -200,7 +200,7 @@ def train(config: Config, run: RunFolder) -> None:
         is_idle = groups_without_spread(grouped_rewards)  # (P,) nothing to tell siblings apart by
 
         # [4] Fixed terms: log-probs of the reference, and of the policy before its first optimizer step, in the micro-
-        # batches of the update. With one optimizer step the latter are the update's own: the ratio is exactly 1.
+        # batches of the update. With one optimizer step the latter are its own, detached: the ratio is exactly 1.
         update_start = time.perf_counter()
         micro_batches = batches_to_score(rollout, is_idle)
         ref_logps = fixed_logps(reference, rollout, micro_batches) if reference is not None else None  # (B, C)

@@ -112,9 +112,11 @@ def in_fresh_process(module: str, *arguments: str) -> dict[str, Any]:
 class Results:
     """benchmarks/results/NAME.json: {"machine": …, "parts": {part: {"fingerprint": …, "commit": …, …}}}."""
 
-    def __init__(self, script: str | Path, *, folder: Path = RESULTS, data: Sequence[Path] = ()) -> None:
-        """`script`: the __file__ that measures; `data`: files beside code and settings that a result depends on."""
-        self.path = folder / f"{Path(script).stem}.json"
+    def __init__(
+        self, script: str | Path, *, name: str | None = None, folder: Path = RESULTS, data: Sequence[Path] = ()
+    ) -> None:
+        """`script`: the __file__ that measures, NAME unless given; `data`: what else a result depends on."""
+        self.path = folder / f"{name or Path(script).stem}.json"
         self.fingerprint = fingerprint(Path(script), data)
         self.script, self.data = Path(script), data
         self.content = json.loads(self.path.read_text()) if self.path.is_file() else {"parts": {}}

@@ -37,6 +37,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 
+from benchmarks import logprobs
 from benchmarks.common import RESULTS, Results, in_fresh_process, interleaved, spread, synchronize
 from benchmarks.logprobs import Scorer, full_logits_logprobs
 from grpo.config import load_config
@@ -344,11 +345,8 @@ def memory_of(part: dict[str, Any]) -> float:
 def open_results(folder: Path, size: str, device: torch.device) -> Results:
     """gpu-DEVICE.json: numbers of different devices stand side by side."""
     name = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower().removeprefix("nvidia "))
-    results = Results(__file__, folder=folder)
-    results.path = folder / f"gpu-{name}{'-tiny' if size == 'tiny' else ''}.json"
-    if results.path.is_file():
-        results.content = json.loads(results.path.read_text())
-    return results
+    name = f"gpu-{name}{'-tiny' if size == 'tiny' else ''}"
+    return Results(__file__, name=name, folder=folder, data=[Path(logprobs.__file__)])  # whose baseline is measured
 
 
 def describe(part: str, result: dict[str, Any]) -> str:

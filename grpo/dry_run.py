@@ -50,8 +50,8 @@ def estimate_memory(config: Config, model: PreTrainedModel, prompt_length: int) 
     """Bytes by purpose, for completions of full length and float32: a rule of thumb.
 
     The update keeps about 24 hidden-sized values per token and layer, the attention weights, and five copies of a chunk
-    of the logits (grpo/lm_head.py). The sampler keeps a cache and four rows of the vocabulary
-    for each completion. What siblings share is not subtracted.
+    of the logits (grpo/lm_head.py). The sampler keeps a cache and four rows of the vocabulary for each completion. What
+    siblings share is not subtracted, and the mask that hides them from each other not added.
     """
     architecture = model.config.get_text_config()
     hidden, layers = architecture.hidden_size, architecture.num_hidden_layers
