@@ -1,7 +1,7 @@
 # Conveniences; nothing depends on this file.
 PYTHON ?= .venv/bin/python
 
-.PHONY: install train smoke resume evaluate curves test mutants check benchmark speed readme clean
+.PHONY: install train smoke resume evaluate curves test mutants check benchmark ladder speed readme clean
 
 install: ## the environment of tests and runs
 	python3 -m venv .venv && $(PYTHON) -m pip install -r requirements-dev.txt
@@ -35,6 +35,10 @@ check: ## what a commit must pass
 
 benchmark: ## learning: ten seeds and two controls, a quarter of an hour
 	$(PYTHON) -m benchmarks.toy
+
+ladder: ## what each idea is worth: every row of docs/ABLATIONS.md, an hour and a half; goes on where it stopped
+	$(PYTHON) -m benchmarks.ladder
+	$(PYTHON) -m benchmarks.ladder.picture
 
 speed: ## time and memory, beside TRL and Hugging Face's generate, 22 minutes
 	$(PYTHON) -m benchmarks

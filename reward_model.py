@@ -12,9 +12,11 @@ the parameters it names. `REWARDS` maps a name to a factory, `factory(**argument
     rewards: [math]
     rewards: [{name: math, weight: 1.0, correct_reward: 1.0}, {name: my_module:my_fn, weight: 0.5}]
 
+With a learned critic (examples/train_ppo.py) a value may also be a list of floats, one for each of `completion_ids`.
+
 A function may carry attributes that say more about it:
 
-    full_mark                  what it gives a right completion (1.0 where it does not say)
+    full_mark                  what it gives a right completion (1.0 where it does not say); None: it calls none right
     has_answer(completion)     is there anything to judge? (any text at all where it does not say); only for statistics
     check_sample(sample)       raises a ValueError for a row of the data that it cannot score, before any compute
 """
@@ -38,7 +40,8 @@ from torch import Tensor
 
 from grpo.errors import InputError, RunError
 
-RewardFn = Callable[..., list[float | None]]
+RewardValue = float | list[float] | None  # of one completion: as a whole, token by token, not applicable
+RewardFn = Callable[..., Sequence[RewardValue]]
 
 # A run of ASCII digits with the commas and points inside it, an optional minus (ASCII or U+2212) before it. After a
 # digit a minus is an operator. One run never overlaps the next, so the search is linear in the text.
@@ -110,7 +113,7 @@ def math_reward(correct_reward: float = 1.0, wrong_reward: float = 0.0) -> Rewar
     """MathRewardModel as a reward function."""
     model = MathRewardModel(correct_reward, wrong_reward)
 
-    def math_fn(prompts: list, completions: list, answer: list, **_: Any) -> list[float | None]:
+    def math_fn(prompts: list, completions: list, answer: list, **_: Any) -> list[RewardValue]:
         rows = zip(prompts, answer, completions, strict=True)
         return [model.compute_reward({"prompt": p, "answer": a}, completion) for p, a, completion in rows]
 
@@ -120,10 +123,44 @@ def math_reward(correct_reward: float = 1.0, wrong_reward: float = 0.0) -> Rewar
     return math_fn
 
 
+def overlong_reward(max_length: int, cache: int) -> RewardFn:
+    """DAPO's soft punishment of completions that are too long: 0, then falling linearly, then -1.
+
+        n = tokens of the completion, the stop token included
+        n <= max_length - cache               0
+        max_length - cache < n <= max_length  (max_length - cache - n) / cache
+        n > max_length                        -1
+
+    It calls nothing right or wrong: a second reward, beside one that does.
+
+    Args:
+        max_length: in tokens; max_completion_length, or less.
+        cache: the tokens over which it falls, 1 ... max_length.
+
+    Raises:
+        ValueError: an argument is no whole number, or out of range.
+
+    Paper: "DAPO" (2503.14476) eq. 13.
+
+    >>> overlong_reward(max_length=10, cache=4)(completion_ids=[[7] * n for n in (6, 7, 10, 11)])
+    [0.0, -0.25, -1.0, -1.0]
+    """
+    for name, value, most in (("max_length", max_length, math.inf), ("cache", cache, max_length)):
+        if type(value) is not int or not 1 <= value <= most:
+            allowed = "a whole number >= 1" if most == math.inf else f"a whole number in 1 ... max_length ({most})"
+            raise ValueError(f"{name}: got {value!r}, expected {allowed}")
+
+    def overlong_fn(completion_ids: list, **_: Any) -> list[RewardValue]:
+        return [-min(max(len(ids) - (max_length - cache), 0) / cache, 1.0) + 0.0 for ids in completion_ids]  # no -0.0
+
+    overlong_fn.full_mark = None  # type: ignore[attr-defined]
+    return overlong_fn
+
+
 # What every reward function is called with; its other parameters are columns of the data set or arguments.
 GIVEN = {"prompts", "completions", "completion_ids"}
 
-REWARDS: dict[str, Callable[..., RewardFn]] = {"math": math_reward}
+REWARDS: dict[str, Callable[..., RewardFn]] = {"math": math_reward, "overlong": overlong_reward}
 
 
 @dataclass(frozen=True)
@@ -133,7 +170,7 @@ class Reward:
     name: str
     fn: RewardFn
     weight: float
-    full_mark: float = 1.0  # the value of a right completion
+    full_mark: float | None = 1.0  # the value of a right completion; None: it calls none right or wrong
     has_answer: Callable[[str], object] = str.strip  # true where there is anything to judge
     check_sample: Callable[[dict[str, Any]], object] = lambda sample: None  # a ValueError for a row it cannot score
 
@@ -152,6 +189,29 @@ class Scores:
     combined: Tensor  # (B,) sum of weight * value over the applicable rewards of non-zero weight
     is_right: Tensor  # (B,) 1.0 right, 0.0 wrong: the first reward of the list gives its full mark
     has_answer: Tensor  # (B,) bool: there is something to be right or wrong about
+    token_rewards: Tensor | None = None  # (B, C) where asked for; a row sums to `combined`, or to 0 where that is NaN
+
+    def select(self, rows: Tensor) -> Self:
+        """The scores of these completions alone. `rows`: (b,) indices."""
+        rows = rows.cpu()
+        return type(self)(
+            by_name={name: values[rows] for name, values in self.by_name.items()},
+            combined=self.combined[rows],
+            is_right=self.is_right[rows],
+            has_answer=self.has_answer[rows],
+            token_rewards=None if self.token_rewards is None else self.token_rewards[rows],
+        )
+
+    @classmethod
+    def cat(cls, parts: Sequence[Self]) -> Self:
+        """The scores of all completions of `parts`, one after another; none with token rewards, whose C may differ."""
+        assert all(part.token_rewards is None for part in parts)
+        return cls(
+            by_name={name: torch.cat([part.by_name[name] for part in parts]) for name in parts[0].by_name},
+            combined=torch.cat([part.combined for part in parts]),
+            is_right=torch.cat([part.is_right for part in parts]),
+            has_answer=torch.cat([part.has_answer for part in parts]),
+        )
 
     def metrics(self) -> dict[str, float]:
         """Means and unbiased standard deviations over the batch, of the combined reward and of each one."""
@@ -248,40 +308,74 @@ def score_completions(
     samples: Sequence[dict[str, Any]],
     completions: Sequence[str],
     completion_ids: Sequence[Sequence[int]],
+    *,
+    per_token: bool = False,
 ) -> Scores:
     """Score B completions, each with its sample.
 
+    With `per_token` a value may be a list, one reward for each of the completion's tokens, and the scores have
+    `token_rewards`: a reward for the completion as a whole is then its last token's.
+
     Raises:
         RewardError: a function raised (the first sample it also raises on alone is named), or returned the wrong number
-            of values, or a value that is neither a finite number nor None (the sample is named too).
+            of values, or a value that is neither a finite number nor None (the sample is named too), or a list of
+            values where `per_token` is false or which is not as long as the completion.
     """
     keys = {key for sample in samples for key in sample} - {"prompt"}  # the union: rows of a mixture differ
     columns = {key: [sample.get(key) for sample in samples] for key in sorted(keys)}
     prompts = [sample["prompt"] for sample in samples]
     given = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
-    by_name = {}
+    lengths = [len(ids) for ids in completion_ids]  # B of them, in tokens
+    returned: dict[str, list[RewardValue]] = {}
     for reward in rewards:
         try:
-            returned = reward.fn(**{name: list(values) for name, values in given.items()})  # its own: it may edit them
+            # its own lists: it may edit them
+            values = reward.fn(**{name: list(column) for name, column in given.items()})
         except Exception as error:  # a user's function may raise anything; it must stop the run, by name
             place = traceback.extract_tb(error.__traceback__)[-1]
             message = f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"
             row = _first_failing_row(reward.fn, given)
             culprit = "" if row is None else f" for prompt {prompts[row]!r}, completion {completions[row]!r}"
             raise RewardError(f"reward {reward.name} raised {message}{culprit}") from error
-        by_name[reward.name] = _as_tensor(reward.name, returned, prompts)
-    values = torch.stack(list(by_name.values()))  # (F, B)
-    weights = torch.tensor([reward.weight for reward in rewards], dtype=values.dtype).unsqueeze(1)  # (F, 1)
-    applies = ~values.isnan() & (weights != 0)  # (F, B)
-    combined = torch.where(applies, weights * values, 0.0).sum(0)  # (B,)
-    first = values[0]
-    is_right = ((first - rewards[0].full_mark).abs() <= 1e-6).to(first.dtype)
+        returned[reward.name] = _checked(reward.name, values, prompts, lengths if per_token else None)
+    by_name = {
+        name: torch.tensor([_total(value) for value in values]) for name, values in returned.items()
+    }  # each (B,)
+    totals = torch.stack(list(by_name.values()))  # (F, B)
+    weights = torch.tensor([reward.weight for reward in rewards], dtype=totals.dtype).unsqueeze(1)  # (F, 1)
+    applies = ~totals.isnan() & (weights != 0)  # (F, B)
+    combined = torch.where(applies, weights * totals, 0.0).sum(0)  # (B,)
+    first, full_mark = totals[0], rewards[0].full_mark
+    judges = ~first.isnan() if full_mark is not None else torch.zeros_like(first, dtype=torch.bool)  # (B,)
+    is_right = ((first - (full_mark or 0.0)).abs() <= 1e-6).to(first.dtype)
     return Scores(
         by_name=by_name,
         combined=combined.masked_fill(~applies.any(0), torch.nan),
-        is_right=is_right.masked_fill(first.isnan(), torch.nan),
+        is_right=is_right.masked_fill(~judges, torch.nan),
         has_answer=torch.tensor([bool(rewards[0].has_answer(completion)) for completion in completions]),
+        token_rewards=sum(
+            (reward.weight * _by_token(returned[reward.name], lengths) for reward in rewards if reward.weight),
+            start=torch.zeros(len(lengths), max(lengths)),
+        )
+        if per_token
+        else None,
     )
+
+
+def _total(value: RewardValue) -> float:
+    """Of one completion; NaN = not applicable."""
+    return math.nan if value is None else float(sum(value) if isinstance(value, list) else value)
+
+
+def _by_token(values: Sequence[RewardValue], lengths: Sequence[int]) -> Tensor:
+    """(B, C): what each token earned, 0 behind the end; a reward for the whole completion stands on its last token."""
+    table = torch.zeros(len(lengths), max(lengths))
+    for row, (value, length) in enumerate(zip(values, lengths, strict=True)):
+        if isinstance(value, list):
+            table[row, :length] = torch.tensor(value)
+        elif value is not None:
+            table[row, length - 1] = value
+    return table
 
 
 def _first_failing_row(fn: RewardFn, given: dict[str, Sequence[Any]]) -> int | None:
@@ -294,11 +388,25 @@ def _first_failing_row(fn: RewardFn, given: dict[str, Sequence[Any]]) -> int | N
     return None
 
 
-def _as_tensor(name: str, values: Any, prompts: Sequence[str]) -> Tensor:
+def _checked(name: str, values: Any, prompts: Sequence[str], lengths: Sequence[int] | None) -> list[RewardValue]:
+    """One value a completion; lists of so many token rewards are allowed where `lengths` are given."""
     if not isinstance(values, (list, tuple)) or len(values) != len(prompts):
         got = f"{len(values)} values" if isinstance(values, (list, tuple)) else type(values).__name__
         raise RewardError(f"reward {name} returned {got} for {len(prompts)} completions, expected a list of as many")
-    for value, prompt in zip(values, prompts, strict=True):
-        if value is not None and not _is_number(value):
-            raise RewardError(f"reward {name} returned {value!r} for {prompt!r}, expected a finite number or None")
-    return torch.tensor([math.nan if value is None else float(value) for value in values])
+    for row, (value, prompt) in enumerate(zip(values, prompts, strict=True)):
+        if not isinstance(value, list):
+            if value is not None and not _is_number(value):
+                raise RewardError(f"reward {name} returned {value!r} for {prompt!r}, expected a finite number or None")
+        elif lengths is None:
+            raise RewardError(
+                f"reward {name} returned a list for {prompt!r}, expected one number or None: rewards for single tokens "
+                "need a critic (examples/train_ppo.py)"
+            )
+        elif len(value) != lengths[row]:
+            raise RewardError(
+                f"reward {name} returned {len(value)} token rewards for {prompt!r}, whose completion has "
+                f"{lengths[row]} tokens"
+            )
+        elif wrong := [item for item in value if not _is_number(item)]:
+            raise RewardError(f"reward {name} returned {wrong[0]!r} in a list for {prompt!r}, expected finite numbers")
+    return list(values)

@@ -8,7 +8,8 @@ reward_model.py -> grpo/advantages.py -> grpo/logprobs.py -> grpo/loss.py -> [tr
 
 Letters: P prompts a step, G = group_size, B = P * G completions, C padded completion length; p of P, b of B.
 
-Differs from the paper ("DeepSeekMath", 2402.03300, algorithm 1):
+As `--algorithm` says this is GRPO, or one of its relatives (grpo/algorithms.py). The default differs from the paper
+("DeepSeekMath", 2402.03300, algorithm 1):
   - the loss is a mean over all tokens of the step (DAPO's aggregation); loss_aggregation: sequence is the paper's
   - the KL estimator k3 is corrected, so that its gradient is that of KL(policy || reference)
   - a group whose rewards are all alike contributes exactly nothing, instead of rounding noise
@@ -20,7 +21,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import chain
-from typing import Any
 
 from grpo.config import Config, Options, parse_command_line, warn
 from grpo.errors import errors_explained
@@ -33,13 +33,14 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from grpo.advantages import group_advantages, groups_without_spread
+from grpo.advantages import groups_without_spread, penalized_advantages
+from grpo.algorithms import CLIP_KEYS
 from grpo.checkpoint import load_checkpoint, rescue, save_checkpoint, save_model, weights_sha256
 from grpo.data import JSONLinesDataset, Sample, samples_for_step
 from grpo.dry_run import describe, opening_line
 from grpo.evaluation import Evaluation, evaluate_greedy, outcome_shares, pick_examples, preflight
 from grpo.logprobs import compute_logprobs
-from grpo.loss import clipped_surrogate, clipped_tokens, kl_divergence, loss_weights
+from grpo.loss import SURROGATES, kl_divergence, loss_weights
 from grpo.policy import (
     check_compile,
     check_lengths,
@@ -54,6 +55,7 @@ from grpo.policy import (
     uncompiled,
 )
 from grpo.records import TokenMeans, check_finite, sample_rows
+from grpo.resample import Groups, replace_idle_groups
 from grpo.rollout import Rollout, generate_completions, step_seed
 from grpo.run_folder import RunFolder, open_run
 from reward_model import Scores, check_samples, load_rewards, score_completions
@@ -90,18 +92,23 @@ def train(config: Config, run: RunFolder) -> None:
     if config.compile:
         compile_trunks(policy, reference)
     optimizer = make_optimizer(policy, config)
+    moved = {"reference": reference} if reference is not None and config.ref_update_every else {}  # besides the policy
 
     num_groups, num_rows = config.batch_size, config.batch_size * config.group_size  # P, B
     groups = torch.arange(num_rows, device=device).view(num_groups, config.group_size)  # (P, G) row numbers
     minibatches = groups.chunk(config.num_minibatches)  # (p, G) each: the rows of one optimizer step
     num_updates = config.num_iterations * config.num_minibatches  # optimizer steps a rollout
-    # A group whose rewards are all alike adds exactly nothing, unless the KL holds it or other groups are its baseline.
-    skips_idle_groups = config.kl_coeff == 0 and config.advantage_baseline in ("group", "leave_one_out")
-    num_tokens = 0  # prompt and completion tokens so far
+    needs_old_logps = num_updates > 1 or config.kl_in == "reward"  # before the first of them
+    surrogate, clipped_by = SURROGATES[config.surrogate]
+    clip = {key: getattr(config, key) for key in CLIP_KEYS[config.surrogate]}
+    choose_samples = partial(samples_for_step, train_set, batch_size=config.batch_size, seed=config.seed)
+    counts = {"num_tokens": 0, "num_completions": 0}  # prompt and completion tokens, completions sampled so far
     last_step = config.num_train_steps
 
-    def roll_out(samples: Sequence[Sample], step: int) -> Rollout:
-        """A group of completions for every prompt, from the policy as it is now; the noise belongs to the step."""
+    def roll_out(
+        samples: Sequence[Sample], step: int, round: int = 0, places: Sequence[int] = range(num_groups)
+    ) -> Rollout:
+        """A group of completions for every prompt, from the policy as it is now. Step and place decide the noise."""
         with autocast(), eager():
             return generate_completions(
                 policy,
@@ -112,12 +119,20 @@ def train(config: Config, run: RunFolder) -> None:
                 temperature=config.temperature,
                 top_p=config.top_p,
                 top_k=config.top_k,
-                seed=step_seed(config.seed, step),
+                seed=step_seed(config.seed, step, round),
+                completion_indices=groups[list(places)].flatten().tolist(),
             )
 
     def score(samples: Sequence[Sample], rollout: Rollout) -> Scores:
         """What each completion is worth; one sample a completion."""
         return score_completions(rewards, samples, rollout.completions, rollout.token_lists())
+
+    def sample_groups(step: int, round: int, places: Sequence[int]) -> Groups:
+        """Dynamic sampling: [1], [2] and [3] once more, for places whose groups are to be replaced."""
+        samples = choose_samples(step=step, round=round)
+        rollout = roll_out([samples[place] for place in places], step, round, places)
+        row_samples = [samples[place] for place in places for _ in range(config.group_size)]
+        return Groups(row_samples, rollout, score(row_samples, rollout))
 
     def logprobs(model: PreTrainedModel, rollout: Rollout, rows: Tensor) -> tuple[Tensor, Tensor]:
         """(b, C) log-probs and entropies of these rows, at the temperature they were sampled at."""
@@ -128,6 +143,7 @@ def train(config: Config, run: RunFolder) -> None:
                 temperature=config.temperature,
                 group_size=config.group_size,
                 shared_prefix=config.shared_prefix,
+                entropy_grad=config.entropy_coeff > 0,
             )
 
     @torch.no_grad()
@@ -140,7 +156,7 @@ def train(config: Config, run: RunFolder) -> None:
     def batches_to_score(rollout: Rollout, is_idle: Tensor) -> list[list[Tensor]]:
         """For each minibatch the row numbers of its forward passes, (b,) each."""
         limits = {"max_rows": config.micro_batch_size, "max_tokens": config.micro_batch_tokens}
-        scored = [without_idle(rows, is_idle) if skips_idle_groups else rows for rows in minibatches]
+        scored = [without_idle(rows, is_idle) if idle_adds_nothing(config) else rows for rows in minibatches]
         return [rollout.micro_batches(rows, **limits) for rows in scored]
 
     def evaluate() -> Evaluation:
@@ -156,15 +172,25 @@ def train(config: Config, run: RunFolder) -> None:
 
     def save(step: int) -> None:
         if step > 0:  # step 0 is the base, which can be had again
-            save_checkpoint(run.folder, step, config, policy, tokenizer, optimizer, reference, num_tokens)
+            save_checkpoint(
+                run.folder,
+                step,
+                policy=policy,
+                tokenizer=tokenizer,
+                optimizer=optimizer,
+                modules=moved,
+                counts=counts,
+                keep_checkpoints=config.keep_checkpoints,
+            )
 
     # The base as it is, or the newest checkpoint as it was.
     policy.train()
     first_step = 1
     evaluation = None
     if run.checkpoint is None:
-        samples = samples_for_step(train_set, step=1, batch_size=config.batch_size, seed=config.seed)
-        print(preflight(samples, roll_out(samples, step=0), score))
+        samples = choose_samples(step=1)
+        rollout = roll_out(samples, step=0)
+        print(preflight(samples, rollout, score, max_resample_rounds=config.max_resample_rounds))
         if run.options.preflight:
             return
         evaluation = evaluate().having(config.eval_metric)
@@ -172,9 +198,9 @@ def train(config: Config, run: RunFolder) -> None:
         run.append({"step": 0} | evaluation.metrics())
         run.report(0, evaluation, policy, tokenizer)
     else:
-        state = load_checkpoint(run.checkpoint, policy, optimizer, reference, run.facts["base_sha256"])
+        state = load_checkpoint(run.checkpoint, policy, optimizer, moved, run.facts["base_sha256"])
         run.resume(state)
-        first_step, num_tokens = state["step"] + 1, state["num_tokens"]
+        first_step, counts = state["step"] + 1, {name: state[name] for name in counts}
         if is_due(state["step"]) and "eval/reward" not in run.rows[-1]:  # it failed then, or this is a new last step
             evaluation = evaluate()
             run.amend(evaluation.metrics())
@@ -186,37 +212,53 @@ def train(config: Config, run: RunFolder) -> None:
         step_start = time.perf_counter()
 
         # [1] Prompts: a pure function of (seed, step).
-        samples = samples_for_step(train_set, step=step, batch_size=config.batch_size, seed=config.seed)
+        samples = choose_samples(step=step)  # P
 
         # [2] Rollout: a group of completions for every prompt, from the policy as it is now.
-        rollout = roll_out(samples, step)
+        rollout = roll_out(samples, step)  # B = P * G completions
         rollout_time = time.perf_counter() - step_start
 
-        # [3] Rewards: what each completion is worth; row p * G + g belongs to prompt p.
+        # [3] Rewards: what each completion is worth; row p * G + g belongs to prompt p. With dynamic sampling groups
+        # that teach nothing are then replaced.
         row_samples = [sample for sample in samples for _ in range(config.group_size)]  # B
         with rescue(partial(save, step - 1)):  # a reward is the user's code: its bug must not cost the run
-            scores = score(row_samples, rollout)
+            batch = Groups(row_samples, rollout, score(row_samples, rollout))
+            batch, discarded = replace_idle_groups(
+                batch, config.group_size, config.max_resample_rounds, partial(sample_groups, step)
+            )
+        rollout, scores = batch.rollout, batch.scores
         grouped_rewards = scores.combined.view(num_groups, config.group_size)  # (P, G)
         is_idle = groups_without_spread(grouped_rewards)  # (P,) nothing to tell siblings apart by
+        mask = rollout.completion_mask  # (B, C)
+        if config.mask_truncated_completions:
+            mask = mask & ~rollout.is_truncated.unsqueeze(1)
 
         # [4] Fixed terms: log-probs of the reference, and of the policy before its first optimizer step, in the micro-
         # batches of the update. With one optimizer step the latter are its own, detached: the ratio is exactly 1.
         update_start = time.perf_counter()
         micro_batches = batches_to_score(rollout, is_idle)
         ref_logps = fixed_logps(reference, rollout, micro_batches) if reference is not None else None  # (B, C)
-        all_old_logps = fixed_logps(policy, rollout, micro_batches) if num_updates > 1 else None  # (B, C)
+        all_old_logps = fixed_logps(policy, rollout, micro_batches) if needs_old_logps else None  # (B, C)
 
-        # [5] Advantages: how much better than its siblings.
-        advantages = group_advantages(
-            grouped_rewards, baseline=config.advantage_baseline, scale=config.advantage_scale
-        )  # (P, G)
-        advantages = advantages.view(num_rows, 1).to(device)  # (B, 1)
-        completions = sample_rows(step, row_samples, rollout, scores, advantages)  # for samples.jsonl
+        # [5] Advantages: how much better than its siblings; a KL in the reward is charged before they are compared.
+        means = TokenMeans()
+        penalties = torch.zeros_like(mask, dtype=torch.float32)  # (B, C)
+        if config.kl_in == "reward":
+            assert all_old_logps is not None
+            assert ref_logps is not None
+            kl = kl_divergence(all_old_logps, ref_logps, estimator=config.kl_estimator, completion_mask=mask)
+            penalties = config.kl_coeff * kl
+            means.add(mask, {"kl": kl})
+        advantages = penalized_advantages(
+            grouped_rewards.to(device),
+            penalties,
+            mask,
+            baseline=config.advantage_baseline,
+            scale=config.advantage_scale,
+        )  # (B, 1), or (B, C) under scale tokens
+        completions = sample_rows(step, batch.samples, rollout, scores, advantages)  # for samples.jsonl
 
         # [6] Update. The weights of a whole optimizer step come first, so that its micro-batches just add gradients up.
-        mask = rollout.completion_mask  # (B, C)
-        if config.mask_truncated_completions:
-            mask = mask & ~rollout.is_truncated.unsqueeze(1)
         weights = torch.cat(
             [
                 loss_weights(
@@ -225,15 +267,13 @@ def train(config: Config, run: RunFolder) -> None:
                 for rows in minibatches
             ]
         )  # (B, C)
-        clip: dict[str, Any] = {"clip_range": config.clip_range, "clip_range_high": config.clip_range_high}
         loss_sum = torch.zeros((), device=device)
-        means = TokenMeans()
         for update, minibatch in enumerate(micro_batches * config.num_iterations, start=(step - 1) * num_updates):
             for rows in minibatch:
                 logps, entropies = logprobs(policy, rollout, rows)  # (b, C)
                 old_logps = logps.detach() if all_old_logps is None else all_old_logps[rows]
-                per_token_loss = clipped_surrogate(logps, old_logps, advantages[rows], mask[rows], **clip)
-                if ref_logps is not None:
+                per_token_loss = surrogate(logps, old_logps, advantages[rows], mask[rows], **clip)
+                if ref_logps is not None and config.kl_in == "loss":
                     kl = kl_divergence(
                         logps,
                         ref_logps[rows],
@@ -243,11 +283,13 @@ def train(config: Config, run: RunFolder) -> None:
                     )
                     per_token_loss = per_token_loss + config.kl_coeff * kl
                     means.add(mask[rows], {"kl": kl})
+                if config.entropy_coeff > 0:
+                    per_token_loss = per_token_loss - config.entropy_coeff * entropies
                 loss = (per_token_loss * weights[rows]).sum()
                 loss.backward()
 
                 loss_sum += loss.detach()
-                low, high = clipped_tokens(logps, old_logps, advantages[rows], mask[rows], **clip)
+                low, high = clipped_by(logps, old_logps, advantages[rows], mask[rows], **clip)
                 means.add(
                     mask[rows],
                     {
@@ -269,7 +311,9 @@ def train(config: Config, run: RunFolder) -> None:
         now = time.perf_counter()
 
         # [7] Record: a row of metrics and every completion; now and then the held-out problems and a checkpoint.
-        num_tokens += int(rollout.prompt_mask.sum() + rollout.completion_mask.sum())
+        sampled = [rollout, *discarded]
+        counts["num_tokens"] += sum(part.num_tokens for part in sampled)
+        counts["num_completions"] += sum(len(part.completions) for part in sampled)
         row = {
             "step": step,
             "loss": loss_sum.item() / num_updates,
@@ -280,7 +324,7 @@ def train(config: Config, run: RunFolder) -> None:
             **means.metrics(),
             "grad_norm": grad_norm.item(),
             "learning_rate": learning_rate,
-            "num_tokens": num_tokens,
+            **counts,
             "step_time": now - step_start,
             "rollout_time": rollout_time,
             "update_time": now - update_start,
@@ -298,6 +342,13 @@ def train(config: Config, run: RunFolder) -> None:
 
     save_model(policy, tokenizer, run.folder / "final")
     run.finish(evaluation or evaluate(), eval_set)
+
+
+def idle_adds_nothing(config: Config) -> bool:
+    """Whether a group whose rewards are all alike has a gradient of exactly 0: siblings are its baseline, by themselves
+    and not whitened with others, and nothing besides the surrogate acts on it."""
+    among_siblings = config.advantage_baseline in ("group", "leave_one_out") and config.advantage_scale != "tokens"
+    return among_siblings and config.kl_coeff == 0 and config.entropy_coeff == 0
 
 
 def without_idle(rows: Tensor, is_idle: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 Reading order: ... -> reward_model.py -> [grpo/advantages.py] -> grpo/logprobs.py -> ...
 
 GRPO has no critic. The G completions of one prompt are each other's baseline: a completion is reinforced by how far
-its reward lies above the mean of its group. Letters: P prompts, G completions each.
+its reward lies above the mean of its group. Letters: P prompts, G completions each, B = P * G, C padded completion
+length.
 """
 
 from typing import NamedTuple
@@ -25,6 +26,7 @@ def group_advantages(rewards: Tensor, *, baseline: str = "group", scale: str = "
         scale     group          std of the prompt's rewards + eps                GRPO
                   batch          std of all rewards + eps                         Lite PPO
                   none           1                                                Dr. GRPO, RLOO
+                  (tokens        std over all tokens: `token_advantages`          REINFORCE++)
 
     Standard deviations are unbiased (n - 1). A group without spread teaches nothing: where all its rewards agree
     (max - min <= 1e-6 * max(1, max|R|)) its advantages are exactly 0, because rounding noise divided by a tiny std is
@@ -84,6 +86,62 @@ def group_advantages(rewards: Tensor, *, baseline: str = "group", scale: str = "
 
     has_signal = is_valid & ~group.is_constant if compares_siblings else is_valid  # (P, G)
     return torch.where(has_signal, advantages, 0.0)  # (P, G)
+
+
+def token_advantages(
+    rewards: Tensor, penalties: Tensor, completion_mask: Tensor, *, baseline: str = "none", eps: float = 1e-4
+) -> Tensor:
+    """Advantage of every token: the completion's reward less what it is still to be charged, whitened over all tokens.
+
+        A_t = R - baseline - sum over s >= t of penalties_s,     then (A - mean) / (std + eps)
+
+    A token answers for what comes after it: for the reward at the end, and for the KL of itself and its successors, but
+    for no KL before it. Mean and unbiased std are taken over all unmasked tokens of the batch, so a long completion has
+    more say in them.
+
+    Args:
+        rewards: (P, G) as in `group_advantages`; NaN = no reward applies.
+        penalties: (B, C) what each token costs, in units of the reward: kl_coeff times k1; 0 = nothing.
+        completion_mask: (B, C), 1 = a token that is trained on; row p * G + g is completion g of prompt p.
+        baseline: none is REINFORCE++, group its variant with a baseline; see `group_advantages`.
+        eps: added to the standard deviation.
+
+    Returns:
+        (B, C), exactly 0 where masked and where the reward is NaN.
+
+    Paper: "REINFORCE++" (2501.03262) section 3.
+
+    >>> mask = torch.tensor([[1, 1], [1, 0]])
+    >>> token_advantages(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 0.5], [0.0, 0.0]]), mask)
+    tensor([[ 0.5772,  0.5772],
+            [-1.1543,  0.0000]])
+    """
+    compared = group_advantages(rewards, baseline=baseline, scale="none").view(-1, 1)  # (B, 1)
+    is_kept = completion_mask.bool() & ~rewards.isnan().view(-1, 1)  # (B, C)
+    charges = torch.where(is_kept, penalties, 0.0)
+    charges_to_come = charges.flip(1).cumsum(1).flip(1)  # (B, C)
+    return whitened(compared - charges_to_come, is_kept, eps=eps)
+
+
+def whitened(values: Tensor, mask: Tensor, *, eps: float = 1e-4) -> Tensor:
+    """(B, C) -> (B, C): mean 0 and unbiased std 1 over the kept entries, 0 elsewhere; all 0 if they are all alike."""
+    is_kept = mask.bool()
+    kept = _statistics(torch.where(is_kept, values, torch.nan).reshape(1, -1))  # each (1, 1)
+    return torch.where(is_kept & ~kept.is_constant, (values - kept.mean) / (kept.std + eps), 0.0)
+
+
+def penalized_advantages(
+    rewards: Tensor, penalties: Tensor, completion_mask: Tensor, *, baseline: str, scale: str
+) -> Tensor:
+    """The advantages when tokens cost something: (B, C) under scale tokens, else (B, 1).
+
+    Where a completion has one advantage, it is charged with the sum of its penalties before it is compared. Arguments
+    as in `token_advantages`; scale: group | batch | none | tokens.
+    """
+    if scale == "tokens":
+        return token_advantages(rewards, penalties, completion_mask, baseline=baseline)
+    charges = torch.where(completion_mask.bool(), penalties, 0.0).sum(1)  # (B,)
+    return group_advantages(rewards - charges.view_as(rewards), baseline=baseline, scale=scale).view(-1, 1)
 
 
 def groups_without_spread(rewards: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
     step-000100/  model.safetensors, config.json, tokenizer …   an ordinary Hugging Face folder
                   optimizer.pt                                  AdamW's moments, loaded with weights_only=True
-                  reference.safetensors                         only once ref_update_every has moved the reference
-                  state.json                                    step, tokens so far, bytes of samples.jsonl
+                  reference.safetensors, critic.safetensors     further models, where training moves them
+                  state.json                                    step, bytes of samples.jsonl, what was counted so far
                   checksums.json                                sha256 of every other file
 
 There is no random state to save: data order and sampling noise are functions of (seed, step), and dropout is off.
@@ -15,7 +15,7 @@ import os
 import pickle
 import shlex
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_model as load_safetensors
 from safetensors.torch import save_model as save_safetensors
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from grpo.config import Config
 from grpo.errors import InputError, RunError
 
-STATE = ("step", "num_tokens", "samples_size")  # what state.json holds
+COUNTS = ("num_tokens", "num_completions")  # of the whole run so far
+STATE = ("step", "samples_size", *COUNTS)  # what state.json holds
 
 disable_progress_bar()  # transformers' own bars, one per file loaded or saved, would tear ours apart
 
@@ -57,34 +58,36 @@ def save_model(
 def save_checkpoint(
     run_folder: Path,
     step: int,
-    config: Config,
+    *,
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     optimizer: torch.optim.Optimizer,
-    reference: PreTrainedModel | None,
-    num_tokens: int,
+    modules: Mapping[str, nn.Module],
+    counts: Mapping[str, int],
+    keep_checkpoints: int,
 ) -> None:
-    """`run_folder`/step-N with all that step N + 1 depends on; then all but the newest ones are deleted.
+    """`run_folder`/step-N with all that step N + 1 depends on; then all but the newest `keep_checkpoints` are deleted.
 
-    The reference is the base, which can be loaded again, unless ref_update_every moves it. The size of samples.jsonl
-    says which of its lines belong to this checkpoint.
+    `modules` are the other models that training moves, each saved as NAME.safetensors; `counts` are those of `COUNTS`.
+    The size of samples.jsonl says which of its lines belong to this checkpoint.
     """
+    assert set(counts) == set(COUNTS)
     if (run_folder / f"step-{step:06d}").is_dir():
         return  # a run has one state after a step
     with complete_folder(run_folder / f"step-{step:06d}") as unfinished:
         policy.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         torch.save(optimizer.state_dict(), unfinished / "optimizer.pt")
-        if reference is not None and config.ref_update_every:
-            save_safetensors(reference, str(unfinished / "reference.safetensors"))
+        for name, module in modules.items():
+            save_safetensors(module, str(unfinished / f"{name}.safetensors"))
         for name in ("metrics.jsonl", "samples.jsonl"):
             sync(run_folder / name)
-        state = {"step": step, "num_tokens": num_tokens, "samples_size": (run_folder / "samples.jsonl").stat().st_size}
+        state = {"step": step, "samples_size": (run_folder / "samples.jsonl").stat().st_size, **counts}
         (unfinished / "state.json").write_text(json.dumps(state) + "\n")
         hashes = {str(path.relative_to(unfinished)): sha256(path) for path in _files(unfinished)}
         (unfinished / "checksums.json").write_text(json.dumps(hashes, indent=2) + "\n")
     with suppress(OSError):  # the checkpoint itself is safe
-        for folder in checkpoints(run_folder)[: -config.keep_checkpoints]:
+        for folder in checkpoints(run_folder)[:-keep_checkpoints]:
             remove_folder(folder)
 
 
@@ -92,16 +95,17 @@ def load_checkpoint(
     folder: Path,
     policy: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
-    reference: PreTrainedModel | None,
+    modules: Mapping[str, nn.Module],
     base_sha256: str,
-) -> dict[str, Any]:
-    """Put everything back as it was after the checkpoint's step; returns what state.json says.
+) -> dict[str, int]:
+    """Put everything back as it was after the checkpoint's step; returns what state.json says: the keys of `STATE`.
 
-    `policy` and `reference` come in as the base, whose weights must still be those the run started from: the KL would
-    silently be measured against another reference.
+    `policy` comes in as the base, whose weights must still be those the run started from: the KL would silently be
+    measured against another reference. `modules` as in `save_checkpoint`.
 
     Raises:
-        InputError: the base is another one; a file is not what `save_checkpoint` writes, though its checksum is right.
+        InputError: the base is another one; a module's file is missing; a file is not what `save_checkpoint` writes,
+            though its checksum is right.
     """
     if weights_sha256(policy) != base_sha256:
         raise InputError(
@@ -114,8 +118,10 @@ def load_checkpoint(
         )
         policy.load_state_dict(saved.state_dict())
         optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
-        if reference is not None and (folder / "reference.safetensors").is_file():
-            load_safetensors(reference, folder / "reference.safetensors")
+        for name, module in modules.items():
+            if not (folder / f"{name}.safetensors").is_file():
+                raise ValueError(f"{name}.safetensors is missing")
+            load_safetensors(module, folder / f"{name}.safetensors")
         state = json.loads((folder / "state.json").read_text())
         is_state = isinstance(state, dict) and all(type(state.get(key)) is int for key in STATE)
         if not is_state or state["step"] != step_of(folder):

@@ -1,7 +1,8 @@
-"""Settings: config.yaml < --config file < flags, checked once, frozen; with --resume, run.json < flags.
+"""Settings: config.yaml < the algorithm's row < --config file < flags, checked once, frozen; with --resume, run.json < flags.
 
-config.yaml holds every key with its default and a comment; `Config` has the same keys and no defaults. Nothing here
-imports torch, so `--help` and a misspelt flag answer at once.
+config.yaml holds every key with its default and a comment; `Config` has the same keys and no defaults. A null there is
+filled from the algorithm's row (grpo/algorithms.py). Nothing here imports torch, so `--help` and a misspelt flag answer
+at once.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from typing import Any, Literal
 
 import yaml
 
+from grpo.algorithms import ALGORITHMS, CLIP_KEYS, CRITIC_SCRIPT, ROW_KEYS, filled, plain_table
 from grpo.errors import InputError, exit_with, unreadable
 
 DEFAULTS_FILE = Path(__file__).resolve().parent.parent / "config.yaml"
@@ -48,16 +50,26 @@ class Config:
     top_p: float
     top_k: int
 
-    advantage_baseline: Literal["group", "leave_one_out", "batch", "none"]
-    advantage_scale: Literal["group", "batch", "none"]
-    clip_range: float
-    clip_range_high: float | None
+    algorithm: Literal["grpo", "dr_grpo", "dapo", "rloo", "reinforce", "reinforce_pp", "gspo", "cispo", "ppo"]
+    advantage_baseline: Literal["group", "leave_one_out", "batch", "none", "critic"]
+    advantage_scale: Literal["group", "batch", "tokens", "none"]
+    surrogate: Literal["clipped", "reinforce", "gspo", "cispo"]
+    clip_range: float | None  # None: the surrogate has no such clip
+    clip_range_high: float | None  # None: the same as clip_range
+    dual_clip: float | None
+    loss_aggregation: Literal["sequence", "token", "constant"]
     kl_coeff: float
+    kl_in: Literal["loss", "reward"]
     kl_estimator: Literal["k1", "k2", "k3", "k3_corrected"]
     ref_update_every: int
-    loss_aggregation: Literal["sequence", "token", "constant"]
+    entropy_coeff: float
+    max_resample_rounds: int
     mask_truncated_completions: bool
+
     gamma: float
+    gae_lambda: float
+    value_clip_range: float
+    critic_learning_rate: float | None
 
     num_train_steps: int
     num_iterations: int
@@ -86,7 +98,8 @@ class Config:
 
 TYPES: dict[str, Any] = typing.get_type_hints(Config)
 
-MAY_BE_INFINITE = ("clip_range_high", "max_grad_norm")  # .inf switches these off
+MAY_BE_INFINITE = ("clip_range", "clip_range_high", "value_clip_range", "max_grad_norm")  # .inf switches these off
+OF_THE_CRITIC = ("gamma", "gae_lambda", "value_clip_range", "critic_learning_rate")
 
 
 def _is_file_name(value: str) -> bool:
@@ -130,11 +143,17 @@ RULES: dict[str, Rule] = {
     "temperature": (lambda value: value > 0, "> 0 (greedy samples are all alike: nothing to compare in a group)"),
     "top_p": (lambda value: 0 < value <= 1, "in (0, 1]"),
     "top_k": _AT_LEAST_0,
-    "clip_range": (lambda value: 0 < value < 1, "in (0, 1)"),
+    "clip_range": (lambda value: 0 < value < 1 or value == math.inf, "in (0, 1), or .inf for no clip"),
     "clip_range_high": _POSITIVE,
+    "dual_clip": (lambda value: value > 1, "> 1"),
     "kl_coeff": _AT_LEAST_0,
     "ref_update_every": _AT_LEAST_0,
-    "gamma": (lambda value: value == 1, "1.0: GRPO gives every token of a completion the same advantage"),
+    "entropy_coeff": _AT_LEAST_0,
+    "max_resample_rounds": _AT_LEAST_0,
+    "gamma": (lambda value: 0 < value <= 1, "in (0, 1]"),
+    "gae_lambda": (lambda value: 0 <= value <= 1, "in [0, 1]"),
+    "value_clip_range": _POSITIVE,
+    "critic_learning_rate": _POSITIVE,
     "num_train_steps": _AT_LEAST_0,
     "num_iterations": _AT_LEAST_1,
     "num_minibatches": _AT_LEAST_1,
@@ -175,14 +194,16 @@ def load_config(
 ) -> Config:
     """config.yaml, then the file at `path`, then `overrides` such as "learning_rate=1e-4"; each may change any key.
 
-    `recorded` are the settings of a run.json; they take the place of config.yaml.
+    `recorded` are the settings of a run.json; they take the place of config.yaml. What is null in the end comes from the
+    algorithm's row.
 
     Raises:
         InputError: an unknown key, a wrong type or value, a contradiction; named with what is allowed.
     """
     settings = _read_yaml(DEFAULTS_FILE) | _known(recorded or {}, where="run.json")
     settings |= _asked_for(path, overrides)
-    values = {key: _checked(key, settings[key]) for key in TYPES}
+    asked_for = {key: _checked(key, settings[key]) for key in TYPES}
+    values = filled(asked_for)
     _check_contradictions(values)
     return Config(**values)
 
@@ -256,7 +277,7 @@ def warnings_about(config: Config) -> list[str]:
                 f"{key} {getattr(config, key)}: completions come from another distribution than the one that is "
                 "trained; sampling/logp_difference shows by how much"
             )
-    if config.kl_coeff > 0 and config.kl_estimator == "k1":
+    if config.kl_coeff > 0 and config.kl_in == "loss" and config.kl_estimator == "k1":
         warnings.append("kl_estimator k1: as a loss its expected gradient is 0, so it holds nothing back")
     return warnings
 
@@ -296,9 +317,15 @@ class SettingsParser(argparse.ArgumentParser):
         return known, [f"{key}={getattr(known, key)}" for key in TYPES if getattr(known, key) is not None]
 
 
-def parse_command_line(description: str, arguments: Sequence[str] | None = None) -> tuple[Config, Options]:
-    """Settings and options of train_grpo.py. --help lists every key; wrong input ends the process with status 2."""
+def parse_command_line(
+    description: str, arguments: Sequence[str] | None = None, *, has_critic: bool = False
+) -> tuple[Config, Options]:
+    """Settings and options of a training script. --help lists every key; wrong input ends the process with status 2.
+
+    `has_critic`: the script learns a baseline, and its algorithm is ppo where nobody says otherwise.
+    """
     parser = SettingsParser(description, "[--dry_run | --preflight | --resume | --overwrite]")
+    parser.epilog = f"algorithms: what each makes of the settings that are null\n\n{plain_table()}"
     add = functools.partial(parser.own.add_argument, action="store_true")
     add("--dry_run", help="print what the settings amount to and one rendered prompt, then stop")
     add("--preflight", help="sample some groups from the base, say what there is to learn from, then stop")
@@ -310,10 +337,23 @@ def parse_command_line(description: str, arguments: Sequence[str] | None = None)
     try:
         if len(chosen) > 1:
             raise InputError(f"got {' and '.join(chosen)}, allowed: one of them")
-        load = resumed_config if options.resume else load_config
-        return load(known.config, overrides), options
+        if options.resume:
+            config = resumed_config(known.config, overrides)
+        else:
+            config = load_config(known.config, overrides, recorded={"algorithm": "ppo"} if has_critic else None)
+        if has_critic != (config.advantage_baseline == "critic"):
+            raise InputError(_WRONG_SCRIPT[has_critic].format(**vars(config)))
+        return config, options
     except InputError as error:
         exit_with(error)
+
+
+_WRONG_SCRIPT = {  # has_critic -> what is wrong with the settings
+    False: "algorithm: got {algorithm} with advantage_baseline {advantage_baseline}, which is learned: "
+    f"python {CRITIC_SCRIPT}; allowed here: {' | '.join(name for name in ALGORITHMS if name != 'ppo')}",
+    True: "algorithm: got {algorithm} with advantage_baseline {advantage_baseline}, allowed here: ppo with critic; "
+    "the others: python train_grpo.py",
+}
 
 
 def documented_defaults() -> dict[str, tuple[str, str]]:
@@ -385,15 +425,15 @@ def _checked(key: str, value: Any) -> Any:
     """The value in its declared type, or an InputError. An int is a fine float; a bool is never a number."""
     expected = TYPES[key]
     options = typing.get_args(expected)
+    if value is None and (key in ROW_KEYS or type(None) in options):  # the row fills it, or it means something itself
+        return None
+    if isinstance(expected, types.UnionType):
+        expected = options[0]
     if typing.get_origin(expected) is Literal:
         # YAML reads a bare `none` as text but `null`, `off` or `1` as something else: compare as given.
         if value not in options:
             raise InputError(f"{key}: got {_shown(value)}, allowed: {' | '.join(options)}")
         return value
-    if isinstance(expected, types.UnionType):
-        if value is None:
-            return None
-        expected = options[0]
     expected = typing.get_origin(expected) or expected
     if expected is float and type(value) is int and abs(value) < 2**1000:  # the largest float is about 2**1024
         value = float(value)
@@ -427,12 +467,38 @@ _TYPE_NAMES = {
 
 def _check_contradictions(settings: dict[str, Any]) -> None:
     """What no key is wrong about alone."""
-    baseline, scale = settings["advantage_baseline"], settings["advantage_scale"]
+    baseline, scale, surrogate = (settings[key] for key in ("advantage_baseline", "advantage_scale", "surrogate"))
     if baseline in ("group", "leave_one_out") and settings["group_size"] < 2:
         raise InputError(f"group_size: got 1, allowed with advantage_baseline {baseline}: >= 2 (siblings to compare)")
-    if scale == "group" and baseline in ("batch", "none"):
-        raise InputError(f"advantage_scale: got group, allowed with advantage_baseline {baseline}: batch | none")
+    if scale == "group" and baseline not in ("group", "leave_one_out"):
+        raise InputError(
+            f"advantage_scale: got group, allowed with advantage_baseline {baseline}: batch | tokens | none"
+        )
+    for key in ("clip_range", "clip_range_high", "dual_clip"):
+        if settings[key] is not None and key not in CLIP_KEYS[surrogate]:
+            owners = " | ".join(name for name, keys in CLIP_KEYS.items() if key in keys)
+            raise InputError(
+                f"{key}: got {settings[key]}, but surrogate {surrogate} has no such clip; allowed with surrogate {owners}"
+            )
+    if settings["kl_in"] == "reward" and settings["kl_coeff"] == 0:
+        raise InputError("kl_in: got reward with kl_coeff 0, allowed: a kl_coeff > 0, or kl_in loss")
+    if settings["kl_in"] == "reward" and settings["kl_estimator"] != "k1":
+        raise InputError(
+            f"kl_estimator: got {settings['kl_estimator']} with kl_in reward, allowed there: null (it is always k1)"
+        )
+    if baseline != "critic":
+        defaults = _read_yaml(DEFAULTS_FILE)
+        for key in OF_THE_CRITIC:
+            if settings[key] != defaults[key]:
+                raise InputError(
+                    f"{key}: got {settings[key]}, allowed with advantage_baseline {baseline}: {_as_yaml(defaults[key])}; "
+                    f"only a critic has another: python {CRITIC_SCRIPT}"
+                )
     if settings["batch_size"] % settings["num_minibatches"]:
         raise InputError(
             f"num_minibatches: got {settings['num_minibatches']}, must divide batch_size {settings['batch_size']}"
         )
+
+
+def _as_yaml(value: Any) -> str:
+    return "null" if value is None else str(value)

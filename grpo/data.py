@@ -85,14 +85,25 @@ def check_prompt_lengths(dataset: JSONLinesDataset, tokenizer: PreTrainedTokeniz
     return lengths[longest]
 
 
-def samples_for_step(dataset: Sequence[Sample], *, step: int, batch_size: int, seed: int) -> list[Sample]:
+def samples_for_step(
+    dataset: Sequence[Sample], *, step: int, batch_size: int, seed: int, round: int = 0
+) -> list[Sample]:
     """The `batch_size` samples of training step `step` (1, 2, ...).
 
     The data is read in epochs, each a fresh permutation by (seed, epoch); a step may span two of them. Nothing is
-    remembered between calls, so a resumed run goes on exactly where it would have been.
+    remembered between calls, so a resumed run goes on exactly where it would have been. Sample p of resampling round
+    1, 2, ... is the one to take the place of sample p: `batch_size` others, drawn by (seed, step, round).
     """
+    if round > 0:
+        return _samples_for_round(dataset, step, batch_size, seed, round)
     places = range((step - 1) * batch_size, step * batch_size)
     return [dataset[_epoch_order(seed, place // len(dataset), len(dataset))[place % len(dataset)]] for place in places]
+
+
+def _samples_for_round(dataset: Sequence[Sample], step: int, batch_size: int, seed: int, round: int) -> list[Sample]:
+    """Drawn without repetition, as far as the data set goes."""
+    order = np.random.default_rng([seed, step, round]).permutation(len(dataset)).tolist()
+    return [dataset[order[place % len(order)]] for place in range(batch_size)]
 
 
 @lru_cache(maxsize=2)

@@ -39,6 +39,16 @@ class Scored(Protocol):
     def has_answer(self) -> Tensor:
         """(b,) bool: there is something in the completion to be right or wrong about."""
 
+    def metrics(self) -> dict[str, float]:
+        """What a step's row of metrics.jsonl says of them."""
+
+    def select(self, rows: Tensor) -> Self:
+        """The scores of these rows alone."""
+
+    @classmethod
+    def cat(cls, parts: Sequence[Self]) -> Self:
+        """The scores of all parts, one after another."""
+
 
 ScoreFn = Callable[[Sequence[Sample], Rollout], Scored]
 
@@ -206,10 +216,13 @@ def outcome_shares(scores: Scored, is_truncated: Tensor) -> dict[str, float]:
     return {f"answers/{name}": outcomes[name] / outcomes.total() for name in names}
 
 
-def preflight(samples: Sequence[Sample], rollout: Rollout, score_fn: ScoreFn) -> str:
+def preflight(samples: Sequence[Sample], rollout: Rollout, score_fn: ScoreFn, *, max_resample_rounds: int = 0) -> str:
     """What there is to learn from: P groups sampled from the base, of which only mixed ones say right from wrong.
 
     `samples` are the P prompts; row p * G + g of `rollout` belongs to prompt p.
+
+    Raises:
+        InputError: groups without signal are to be replaced, and there is no other kind.
     """
     group_size = len(rollout.completions) // len(samples)
     scores = score_fn([sample for sample in samples for _ in range(group_size)], rollout)
@@ -220,6 +233,11 @@ def preflight(samples: Sequence[Sample], rollout: Rollout, score_fn: ScoreFn) ->
         kind = "mixed" if len(found) == 2 else "all right" if True in found else "all wrong" if found else "unscored"
         kinds[kind] += 1
     num_signal = int((~groups_without_spread(scores.combined.view(-1, group_size))).sum())
+    if max_resample_rounds > 0 and num_signal == 0:
+        raise InputError(
+            f"max_resample_rounds: got {max_resample_rounds}, but in none of the {len(samples)} groups of the pre-flight "
+            f"do the rewards ({', '.join(scores.by_name)}) differ; allowed with such rewards: 0"
+        )
     cut = rollout.is_truncated.float().mean().item()
     lines = [
         f"pre-flight: {len(samples)} groups of {group_size} from the base: {kinds['all right']} all right, "

@@ -30,16 +30,23 @@ class Head(NamedTuple):
             logits = logits * self.scale
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
-    def log_probs(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def log_probs(
+        self, hidden: Tensor, targets: Tensor, temperature: float, *, entropy_grad: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """(N, H) hidden states, (N,) targets -> (N,) log-probs and entropies; its logits never exist as a whole."""
-        return _ChunkedHead.apply(hidden, self.weight, self.bias, targets, self.scale, self.cap, temperature)
+        logps, entropies = _ChunkedHead.apply(
+            hidden, self.weight, self.bias, targets, self.scale, self.cap, temperature, entropy_grad
+        )
+        return logps, entropies
 
 
-def log_probs_and_entropies(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """(n, V) logits, (n,) targets -> (n,) log-probs, and (n,) entropies without gradient."""
+def log_probs_and_entropies(
+    logits: Tensor, targets: Tensor, temperature: float, *, entropy_grad: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(n, V) logits, (n,) targets -> (n,) log-probs, and (n,) entropies, without gradient unless asked for."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     all_logps = torch.log_softmax(logits, dim=-1)  # (n, V)
-    with torch.no_grad():
+    with torch.set_grad_enabled(torch.is_grad_enabled() and entropy_grad):
         lowest = torch.finfo(all_logps.dtype).min  # where p is 0: 0 * log 0 is 0, not NaN
         entropies = -(all_logps.exp() * all_logps.clamp(min=lowest)).sum(-1)
     return all_logps.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropies.clamp(min=0)
@@ -50,6 +57,7 @@ class _ChunkedHead(torch.autograd.Function):
 
         forward    z = logits / temperature,   logp = z[target] - logsumexp(z);   nothing of size V is kept
         backward   dz = dlogp * (onehot(target) - softmax(z)), z computed once more;   dh = dz W,   dW += dz^T h
+                   and, where an entropy bonus asks for it,   dz -= dH * p * (log p + H),   p = softmax(z)
 
     The recomputation is a fourth matrix product beside autograd's three. What it saves are several (N, V) tensors:
     with a vocabulary of 150,000, gigabytes each.
@@ -65,30 +73,39 @@ class _ChunkedHead(torch.autograd.Function):
         scale: float,
         cap: float | None,
         temperature: float,
+        entropy_grad: bool,
     ) -> tuple[Tensor, Tensor]:
         ctx.dtype = matmul_dtype(hidden.dtype, hidden.device)
         ctx.scale, ctx.cap, ctx.temperature = scale, cap, temperature
         hidden = hidden.to(ctx.dtype)
-        ctx.save_for_backward(hidden, weight, bias, targets)
         head = _cast(Head(weight, bias, scale, cap), ctx.dtype)
         parts = [
             log_probs_and_entropies(head.logits(h), y, temperature) for h, y in _chunks(len(weight), hidden, targets)
         ]
         logps, entropies = (torch.cat(part) for part in zip(*parts, strict=True))
-        ctx.mark_non_differentiable(entropies)
+        ctx.save_for_backward(hidden, weight, bias, targets, entropies if entropy_grad else None)
+        if not entropy_grad:
+            ctx.mark_non_differentiable(entropies)
         return logps, entropies
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logps: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets = ctx.saved_tensors
+    def backward(ctx: Any, grad_logps: Tensor, grad_entropies: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, entropies = ctx.saved_tensors
         head = _cast(Head(weight, bias, ctx.scale, ctx.cap), ctx.dtype)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # a frozen head needs none
         grad_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
-        for h, y, dlogp, dh in _chunks(len(weight), hidden, targets, grad_logps, grad_hidden):
+        of_entropy = [] if entropies is None else [entropies, grad_entropies]
+        for h, y, dlogp, dh, *entropy in _chunks(len(weight), hidden, targets, grad_logps, grad_hidden, *of_entropy):
             logits = head.logits(h)  # (n, V)
-            dz = torch.softmax(logits / ctx.temperature, dim=-1).mul_(-dlogp.unsqueeze(1))
+            dz = torch.softmax(logits / ctx.temperature, dim=-1)
+            if entropy:
+                value, slope = (part.unsqueeze(1) for part in entropy)  # (n, 1)
+                factor = -dlogp.unsqueeze(1) - slope * (torch.log_softmax(logits / ctx.temperature, dim=-1) + value)
+                dz.mul_(torch.where(dz > 0, factor, 0.0))  # 0 * log 0 is 0, not NaN
+            else:
+                dz.mul_(-dlogp.unsqueeze(1))
             dz.scatter_add_(1, y.unsqueeze(1), dlogp.unsqueeze(1))
             dz.mul_(ctx.scale / ctx.temperature)
             if ctx.cap is not None:
@@ -101,7 +118,7 @@ class _ChunkedHead(torch.autograd.Function):
                 grad_weight.addmm_(dz.T, h)  # in place: to add a second (V, H) would take as long as the product
             elif grad_weight is not None:
                 grad_weight += dz.T @ h
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
 
 
 def matmul_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -45,6 +45,7 @@ def compute_logprobs(
     temperature: float = 1.0,
     group_size: int | None = None,
     shared_prefix: str = "auto",
+    entropy_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of every sampled token under `model`, and the entropy of the distribution it was drawn from.
 
@@ -63,11 +64,12 @@ def compute_logprobs(
             stand behind one copy of their prompt. None: every row is scored by itself.
         shared_prefix: whether they do, with a group_size: always | never, or auto: where it takes fewer
             multiplications (`completions_per_row`). The result is the same up to rounding.
+        entropy_grad: whether the entropies carry a gradient, which an entropy bonus needs and all else can do without.
 
     Returns:
         logps: (B, C) nats, at least float32 (bfloat16 logits are cast first: their log-softmax errs by up to 0.125
             nat), exactly 0 where masked; carries the gradient.
-        entropies: (B, C) nats, in [0, log V], exactly 0 where masked; no gradient.
+        entropies: (B, C) nats, in [0, log V], exactly 0 where masked; no gradient unless entropy_grad.
 
     Raises:
         ValueError: temperature <= 0, an unknown shared_prefix.
@@ -103,13 +105,36 @@ def compute_logprobs(
     outputs = outputs.flatten(0, 1).index_select(0, rows.row * num_outputs + rows.place)  # (N, H) or (N, V)
     u, t = rows.token_at
     score = log_probs_and_entropies if head is None else head.log_probs
-    logps, entropies = score(outputs, completions[u, t], temperature)  # (N,)
+    logps, entropies = score(outputs, completions[u, t], temperature, entropy_grad=entropy_grad)  # (N,)
 
     def per_completion(values: Tensor) -> Tensor:
         table = values.new_zeros(len(pairs), completion_ids.shape[1]).index_put((u, t), values)  # (U, C)
         return table if pair_of is None else table[pair_of]  # (B, C)
 
     return per_completion(logps), per_completion(entropies)
+
+
+def completion_states(
+    model: PreTrainedModel,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    completion_ids: Tensor,
+    completion_mask: Tensor,
+) -> Tensor:
+    """What the model's trunk makes of the text before each sampled token: the state in which that token was chosen.
+
+    Args: as in `compute_logprobs`.
+
+    Returns:
+        (B, C, H) last hidden states, 0 where masked; carries the gradient.
+    """
+    is_token = completion_mask.bool()
+    prompts = torch.where(prompt_mask.bool(), prompt_ids, PADDING)
+    completions = torch.where(is_token, completion_ids, PADDING)
+    rows = _lay_out(prompts, completions, 1, model)
+    outputs = model.base_model(**rows.inputs, use_cache=False).last_hidden_state  # (B, L + C, H)
+    before = outputs[:, prompt_ids.shape[1] - 1 : -1]  # (B, C, H) from the prompt's last to the last but one
+    return torch.where(is_token.unsqueeze(-1), before, 0.0)
 
 
 def _trimmed(ids: Tensor, side: str) -> Tensor:

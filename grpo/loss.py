@@ -1,16 +1,22 @@
-"""Clipped surrogate, token-level KL, and the weights that turn per-token losses into one number.
+"""The surrogates, token-level KL, and the weights that turn per-token losses into one number.
 
 Reading order: ... -> grpo/logprobs.py -> [grpo/loss.py] -> train_grpo.py again
 
 The loss of an optimizer step is one weighted sum over its tokens,
 
-    loss = sum( weights * (surrogate + kl_coeff * KL) ),
+    loss = sum( weights * (surrogate + kl_coeff * KL - entropy_coeff * entropy) ),
 
-so that gradients of micro-batches just add up. Letters: B completions, C padded completion length.
+so that gradients of micro-batches just add up. Letters: B completions, C padded completion length; and in formulas
+
+    r = exp(logps - old_logps)    the ratio: how much likelier the policy finds a token than when it was sampled
+    A                             the advantage: how much better the completion was than expected
 
 Masked positions may hold anything, NaN and inf too. Every function masks its inputs *before* an exp or a product:
 a weight of 0 cannot repair a NaN, neither in the sum nor in the gradient.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,22 +33,27 @@ def clipped_surrogate(
     *,
     clip_range: float,
     clip_range_high: float | None = None,
+    dual_clip: float | None = None,
 ) -> Tensor:
     """PPO's clipped surrogate per completion token, to be minimised (not yet weighted or summed).
 
-        ratio = exp(logps - old_logps)
-        loss  = -min(ratio * A, clip(ratio, 1 - clip_range, 1 + clip_range_high) * A)
+        loss = -min(r * A, clip(r, 1 - clip_range, 1 + clip_range_high) * A)
 
-    `min` is right for both signs of A. A > 0: the token is made likelier until ratio > 1 + clip_range_high, then the
-    gradient stops. A < 0: it is made less likely until ratio < 1 - clip_range. On the other side of 1 the ratio has
-    moved against A, the policy must still be corrected, and `min` keeps the gradient.
+    `min` is right for both signs of A. A > 0: the token is made likelier until r > 1 + clip_range_high, then the
+    gradient stops. A < 0: it is made less likely until r < 1 - clip_range. On the other side of 1 the ratio has moved
+    against A, the policy must still be corrected, and `min` keeps the gradient.
+
+    There the loss has no bound: with A < 0 a ratio of 50 outweighs fifty other tokens. dual_clip gives it one,
+
+        A < 0:  loss = min(that, dual_clip * |A|).
 
     Args:
         logps: (B, C) log pi_theta of the sampled tokens in nats; carries the gradient.
         old_logps: (B, C) the same at rollout time; no gradient.
         advantages: (B, 1) or (B, C). Never (B,): that would broadcast along the wrong axis when B == C.
         completion_mask: (B, C), 1 = a sampled token, EOS included.
-        clip_range, clip_range_high: lower and upper clip, usually 0.2; None = same as the lower (DAPO: 0.28).
+        clip_range, clip_range_high: lower and upper clip, usually 0.2; None = same as the lower (DAPO: 0.28); inf = none.
+        dual_clip: > 1, usually 3; None = no bound.
 
     Returns:
         (B, C), exactly 0 where masked. Equals -A on the first update, where the ratio is exactly 1.
@@ -50,7 +61,8 @@ def clipped_surrogate(
     Raises:
         ValueError: advantages are neither (B, 1) nor (B, C).
 
-    Paper: "Proximal Policy Optimization Algorithms" (1707.06347) eq. 7; in GRPO, "DeepSeekMath" (2402.03300) eq. 3.
+    Paper: "Proximal Policy Optimization Algorithms" (1707.06347) eq. 7; in GRPO, "DeepSeekMath" (2402.03300) eq. 3;
+    "Mastering Complex Control in MOBA Games" (1912.09729) eq. 4 for dual_clip.
 
     >>> ones, mask = torch.ones(2, 3), torch.tensor([[1, 1, 0], [1, 1, 0]])
     >>> clipped_surrogate(0.5 * ones, 0 * ones, torch.tensor([[1.0], [-1.0]]), mask, clip_range=0.2)
@@ -62,7 +74,80 @@ def clipped_surrogate(
     ratio = _log_ratio(logps, old_logps, is_token).exp()  # (B, C)
     clipped_ratio = ratio.clamp(1 - clip_range, 1 + (clip_range if clip_range_high is None else clip_range_high))
     loss = -torch.min(ratio * advantages, clipped_ratio * advantages)
+    if dual_clip is not None:
+        loss = torch.where(advantages < 0, torch.min(loss, -dual_clip * advantages), loss)
     return torch.where(is_token, loss, 0.0)  # (B, C)
+
+
+def reinforce(logps: Tensor, old_logps: Tensor, advantages: Tensor, completion_mask: Tensor) -> Tensor:
+    """The policy gradient itself, per token, to be minimised: loss = -A * log pi_theta.
+
+    It knows no old policy: right for the one update that follows a rollout, where its gradient is that of the clipped
+    surrogate; wrong off-policy. The value means nothing, since a log-prob is no ratio. Arguments and result as in
+    `clipped_surrogate`.
+
+    Paper: Williams, "Simple Statistical Gradient-Following Algorithms" (1992); "Back to Basics" (2402.14740) eq. 6.
+
+    >>> reinforce(torch.tensor([[-1.0, -2.0]]), torch.zeros(1, 2), torch.tensor([[0.5]]), torch.tensor([[1, 1]]))
+    tensor([[0.5000, 1.0000]])
+    """
+    is_token = completion_mask.bool()
+    return -_checked_advantages(advantages, is_token) * torch.where(is_token, logps, 0.0)  # (B, C)
+
+
+def gspo(
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    completion_mask: Tensor,
+    *,
+    clip_range: float,
+    clip_range_high: float | None = None,
+) -> Tensor:
+    """Group sequence policy optimization: the clipped surrogate with one ratio for the whole completion.
+
+        s = exp( mean over its tokens of (logps - old_logps) ),   loss = -min(s * A, clip(s, ...) * A) at every token
+
+    A reward speaks of a completion, so the completion is what is clipped. The mean keeps s from growing with length; it
+    also makes it vary little, which is why the clip ranges are of the order of 3e-4. Arguments and result as in
+    `clipped_surrogate`; with loss_aggregation sequence it is the paper's objective.
+
+    Paper: "Group Sequence Policy Optimization" (2507.18071) eq. 5, 7.
+
+    >>> logps, zeros, mask = torch.tensor([[0.2, 0.0, 9.0]]), torch.zeros(1, 3), torch.tensor([[1, 1, 0]])
+    >>> gspo(logps, zeros, torch.tensor([[1.0]]), mask, clip_range=0.5)
+    tensor([[-1.1052, -1.1052,  0.0000]])
+    """
+    log_ratio = _sequence_log_ratio(logps, old_logps, completion_mask.bool())  # (B, C)
+    return clipped_surrogate(
+        log_ratio,
+        torch.zeros_like(log_ratio),
+        advantages,
+        completion_mask,
+        clip_range=clip_range,
+        clip_range_high=clip_range_high,
+    )
+
+
+def cispo(
+    logps: Tensor, old_logps: Tensor, advantages: Tensor, completion_mask: Tensor, *, clip_range_high: float
+) -> Tensor:
+    """Clipped importance sampling: REINFORCE whose weight, not whose gradient, is clipped.
+
+        loss = -stopgrad( min(r, 1 + clip_range_high) ) * A * log pi_theta
+
+    Where PPO's clip silences a token that has moved far ("wait", "however": rare, and soon far), this one goes on
+    training it with a bounded weight. Arguments and result as in `clipped_surrogate`.
+
+    Paper: "MiniMax-M1" (2506.13585) eq. 4.
+    Differs from TRL: its epsilon_high is the cap itself, ours + 1.
+
+    >>> logps, mask = torch.tensor([[2.0, -1.0]]), torch.tensor([[1, 1]])
+    >>> cispo(logps, torch.tensor([[0.0, -1.0]]), torch.tensor([[1.0]]), mask, clip_range_high=4.0)
+    tensor([[-10.,   1.]])
+    """
+    weight = _log_ratio(logps, old_logps, completion_mask.bool()).exp().clamp(max=1 + clip_range_high)  # (B, C)
+    return weight.detach() * reinforce(logps, old_logps, advantages, completion_mask)
 
 
 @torch.no_grad()
@@ -74,17 +159,60 @@ def clipped_tokens(
     *,
     clip_range: float,
     clip_range_high: float | None = None,
+    dual_clip: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Where the clip binds, that is where it takes the gradient away: (low, high), both (B, C) bool.
 
-    low: A < 0 and ratio < 1 - clip_range. high: A > 0 and ratio > 1 + clip_range_high. A ratio outside the range on
-    its other side is not clipped by `min` and does not count. Arguments as in `clipped_surrogate`.
+    low: A < 0 and r < 1 - clip_range, or r > dual_clip. high: A > 0 and r > 1 + clip_range_high. A ratio outside the
+    range on its other side is not clipped by `min` and does not count. Arguments as in `clipped_surrogate`.
     """
     is_token = completion_mask.bool()
     advantages = _checked_advantages(advantages, is_token)  # (B, C)
     ratio = _log_ratio(logps, old_logps, is_token).exp()  # (B, C)
     clip_range_high = clip_range if clip_range_high is None else clip_range_high
-    return (advantages < 0) & (ratio < 1 - clip_range), (advantages > 0) & (ratio > 1 + clip_range_high)
+    too_low = (ratio < 1 - clip_range) | (ratio > (torch.inf if dual_clip is None else dual_clip))
+    return (advantages < 0) & too_low, (advantages > 0) & (ratio > 1 + clip_range_high)
+
+
+@torch.no_grad()
+def _never_clipped(
+    logps: Tensor, old_logps: Tensor, advantages: Tensor, completion_mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    nowhere = torch.zeros_like(completion_mask, dtype=torch.bool)
+    return nowhere, nowhere
+
+
+@torch.no_grad()
+def _clipped_sequences(
+    logps: Tensor, old_logps: Tensor, advantages: Tensor, completion_mask: Tensor, **clip: float
+) -> tuple[Tensor, Tensor]:
+    log_ratio = _sequence_log_ratio(logps, old_logps, completion_mask.bool())
+    return clipped_tokens(log_ratio, torch.zeros_like(log_ratio), advantages, completion_mask, **clip)
+
+
+@torch.no_grad()
+def _capped_tokens(
+    logps: Tensor, old_logps: Tensor, advantages: Tensor, completion_mask: Tensor, *, clip_range_high: float
+) -> tuple[Tensor, Tensor]:
+    """Where the weight is capped; the gradient is there all the same."""
+    is_token = completion_mask.bool()
+    is_capped = _log_ratio(logps, old_logps, is_token).exp() > 1 + clip_range_high
+    return torch.zeros_like(is_capped), is_capped & (_checked_advantages(advantages, is_token) != 0)
+
+
+class Surrogate(NamedTuple):
+    """What is differentiated. Both functions take (logps, old_logps, advantages, completion_mask, *, its clips)."""
+
+    loss: Callable[..., Tensor]  # -> (B, C), to be minimised; exactly 0 and without gradient where masked
+    clipped: Callable[..., tuple[Tensor, Tensor]]  # -> (low, high), (B, C) bool each: where the clip acts
+
+
+SURROGATES = {
+    "clipped": Surrogate(clipped_surrogate, clipped_tokens),
+    "reinforce": Surrogate(reinforce, _never_clipped),
+    "gspo": Surrogate(gspo, _clipped_sequences),
+    "cispo": Surrogate(cispo, _capped_tokens),
+}
 
 
 def _log_ratio(logps: Tensor, old_logps: Tensor, is_token: Tensor) -> Tensor:
@@ -93,6 +221,12 @@ def _log_ratio(logps: Tensor, old_logps: Tensor, is_token: Tensor) -> Tensor:
     Clamped at 80, near the largest exponent of float32: an infinite ratio times an advantage of 0 would be NaN.
     """
     return torch.where(is_token, logps - old_logps, 0.0).clamp(max=80)
+
+
+def _sequence_log_ratio(logps: Tensor, old_logps: Tensor, is_token: Tensor) -> Tensor:
+    """(B, C) the mean of a completion's log-ratios, at each of its places."""
+    log_ratio = torch.where(is_token, logps - old_logps, 0.0)
+    return (log_ratio.sum(1, keepdim=True) / is_token.sum(1, keepdim=True).clamp(min=1)).expand_as(log_ratio)
 
 
 def _checked_advantages(advantages: Tensor, is_token: Tensor) -> Tensor:

@@ -91,9 +91,15 @@ class TokenMeans:
 def sample_rows(
     step: int, samples: Sequence[Sample], rollout: Rollout, scores: Scored, advantages: Tensor
 ) -> list[dict[str, Any]]:
-    """The lines of samples.jsonl for one step; `samples` are repeated per completion, `advantages` are (B, 1)."""
+    """The lines of samples.jsonl for one step; `samples` are repeated per completion, `advantages` (B, 1) or (B, C).
+
+    Where tokens have advantages of their own, a completion's is their mean.
+    """
     rewards = {name: values.tolist() for name, values in scores.by_name.items()}
     combined, is_truncated = scores.combined.tolist(), rollout.is_truncated.tolist()
+    if advantages.shape[1] > 1:
+        mask = rollout.completion_mask
+        advantages = torch.where(mask, advantages, 0.0).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
     advantage = advantages.squeeze(1).tolist()
     return [
         {

@@ -82,6 +82,11 @@ class Rollout:
                     width = lengths[siblings[0]]
         return [torch.tensor(batch, device=groups.device) for batch in batches]
 
+    @property
+    def num_tokens(self) -> int:
+        """Of prompts and completions, each prompt counted with each of its completions."""
+        return int(self.prompt_mask.sum() + self.completion_mask.sum())
+
     def select(self, rows: Tensor) -> Self:
         """The rollout of these rows alone. `rows`: (b,) indices; padding stays as wide as it was."""
         return type(self)(
@@ -89,6 +94,27 @@ class Rollout:
             self.sampling_logps[rows],
             self.is_truncated[rows],
             [self.completions[row] for row in rows.tolist()],
+        )
+
+    @classmethod
+    def cat(cls, rollouts: Sequence[Self]) -> Self:
+        """Their rows one after another, padded to the longest prompt and completion of all."""
+
+        def joined(name: str, side: str) -> Tensor:
+            parts = [getattr(rollout, name) for rollout in rollouts]
+            width = max(part.shape[1] for part in parts)
+            missing = [width - part.shape[1] for part in parts]
+            padding = [(n, 0) if side == "left" else (0, n) for n in missing]
+            return torch.cat([functional.pad(*pair) for pair in zip(parts, padding, strict=True)])
+
+        return cls(
+            prompt_ids=joined("prompt_ids", "left"),
+            prompt_mask=joined("prompt_mask", "left"),
+            completion_ids=joined("completion_ids", "right"),
+            completion_mask=joined("completion_mask", "right"),
+            sampling_logps=joined("sampling_logps", "right"),
+            is_truncated=torch.cat([rollout.is_truncated for rollout in rollouts]),
+            completions=[text for rollout in rollouts for text in rollout.completions],
         )
 
 

@@ -54,6 +54,7 @@ class RunFolder:
 
     config: Config
     options: Options = Options()
+    script: str = "train_grpo.py"  # what the user runs, from the project's root
     facts: dict[str, Any] = field(default_factory=dict)  # run.json
     rows: list[dict[str, Any]] = field(default_factory=list)  # of metrics.jsonl, step 0 first
     is_training: bool = False
@@ -217,7 +218,7 @@ class RunFolder:
     def command(self, option: str) -> str:
         """What to type to do something with this folder."""
         is_default = self.folder == Path(documented_defaults()["output_dir"][0])
-        return f"python train_grpo.py {option}" + (
+        return f"python {self.script} {option}" + (
             "" if is_default else f" --output_dir {shlex.quote(str(self.folder))}"
         )
 
@@ -241,13 +242,15 @@ class RunFolder:
 
 
 @contextmanager
-def open_run(config: Config, options: Options) -> Iterator[RunFolder]:
-    """Hold `output_dir` for one run. Refuses at once what would only fail later; leaves nothing if the run never began.
+def open_run(config: Config, options: Options, script: str = "train_grpo.py") -> Iterator[RunFolder]:
+    """Hold `output_dir` for one run of `script`.
+
+    Refuses at once what would only fail later; leaves nothing if the run never began.
 
     Raises:
         InputError: the folder cannot be written, is in use, holds something else, or an unfinished run.
     """
-    run = RunFolder(config, options)
+    run = RunFolder(config, options, script)
     if options.dry_run or options.preflight:
         yield run
         return

@@ -109,7 +109,7 @@ def assert_same_run(first: Path, second: Path) -> None:
         assert set(moments) == {"step", "exp_avg", "exp_avg_sq"}
         for name, value in moments.items():
             assert torch.equal(value, states[1]["state"][weight][name])
-    for name in ("state.json", "reference.safetensors"):
+    for name in ("state.json", "reference.safetensors", "critic.safetensors"):
         contents = [
             path.read_bytes() if path.is_file() else None for path in (first / last / name, second / last / name)
         ]
@@ -127,6 +127,23 @@ def test_a_reference_that_moved_is_saved_with_its_weights(small: dict[str, Any],
     assert torch.equal(saved[0], base[name])
     assert not torch.equal(saved[1], base[name])
     assert not torch.equal(saved[1], load_file(tmp_path / "run" / "step-000004" / "model.safetensors")[name])
+
+
+def test_a_reference_that_should_be_there_and_is_not_is_refused(small: dict[str, Any], tmp_path: Path) -> None:
+    """Its absence is no sign that it never moved. The checksums are in order: somebody took it out of them too."""
+    train(small, tmp_path / "run", **FOUR, ref_update_every=3)
+    folder = tmp_path / "run" / "step-000004"
+    (folder / "reference.safetensors").unlink()
+    sums = json.loads((folder / "checksums.json").read_text())
+    del sums["reference.safetensors"]
+    (folder / "checksums.json").write_text(json.dumps(sums))
+    with pytest.raises(InputError) as raised:
+        resume(tmp_path / "run", num_train_steps=5)
+    assert str(raised.value) == f"--resume: {folder} cannot be loaded: reference.safetensors is missing"
+
+
+def test_a_reference_that_never_moves_is_not_saved(whole: Path) -> None:
+    assert not list(whole.glob("step-*/reference.safetensors"))
 
 
 def test_a_run_that_only_lacks_its_end_gets_it(whole: Path, tmp_path: Path) -> None:
@@ -742,7 +759,8 @@ def test_a_checkpoint_lists_all_its_files(whole: Path) -> None:
     folder = whole / "step-000002"
     state, sums = (json.loads((folder / name).read_text()) for name in ("state.json", "checksums.json"))
     assert state["step"] == 2
-    assert state["num_tokens"] == read(whole / "metrics.jsonl")[2]["num_tokens"]
+    for count in ("num_tokens", "num_completions"):
+        assert state[count] == read(whole / "metrics.jsonl")[2][count]
     assert set(sums) == {path.name for path in folder.iterdir()} - {"checksums.json"}
     assert sums["optimizer.pt"] == sha256(folder / "optimizer.pt")
     samples = (whole / "samples.jsonl").read_bytes()[: state["samples_size"]]
@@ -757,7 +775,16 @@ def test_a_tokenizer_with_several_chat_templates_can_be_saved(whole: Path, tmp_p
     tokenizer = AutoTokenizer.from_pretrained(folder / "step-000002")
     tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
     optimizer = torch.optim.AdamW(model.parameters())
-    save_checkpoint(folder, 3, load_config(), model, tokenizer, optimizer, None, 0)
+    save_checkpoint(
+        folder,
+        3,
+        policy=model,
+        tokenizer=tokenizer,
+        optimizer=optimizer,
+        modules={},
+        counts={"num_tokens": 0, "num_completions": 0},
+        keep_checkpoints=2,
+    )
     sums = json.loads((folder / "step-000003" / "checksums.json").read_text())
     assert any("/" in name for name in sums)
     check_integrity(folder, "", "")

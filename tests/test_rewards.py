@@ -465,3 +465,133 @@ def test_a_reward_that_raises_on_the_batch_alone_names_no_sample() -> None:
 
     with pytest.raises(RewardError, match=r"reward wary raised ValueError: too many \(test_rewards.py, line \d+\)$"):
         score_completions([entry("wary", wary)], [{"prompt": "p"}] * 2, ["a", "b"], [[1]] * 2)
+
+
+# Rewards of single tokens
+
+
+def score_tokens(rewards: list[Reward], lengths: list[int]) -> Scores:
+    """Completions of so many tokens each, with `per_token`."""
+    samples = [{"prompt": f"prompt {row}"} for row in range(len(lengths))]
+    ids = [[7] * length for length in lengths]
+    return score_completions(rewards, samples, ["x" * length for length in lengths], ids, per_token=True)
+
+
+def test_token_rewards_combine_by_weight_and_a_whole_reward_stands_on_the_last_token() -> None:
+    rewards = [
+        entry("a", returning([0.1, 0.2, 0.3], [1.0], None, None), weight=2.0),
+        entry("b", returning(0.5, None, 4.0, None), weight=-1.0),
+        entry("logged", returning([9.0, 9.0, 9.0], 9.0, [9.0, 9.0], 9.0), weight=0),
+    ]
+    scores = score_tokens(rewards, [3, 1, 2, 2])
+    expected = [[0.2, 0.4, 0.1], [2.0, 0.0, 0.0], [0.0, -4.0, 0.0], [0.0, 0.0, 0.0]]
+    assert torch.allclose(scores.token_rewards, torch.tensor(expected))
+    assert same(scores.by_name["a"], 0.6, 1.0, NAN, NAN)
+    assert same(scores.by_name["logged"], 27.0, 9.0, 18.0, 9.0)
+    assert same(scores.combined, 0.7, 2.0, -4.0, NAN)  # sums of the rows, and NaN where nothing applies
+    assert same(scores.is_right, 0.0, 1.0, NAN, NAN)  # the sum is what is compared with the full mark
+
+
+def test_without_asking_there_are_no_token_rewards() -> None:
+    assert score([entry("a", returning(1.0, 0.0, None))]).token_rewards is None
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([1.0, [0.5]], "reward mine returned 1 token rewards for 'prompt 1', whose completion has 2 tokens"),
+        ([1.0, []], "reward mine returned 0 token rewards for 'prompt 1', whose completion has 2 tokens"),
+        ([[0.0, 0.0, NAN], 0.0], "reward mine returned nan in a list for 'prompt 0', expected finite numbers"),
+        ([[0.0, None, 0.0], 0.0], "reward mine returned None in a list for 'prompt 0', expected finite numbers"),
+        ([[0.0, "1", 0.0], 0.0], "reward mine returned '1' in a list for 'prompt 0', expected finite numbers"),
+        ([[1e300, 0.0, 0.0], 0.0], "reward mine returned 1e+300 in a list for 'prompt 0', expected finite numbers"),
+        ([NAN, 0.0], "reward mine returned nan for 'prompt 0', expected a finite number or None"),
+        ([[1.0] * 3], "reward mine returned 1 values for 2 completions, expected a list of as many"),
+    ],
+)
+def test_wrong_token_rewards_are_reported_with_function_and_sample(values: list[Any], message: str) -> None:
+    with pytest.raises(RewardError) as raised:
+        score_tokens([entry("mine", returning(*values))], [3, 2])
+    assert str(raised.value) == message
+
+
+def test_token_rewards_are_refused_where_a_completion_has_one_advantage() -> None:
+    with pytest.raises(RewardError) as raised:
+        score([entry("mine", returning(1.0, [0.5, 0.5]))], num_rows=2)
+    assert str(raised.value).startswith("reward mine returned a list for 'prompt 1', expected one number or None")
+    assert "examples/train_ppo.py" in str(raised.value)
+
+
+# Some of the completions
+
+
+def test_scores_can_be_taken_apart_and_put_together() -> None:
+    rewards = [entry("a", returning(1.0, 0.0, None, 0.5)), entry("b", returning(None, 1.0, None, 2.0), weight=0.5)]
+    whole = score(rewards, num_rows=4)
+    parts = [whole.select(torch.tensor([2, 0])), whole.select(torch.tensor([3]))]
+    assert same(parts[0].combined, NAN, 1.0)
+    again = Scores.cat(parts)
+    assert same(again.combined, NAN, 1.0, 1.5)
+    assert same(again.by_name["b"], NAN, NAN, 2.0)
+    assert same(again.is_right, NAN, 1.0, 0.0)
+    assert again.has_answer.tolist() == [True] * 3
+    chosen = score_tokens(rewards, [1, 2, 1, 2]).select(torch.tensor([3, 1]))
+    assert chosen.token_rewards is not None
+    assert chosen.token_rewards.tolist() == [[0.0, 1.5], [0.0, 0.5]]
+
+
+# Too long
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"), [(1, 0.0), (12, 0.0), (13, -0.125), (16, -0.5), (20, -1.0), (21, -1.0)]
+)
+def test_overlong_falls_from_0_to_minus_1_over_the_cache(length: int, expected: float) -> None:
+    """max_length 20, cache 8: DAPO's equation 13 by hand."""
+    (reward,) = load_rewards([{"name": "overlong", "max_length": 20, "cache": 8}])
+    value = score_completions([reward], [{"prompt": "p"}], ["x"], [[7] * length]).combined.item()
+    assert value == expected
+    assert math.copysign(1, value) == (1 if expected == 0 else -1)
+
+
+@pytest.mark.parametrize("cache", [1, 5, 12])
+def test_overlong_is_that_of_trl(cache: int) -> None:
+    rewards = pytest.importorskip("trl.rewards")
+    theirs = rewards.get_soft_overlong_punishment(max_completion_len=12, soft_punish_cache=cache)
+    (ours,) = load_rewards([{"name": "overlong", "max_length": 12, "cache": cache}])
+    ids = [[7] * length for length in range(1, 16)]
+    values = ours.fn(prompts=[""] * 15, completions=[""] * 15, completion_ids=ids)
+    assert values == pytest.approx(theirs(completion_ids=ids))
+
+
+def test_overlong_calls_nothing_right_or_wrong() -> None:
+    overlong = {"name": "overlong", "max_length": 4, "cache": 2, "weight": 0.5}
+    samples, ids = [{"prompt": "p", "answer": 5}] * 2, [[7] * 2, [7] * 3]
+    second = score_completions(load_rewards(["math", overlong]), samples, ["5", "5"], ids)
+    assert same(second.combined, 1.0, 0.75)
+    assert same(second.is_right, 1.0, 1.0)
+    first = score_completions(load_rewards([overlong, "math"]), samples, ["5", "5"], ids)
+    assert same(first.combined, 1.0, 0.75)
+    assert same(first.is_right, NAN, NAN)  # not 0: there is no accuracy then, instead of a wrong one
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_length": 4, "cache": 5}, "cache: got 5, expected a whole number in 1 ... max_length (4)"),
+        ({"max_length": 4, "cache": 0}, "cache: got 0, expected a whole number in 1 ... max_length (4)"),
+        ({"max_length": 4, "cache": 1.5}, "cache: got 1.5, expected a whole number in 1 ... max_length (4)"),
+        ({"max_length": 4, "cache": True}, "cache: got True, expected a whole number in 1 ... max_length (4)"),
+        ({"max_length": 0, "cache": 1}, "max_length: got 0, expected a whole number >= 1"),
+        ({"max_length": "x", "cache": 1}, "max_length: got 'x', expected a whole number >= 1"),
+    ],
+)
+def test_wrong_arguments_of_overlong_are_named(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as raised:
+        load_rewards([{"name": "overlong", **arguments}])
+    assert str(raised.value) == f"rewards: overlong: {message}"
+
+
+def test_overlong_must_be_told_how_long_is_too_long() -> None:
+    with pytest.raises(InputError, match=r"^rewards: overlong: .*'cache'"):
+        load_rewards([{"name": "overlong", "max_length": 9}])

@@ -155,13 +155,6 @@ def test_a_run_interrupted_after_every_step_is_the_same_run(
     assert_goes_on_as(two_iterations[0], folder)
 
 
-def reference_moved_to_the_resumed_weights(load: Any, folder: Path, *objects: Any) -> Any:
-    state = load(folder, *objects)
-    policy, _, reference, _ = objects
-    reference.load_state_dict(policy.state_dict())
-    return state
-
-
 def optimizer_left_as_new(load: Any, folder: Path, *objects: Any) -> Any:
     policy, optimizer, *others = objects
     return load(folder, policy, torch.optim.AdamW(optimizer.param_groups), *others)
@@ -178,6 +171,10 @@ def tokens_counted_from_0(load: Any, folder: Path, *objects: Any) -> Any:
     return load(folder, *objects) | {"num_tokens": 0}
 
 
+def completions_counted_from_0(load: Any, folder: Path, *objects: Any) -> Any:
+    return load(folder, *objects) | {"num_completions": 0}
+
+
 def samples_not_cut_off(load: Any, folder: Path, *objects: Any) -> Any:
     return load(folder, *objects) | {"samples_size": (folder.parent / "samples.jsonl").stat().st_size}
 
@@ -185,7 +182,7 @@ def samples_not_cut_off(load: Any, folder: Path, *objects: Any) -> Any:
 @pytest.mark.parametrize(
     "wrong",
     [
-        reference_moved_to_the_resumed_weights, optimizer_left_as_new, weights_left_as_the_base, tokens_counted_from_0,
+        optimizer_left_as_new, weights_left_as_the_base, tokens_counted_from_0, completions_counted_from_0,
         samples_not_cut_off,
     ],
     ids=lambda wrong: wrong.__name__,
@@ -198,6 +195,29 @@ def test_a_resume_that_loses_something_is_another_run(
     load = train_grpo.load_checkpoint
     monkeypatch.setattr(train_grpo, "load_checkpoint", lambda *arguments: wrong(load, *arguments))
     resume(folder)
+    with pytest.raises(AssertionError):
+        assert_same_run(two_iterations[0], folder)
+
+
+def test_a_reference_that_is_the_resumed_weights_is_another_run(
+    two_iterations: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = power_cut(two_iterations, 3, tmp_path / "run")
+    load, copy, references = train_grpo.load_checkpoint, train_grpo.frozen_copy, list[Any]()
+
+    def remembered(model: Any) -> Any:
+        references.append(copy(model))
+        return references[-1]
+
+    def load_both(folder: Path, policy: Any, *others: Any) -> Any:
+        state = load(folder, policy, *others)
+        references[-1].load_state_dict(policy.state_dict())
+        return state
+
+    monkeypatch.setattr(train_grpo, "frozen_copy", remembered)
+    monkeypatch.setattr(train_grpo, "load_checkpoint", load_both)
+    resume(folder)
+    assert len(references) == 1
     with pytest.raises(AssertionError):
         assert_same_run(two_iterations[0], folder)
 
@@ -467,7 +487,15 @@ def test_a_state_that_is_no_state_is_refused(
     two_iterations: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     texts = ["", "[" * 100_000, "cos\nsystem\n(S'true'\ntR.", "[1]", '{"step": 2}']
-    texts += ['{"step": 2, "num_tokens": "x", "samples_size": 1}', '{"step": 1, "num_tokens": 1, "samples_size": 1}']
+    state = {"step": 2, "num_tokens": 1, "num_completions": 1, "samples_size": 1}
+    wrong = [
+        {"step": 1},
+        {"num_tokens": "x"},
+        {"num_completions": None},
+        {"num_completions": 1.5},
+        {"samples_size": []},
+    ]
+    texts += [json.dumps(state | change) for change in wrong]
     for number, text in enumerate(texts):
         folder = power_cut(two_iterations, 3, tmp_path / str(number))
         (folder / "step-000002" / "state.json").write_text(text)

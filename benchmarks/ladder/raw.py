@@ -1,0 +1,56 @@
+"""The runs' own metrics, compressed into one file: the columns that matter, four digits each.
+
+    {"grpo seed 0": {"step": [0, 1, ...], "eval/accuracy": [0.2, null, ...], ...}, ...}
+
+python -c "import json, lzma; print(list(json.load(lzma.open('benchmarks/results/ladder_metrics.json.xz'))))"
+"""
+
+import json
+import lzma
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import RESULTS
+from grpo.records import read_jsonl
+
+RAW = RESULTS / "ladder_metrics.json.xz"
+COLUMNS = (
+    "step", "num_completions", "reward", "eval/accuracy", "eval/mean_length", "completions/mean_length",
+    "frac_reward_zero_std", "entropy", "kl", "clip_ratio/low_mean", "clip_ratio/high_mean", "grad_norm", "step_time",
+)  # fmt: skip
+
+Columns = dict[str, list[float | None]]
+
+
+def columns_of(rows: Sequence[dict[str, Any]]) -> Columns:
+    """Rows of metrics.jsonl -> columns; null where a row has no such number.
+
+    >>> columns_of([{"step": 0, "eval/accuracy": 0.2}, {"step": 1, "reward": 0.123456}])
+    {'step': [0, 1], 'reward': [None, 0.1235], 'eval/accuracy': [0.2, None]}
+    """
+    present = [name for name in COLUMNS if any(name in row for row in rows)]
+    return {name: [_rounded(row.get(name)) for row in rows] for name in present}
+
+
+def _rounded(value: float | None) -> float | None:
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def read_raw(path: Path = RAW) -> dict[str, Columns]:
+    """Part -> columns."""
+    return json.loads(lzma.decompress(path.read_bytes())) if path.is_file() else {}
+
+
+def pack(parts: Sequence[str], work: Path, path: Path = RAW) -> None:
+    """Put what lies in `work` of these parts into the file; of parts that do not lie there it keeps what it has."""
+    before = read_raw(path)
+    packed = {}
+    for part in parts:
+        metrics = work / part.replace(" ", "-") / "metrics.jsonl"
+        if metrics.is_file():
+            packed[part] = columns_of(read_jsonl(metrics))
+        elif part in before:
+            packed[part] = before[part]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(lzma.compress(json.dumps(packed, separators=(",", ":")).encode(), preset=9))

@@ -1,0 +1,193 @@
+"""The rows of the ladder, as data: each is another row and one idea more, as flags of a training script.
+
+A row's flags are those of the row it comes `after` and its own. Rows that come to the same settings are measured once.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from grpo.config import load_config
+
+GRPO, PPO = "train_grpo.py", "examples/train_ppo.py"
+SHUFFLED = "[{name: math, weight: 0}, {name: 'benchmarks.toy:shuffled_math'}]"
+KL = 0.005  # kl_coeff, the default run's
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table. `flags` and `mutant` are what it changes, `idea` says so in words."""
+
+    name: str
+    idea: str
+    flags: dict[str, Any] = field(default_factory=dict)
+    after: str | None = None  # the row that this one is one idea more than
+    script: str = GRPO
+    mutant: str | None = None  # a name of tests/mutant_list.py: the run is made in a copy of the project, so broken
+    rate_of: str | None = None  # learns at the learning rate of this row; None = at the best of its own grid
+    equals: str | None = None  # the metrics of this row must be those of that one, bit for bit
+    fits_budget: bool = False  # samples more completions a step than others: its number of steps is searched
+
+
+def two(name: str) -> Row:
+    """An algorithm with two optimizer steps a rollout, so that the second one meets ratios other than 1."""
+    row = _ALGORITHMS[name]
+    return Row(
+        f"{name}_two_updates",
+        f"{name}, two minibatches",
+        {"num_minibatches": 2},
+        after=name,
+        script=row.script,
+        fits_budget=row.fits_budget,
+    )
+
+
+def group_of(size: int) -> Row:
+    """Another group size; as many completions a step."""
+    flags = {"group_size": size, "batch_size": 256 // size}
+    return Row(f"group_size_{size}", f"groups of {size}, {256 // size} prompts a step", flags, after="grpo")
+
+
+_ALGORITHMS = {
+    row.name: row
+    for row in [
+        Row("grpo", "the default run", {"algorithm": "grpo"}),
+        Row("dr_grpo", "--algorithm dr_grpo", {"algorithm": "dr_grpo"}),
+        Row("dapo", "--algorithm dapo", {"algorithm": "dapo"}, fits_budget=True),
+        Row("dapo_without_resampling", "dapo, no dynamic sampling", {"algorithm": "dapo", "max_resample_rounds": 0}),
+        Row("rloo", "--algorithm rloo", {"algorithm": "rloo"}),
+        Row("reinforce_alone", "--algorithm reinforce", {"algorithm": "reinforce"}),
+        Row("reinforce_pp", "--algorithm reinforce_pp", {"algorithm": "reinforce_pp"}),
+        Row("gspo", "--algorithm gspo", {"algorithm": "gspo"}),
+        Row("cispo", "--algorithm cispo", {"algorithm": "cispo"}),
+        Row("ppo", "a learned critic", {"algorithm": "ppo"}, script=PPO),
+    ]
+}
+
+# With one update a rollout the ratio is 1 and `clipped` has the gradient of `reinforce`: the surrogate is changed where
+# the second update arrives.
+_SECOND_UPDATE = {"surrogate": "clipped", "clip_range": ".inf", "num_minibatches": 2}
+
+_LADDER = [
+    Row("reinforce", "REINFORCE, no baseline", {"algorithm": "reinforce", "loss_aggregation": "token"}),
+    Row("batch_baseline", "less the mean of the batch", {"advantage_baseline": "batch"}, after="reinforce"),
+    Row("group_baseline", "less the mean of the group", {"advantage_baseline": "group"}, after="batch_baseline"),
+    Row(
+        "leave_one_out", "less the mean of the others", {"advantage_baseline": "leave_one_out"}, after="group_baseline"
+    ),
+    Row("group_std", "group mean, divided by its std", {"advantage_scale": "group"}, after="group_baseline"),
+    Row("two_minibatches", "two updates a rollout, ratio not clipped", _SECOND_UPDATE, after="group_std"),
+    Row("clip", "the ratio clipped at 0.2", {"clip_range": 0.2}, after="two_minibatches"),
+]
+
+_KL = [
+    Row("kl_k1", "k1, a classic mistake", {"kl_coeff": KL, "kl_estimator": "k1"}, after="clip"),
+    Row("kl_k2", "k2", {"kl_coeff": KL, "kl_estimator": "k2"}, after="clip"),
+    Row("kl_k3", "k3", {"kl_coeff": KL, "kl_estimator": "k3"}, after="clip"),
+    Row("kl_k3_corrected", "k3_corrected", {"kl_coeff": KL, "kl_estimator": "k3_corrected"}, after="clip"),
+    Row("kl_reward", "k1 in the reward", {"kl_coeff": KL, "kl_in": "reward"}, after="clip"),
+]
+
+_AGGREGATIONS = [
+    Row("sequence", "mean of the completions' means", {"loss_aggregation": "sequence"}, after="clip"),
+    Row("constant", "divided by a constant", {"loss_aggregation": "constant"}, after="clip"),
+]
+
+_MISTAKES = [
+    Row("shuffled", "rewards dealt at random", {"rewards": SHUFFLED}, after="grpo"),
+    Row("eos_masked", "EOS left out of the mask", after="grpo", mutant="EOS left out of the mask"),
+    Row("max_for_min", "max for min, two minibatches", after="grpo_two_updates", mutant="clip: min -> max"),
+    Row(
+        "max_for_min_one_update",
+        "max for min, one update",
+        after="grpo",
+        mutant="clip: min -> max",
+        rate_of="grpo",
+        equals="grpo",
+    ),
+]
+
+ROWS: dict[str, Row] = {
+    row.name: row
+    for row in [
+        *_LADDER,
+        *_KL,
+        *_AGGREGATIONS,
+        *_ALGORITHMS.values(),
+        *[two(name) for name in ("grpo", "dapo", "gspo", "cispo", "ppo")],
+        *[group_of(size) for size in (2, 4, 8, 32)],
+        Row("temperature_0.7", "temperature 0.7", {"temperature": 0.7}, after="grpo"),
+        Row("temperature_1.3", "temperature 1.3", {"temperature": 1.3}, after="grpo"),
+        *_MISTAKES,
+    ]
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows that are shown together: a table of docs/ABLATIONS.md and a panel of the picture."""
+
+    title: str
+    rows: tuple[str, ...]
+
+
+BLOCKS: dict[str, Block] = {
+    "baselines": Block("From REINFORCE to GRPO", tuple(row.name for row in _LADDER)),
+    "kl": Block("KL against the base", ("clip", *(row.name for row in _KL))),
+    "aggregation": Block("How tokens are counted", ("clip", "sequence", "constant")),
+    "algorithms": Block("Algorithms, one update a rollout", tuple(_ALGORITHMS)),
+    "two_updates": Block(
+        "Algorithms, two updates a rollout",
+        tuple(f"{name}_two_updates" for name in ("grpo", "dapo", "gspo", "cispo", "ppo")),
+    ),
+    "group_size": Block("Group size", ("group_size_2", "group_size_4", "group_size_8", "grpo", "group_size_32")),
+    "temperature": Block("Temperature of the samples", ("temperature_0.7", "grpo", "temperature_1.3")),
+    "mistakes": Block(
+        "Classic mistakes",
+        ("grpo", "kl_k1", "shuffled", "eos_masked", "grpo_two_updates", "max_for_min", "max_for_min_one_update"),
+    ),
+}
+
+# The rows that the README shows, in its order.
+TOP = (
+    "reinforce", "batch_baseline", "group_baseline", "group_std", "grpo", "dapo", "ppo", "group_size_2", "shuffled",
+    "max_for_min",
+)  # fmt: skip
+
+# What is claimed of two rows: differences over the same seeds, first minus second.
+COMPARISONS = (
+    ("batch_baseline", "reinforce"),
+    ("group_baseline", "batch_baseline"),
+    ("leave_one_out", "group_baseline"),
+    ("group_std", "group_baseline"),
+    ("two_minibatches", "group_std"),
+    ("clip", "two_minibatches"),
+    ("kl_k3_corrected", "clip"),
+    ("kl_k1", "clip"),
+    ("kl_reward", "kl_k3_corrected"),
+    ("dapo", "dapo_without_resampling"),
+    ("ppo", "grpo"),
+    ("max_for_min", "grpo_two_updates"),
+    ("eos_masked", "grpo"),
+)
+
+
+def all_flags(row: Row) -> dict[str, Any]:
+    """The flags of the rows before it, and its own."""
+    return (all_flags(ROWS[row.after]) if row.after else {}) | row.flags
+
+
+def settings(row: Row) -> dict[str, Any]:
+    """Every setting of the row's runs, whatever the algorithm is called that fills them."""
+    config = load_config(overrides=[f"{key}={value}" for key, value in all_flags(row).items()])
+    return {key: value for key, value in dataclasses.asdict(config).items() if key != "algorithm"}
+
+
+def measured_as(row: Row) -> Row:
+    """The first row whose runs are the same: the one that is run and whose name the results carry."""
+
+    def runs(row: Row) -> tuple[Any, ...]:
+        return settings(row), row.script, row.mutant, row.rate_of, row.fits_budget
+
+    wanted = runs(row)
+    return next(other for other in ROWS.values() if runs(other) == wanted)

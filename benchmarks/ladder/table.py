@@ -1,0 +1,186 @@
+"""The results as Markdown: a table a block, the sentences that say what each row shows, the grid, the comparisons.
+
+`python -m benchmarks.readme` puts them into docs/ABLATIONS.md and the README.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from statistics import mean, median
+from typing import Any
+
+from benchmarks.ladder.intervals import paired_interval, t_interval
+from benchmarks.ladder.rows import BLOCKS, COMPARISONS, ROWS, TOP, Row
+from benchmarks.ladder.schedule import Parts, Plan, chosen_rate, grid_part, seed_part, steps_part
+from benchmarks.ladder.shows import SHOWS
+
+NOTHING = "–"
+Runs = dict[int, dict[str, Any]]  # seed -> what was measured
+
+
+def runs_of(parts: Parts, row: Row) -> Runs:
+    """The row's runs that did not fail."""
+    parts_of_row = {seed: parts.get(seed_part(row, seed), {"error": ""}) for seed in Plan.seeds}
+    return {seed: part for seed, part in parts_of_row.items() if "error" not in part}
+
+
+def errors_of(parts: Parts, row: Row) -> list[str]:
+    """What the failed ones died of: of the seeds, or of the grid where none of it survived."""
+    failed = [parts[seed_part(row, seed)] for seed in Plan.seeds if "error" in parts.get(seed_part(row, seed), {})]
+    if not failed and not runs_of(parts, row):
+        before = [steps_part(row), *(grid_part(row, rate) for rate in Plan.rates)]
+        failed = [parts[name] for name in before if "error" in parts.get(name, {})]
+    return [part["error"] for part in failed]
+
+
+def accuracy(parts: Parts, row: Row) -> str:
+    """Mean and 95 % interval over the seeds, within [0, 1]; what failed is said, not left out in silence."""
+    runs, errors = runs_of(parts, row), errors_of(parts, row)
+    cells = []
+    if runs:
+        middle, low, high = t_interval([run["accuracy"] for run in runs.values()])
+        cells.append(f"{middle:.3f} [{max(low, 0):.3f}, {min(high, 1):.3f}]")
+        if len(runs) < len(Plan.seeds) - len(errors):
+            cells.append(f"{len(runs)} of {len(Plan.seeds)} seeds")
+    if errors:
+        cells.append(f"{len(errors)} failed: {errors[0]}".replace("|", "\\|"))
+    return ", ".join(cells) or "not measured"
+
+
+def reached(runs: Runs) -> tuple[str, str]:
+    """To 0.95 on the held-out problems: completions in thousands, seconds. Medians over the seeds that got there."""
+    arrived = [run["reached"] for run in runs.values() if run["reached"] is not None]
+    if not arrived:
+        return (f"0 of {len(runs)}", NOTHING) if runs else (NOTHING, NOTHING)
+    note = "" if len(arrived) == len(runs) else f" ({len(arrived)} of {len(runs)})"
+    completions = median(run["completions"] for run in arrived) / 1000
+    return f"{completions:.1f}{note}", f"{median(run['seconds'] for run in arrived):.1f}"
+
+
+def average(runs: Runs, key: str, form: str) -> str:
+    return f"{mean(run[key] for run in runs.values()):{form}}" if runs else NOTHING
+
+
+def rate_of(parts: Parts, row: Row) -> str:
+    rate = chosen_rate(parts, row)
+    return NOTHING if rate is None else scientific(rate)
+
+
+def scientific(rate: float) -> str:
+    """1.5e-4, as people write it.
+
+    >>> scientific(0.00015)
+    '1.5e-4'
+    """
+    digits, exponent = f"{rate:e}".split("e")
+    return f"{float(digits):g}e{int(exponent)}"
+
+
+def markdown(heading: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in [heading, ["---"] * len(heading), *lines])
+
+
+def block(parts: Parts, name: str) -> str:
+    """The table of one block, and a sentence for each of its rows."""
+    heading = [
+        "row", "one idea more", "than", "rate", "accuracy [95 %]", "1000 completions to 0.95", "seconds to 0.95",
+        "tokens", "KL", "1000 completions", "seconds",
+    ]  # fmt: skip
+    lines, sentences = [], []
+    for row in (ROWS[name] for name in BLOCKS[name].rows):
+        runs = runs_of(parts, row)
+        lines.append(
+            [
+                f"`{row.name}`",
+                row.idea,
+                f"`{row.after}`" if row.after else NOTHING,
+                rate_of(parts, row),
+                accuracy(parts, row),
+                *reached(runs),
+                average(runs, "mean_length", ".1f"),
+                average(runs, "kl_per_answer", ".2f"),
+                f"{mean(run['num_completions'] for run in runs.values()) / 1000:.1f}" if runs else NOTHING,
+                average(runs, "training_seconds", ".1f"),
+            ]
+        )
+        sentences.append(f"- `{row.name}`: {SHOWS.get(row.name, NOTHING)}{twin(parts, row)}")
+    return f"{markdown(heading, lines)}\n\n" + "\n".join(sentences)
+
+
+def twin(parts: Parts, row: Row) -> str:
+    """Whether a row that must equal another one does."""
+    if row.equals is None:
+        return ""
+    ours, theirs = runs_of(parts, row), runs_of(parts, ROWS[row.equals])
+    both = ours.keys() & theirs.keys()
+    same = sum(ours[seed]["metrics_sha256"] == theirs[seed]["metrics_sha256"] for seed in both)
+    return f" Every number of its metrics but the times equals that of `{row.equals}` in {same} of {len(both)} seeds."
+
+
+def top(parts: Parts) -> str:
+    """The rows that the README shows."""
+    lines = [
+        [
+            f"`{row.name}`",
+            row.idea,
+            accuracy(parts, row),
+            reached(runs_of(parts, row))[0],
+            average(runs_of(parts, row), "kl_per_answer", ".2f"),
+            SHOWS.get(row.name, NOTHING),
+        ]
+        for row in (ROWS[name] for name in TOP)
+    ]
+    return markdown(["row", "what", "accuracy [95 %]", "1000 completions to 0.95", "KL", "what it shows"], lines)
+
+
+def grid(parts: Parts) -> str:
+    """Every row's learning rates on the tuning seed, the chosen one in bold."""
+    lines = []
+    for row in ROWS.values():
+        chosen = chosen_rate(parts, row)
+        cells = []
+        for rate in Plan.rates if row.rate_of is None else ():
+            part = parts.get(grid_part(row, rate), {})
+            score = part.get("held_out_last_third")
+            cell = ("failed" if "error" in part else NOTHING) if score is None else f"{score:.3f}"
+            cells.append(f"**{cell}**" if rate == chosen else cell)
+        lines.append([f"`{row.name}`", *(cells or [f"as `{row.rate_of}`", "", ""])])
+    searched = [
+        f"`{row.name}` takes {part['num_train_steps']} steps (tried: "
+        + ", ".join(f"{steps} steps = {sampled:,} completions" for steps, sampled in part["tried"])
+        + ")."
+        for row in ROWS.values()
+        if row.fits_budget and "tried" in (part := parts.get(steps_part(row), {}))
+    ]
+    return "\n\n".join([markdown(["row", *map(scientific, Plan.rates)], lines), *searched])
+
+
+def comparisons(parts: Parts) -> str:
+    """Differences of accuracy over the same seeds."""
+    lines = []
+    for first, second in COMPARISONS:
+        ours, theirs = runs_of(parts, ROWS[first]), runs_of(parts, ROWS[second])
+        both = sorted(ours.keys() & theirs.keys())
+        if both:
+            middle, low, high = paired_interval(*([runs[seed]["accuracy"] for seed in both] for runs in (ours, theirs)))
+            verdict = "no difference seen" if low <= 0 <= high else "more" if middle > 0 else "less"
+            interval = f"[{low:+.3f}, {high:+.3f}]" if math.isfinite(low) else NOTHING
+            cells = [f"{middle:+.3f} {interval}", f"{len(both)}", verdict]
+        else:
+            cells = [NOTHING, "0", NOTHING]
+        lines.append([f"`{first}`", f"`{second}`", *cells])
+    return markdown(["row", "less row", "accuracy, difference [95 %]", "seeds", ""], lines)
+
+
+def provenance(parts: Parts) -> str:
+    """What the numbers were measured with."""
+    commits = sorted({part["commit"][:7] + "+changes" * part["commit"].endswith("+changes") for part in parts.values()})
+    hours = sum(part.get("seconds", 0.0) for part in parts.values()) / 3600
+    return f"{len(parts)} measurements, {hours:.1f} hours of one thread, at commit {', '.join(commits)}."
+
+
+RENDER: dict[str, Callable[[Parts], str]] = {  # of docs/ABLATIONS.md
+    **{f"ladder:{name}": lambda parts, name=name: block(parts, name) for name in BLOCKS},  # type: ignore[misc]
+    "ladder:comparisons": comparisons,
+    "ladder:grid": grid,
+    "ladder:provenance": provenance,
+}

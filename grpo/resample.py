@@ -1,0 +1,72 @@
+"""Dynamic sampling: a group without signal gives way to a group for another prompt.
+
+Where all completions of a prompt earn the same there is nothing to tell them apart by. The more a policy has learned
+the more groups are like that, and the fewer are left to average over. So they are replaced, in rounds, until every
+group says something or enough is enough. What is thrown away was sampled all the same: it counts.
+
+Paper: "DAPO" (2503.14476) section 3.2.
+Differs from the paper: a group is replaced in its place p of the P, by the group for sample p of the round, instead of
+sampling on until the batch is full. So what stands in a place depends on no other place, and a resumed run resamples
+alike.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from grpo.advantages import groups_without_spread
+from grpo.data import Sample
+from grpo.evaluation import Scored
+from grpo.rollout import Rollout
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Groups of G completions, row p * G + g: the sample of each completion, what was sampled, what it is worth."""
+
+    samples: list[Sample]
+    rollout: Rollout
+    scores: Scored
+
+    def select(self, rows: Tensor) -> Self:
+        """These rows alone, whole groups of them."""
+        samples = [self.samples[row] for row in rows.tolist()]
+        return type(self)(samples, self.rollout.select(rows), self.scores.select(rows))
+
+    @classmethod
+    def cat(cls, parts: Sequence[Self]) -> Self:
+        """The groups of all parts, one after another."""
+        return cls(
+            [sample for part in parts for sample in part.samples],
+            Rollout.cat([part.rollout for part in parts]),
+            type(parts[0].scores).cat([part.scores for part in parts]),
+        )
+
+
+def replace_idle_groups(
+    groups: Groups, group_size: int, max_rounds: int, sample_groups: Callable[[int, list[int]], Groups]
+) -> tuple[Groups, list[Rollout]]:
+    """At most `max_rounds` times, give the places whose group has no signal to new groups.
+
+    Args:
+        groups: P of them.
+        max_rounds: 0 = leave everything as it is. What has no signal after the last round is kept.
+        sample_groups: (round, places) -> one group for each of these places, in their order; round 1, 2, ...
+
+    Returns:
+        P groups again, and the rollouts that were thrown away.
+    """
+    discarded = []
+    for round in range(1, max_rounds + 1):
+        rows = torch.arange(len(groups.samples)).view(-1, group_size)  # (P, G)
+        is_idle = groups_without_spread(groups.scores.combined.view(-1, group_size))  # (P,)
+        if not is_idle.any():
+            break
+        discarded.append(groups.rollout.select(rows[is_idle].flatten()))
+        others = sample_groups(round, is_idle.nonzero().flatten().tolist())
+        rows[is_idle] = len(groups.samples) + torch.arange(len(others.samples)).view(-1, group_size)
+        groups = Groups.cat([groups, others]).select(rows.flatten())
+    return groups, discarded
