@@ -94,13 +94,20 @@ def train(config: Config, run: RunFolder) -> None:
     optimizer = make_optimizer(policy, config)
     moved = {"reference": reference} if reference is not None and config.ref_update_every else {}  # besides the policy
 
+    # The four choices that make the algorithm: advantage, surrogate, aggregation, KL.
+    compare = partial(penalized_advantages, baseline=config.advantage_baseline, scale=config.advantage_scale)
+    clip = {key: getattr(config, key) for key in CLIP_KEYS[config.surrogate]}
+    surrogate = partial(SURROGATES[config.surrogate].loss, **clip)
+    clipped = partial(SURROGATES[config.surrogate].clipped, **clip)
+    length = config.max_completion_length
+    weigh = partial(loss_weights, aggregation=config.loss_aggregation, max_completion_length=length)
+    kl_to_reference = partial(kl_divergence, estimator=config.kl_estimator)
+
     num_groups, num_rows = config.batch_size, config.batch_size * config.group_size  # P, B
     groups = torch.arange(num_rows, device=device).view(num_groups, config.group_size)  # (P, G) row numbers
     minibatches = groups.chunk(config.num_minibatches)  # (p, G) each: the rows of one optimizer step
     num_updates = config.num_iterations * config.num_minibatches  # optimizer steps a rollout
     needs_old_logps = num_updates > 1 or config.kl_in == "reward"  # before the first of them
-    surrogate, clipped_by = SURROGATES[config.surrogate]
-    clip = {key: getattr(config, key) for key in CLIP_KEYS[config.surrogate]}
     choose_samples = partial(samples_for_step, train_set, batch_size=config.batch_size, seed=config.seed)
     counts = {"num_tokens": 0, "num_completions": 0}  # prompt and completion tokens, completions sampled so far
     last_step = config.num_train_steps
@@ -115,7 +122,7 @@ def train(config: Config, run: RunFolder) -> None:
                 tokenizer,
                 [sample["prompt"] for sample in samples],
                 group_size=config.group_size,
-                max_completion_length=config.max_completion_length,
+                max_completion_length=length,
                 temperature=config.temperature,
                 top_p=config.top_p,
                 top_k=config.top_k,
@@ -161,7 +168,6 @@ def train(config: Config, run: RunFolder) -> None:
 
     def evaluate() -> Evaluation:
         """Greedy answers to the held-out problems."""
-        length = config.max_completion_length
         with autocast(), eager():
             return evaluate_greedy(
                 policy, tokenizer, eval_set, score, max_completion_length=length, batch_rows=num_rows
@@ -246,41 +252,22 @@ def train(config: Config, run: RunFolder) -> None:
         if config.kl_in == "reward":
             assert all_old_logps is not None
             assert ref_logps is not None
-            kl = kl_divergence(all_old_logps, ref_logps, estimator=config.kl_estimator, completion_mask=mask)
+            kl = kl_to_reference(all_old_logps, ref_logps, completion_mask=mask)
             penalties = config.kl_coeff * kl
             means.add(mask, {"kl": kl})
-        advantages = penalized_advantages(
-            grouped_rewards.to(device),
-            penalties,
-            mask,
-            baseline=config.advantage_baseline,
-            scale=config.advantage_scale,
-        )  # (B, 1), or (B, C) under scale tokens
+        advantages = compare(grouped_rewards.to(device), penalties, mask)  # (B, 1), or (B, C) under scale tokens
         completions = sample_rows(step, batch.samples, rollout, scores, advantages)  # for samples.jsonl
 
         # [6] Update. The weights of a whole optimizer step come first, so that its micro-batches just add gradients up.
-        weights = torch.cat(
-            [
-                loss_weights(
-                    mask[rows.flatten()], config.loss_aggregation, max_completion_length=config.max_completion_length
-                )
-                for rows in minibatches
-            ]
-        )  # (B, C)
+        weights = torch.cat([weigh(mask[rows.flatten()]) for rows in minibatches])  # (B, C)
         loss_sum = torch.zeros((), device=device)
         for update, minibatch in enumerate(micro_batches * config.num_iterations, start=(step - 1) * num_updates):
             for rows in minibatch:
                 logps, entropies = logprobs(policy, rollout, rows)  # (b, C)
                 old_logps = logps.detach() if all_old_logps is None else all_old_logps[rows]
-                per_token_loss = surrogate(logps, old_logps, advantages[rows], mask[rows], **clip)
+                per_token_loss = surrogate(logps, old_logps, advantages[rows], mask[rows])
                 if ref_logps is not None and config.kl_in == "loss":
-                    kl = kl_divergence(
-                        logps,
-                        ref_logps[rows],
-                        estimator=config.kl_estimator,
-                        old_logps=old_logps,
-                        completion_mask=mask[rows],
-                    )
+                    kl = kl_to_reference(logps, ref_logps[rows], old_logps=old_logps, completion_mask=mask[rows])
                     per_token_loss = per_token_loss + config.kl_coeff * kl
                     means.add(mask[rows], {"kl": kl})
                 if config.entropy_coeff > 0:
@@ -289,7 +276,7 @@ def train(config: Config, run: RunFolder) -> None:
                 loss.backward()
 
                 loss_sum += loss.detach()
-                low, high = clipped_by(logps, old_logps, advantages[rows], mask[rows], **clip)
+                low, high = clipped(logps, old_logps, advantages[rows], mask[rows])
                 means.add(
                     mask[rows],
                     {

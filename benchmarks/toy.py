@@ -43,9 +43,9 @@ KINDS = ("grpo", "shuffled", "rejection_sampling")
 NUM_SAMPLES = 16  # completions a problem for pass@16
 
 
-def shuffled_math(prompts: list, completions: list, answer: list, **_: Any) -> list[float | None]:
+def shuffled_math(prompts: list, completions: list, answer: list, **_: Any) -> list[Any]:
     """The control's reward function: the true rewards of the batch, each given to a random completion."""
-    rewards = math_reward()(prompts=prompts, completions=completions, answer=answer)
+    rewards = list(math_reward()(prompts=prompts, completions=completions, answer=answer))
     random.Random("".join(completions)).shuffle(rewards)
     return rewards
 

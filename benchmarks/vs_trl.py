@@ -220,7 +220,7 @@ def train_trl(config: Config, training: Training) -> None:
     train_set, eval_set = JSONLinesDataset(config.train_file), JSONLinesDataset(config.eval_file)
     rewards, reward_fn = load_rewards(config.rewards), math_reward()
 
-    def math_fn(completion_ids: list[list[int]], **columns: Any) -> list[float | None]:
+    def math_fn(completion_ids: list[list[int]], **columns: Any) -> Sequence[Any]:
         """Our reward function; in passing the lengths are noted, to show that both do the same work."""
         training.mean_lengths.append(statistics.fmean(map(len, completion_ids)))
         return reward_fn(**columns)

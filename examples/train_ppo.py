@@ -95,9 +95,8 @@ def check_settings(config: Config) -> None:
     }
     for key, values in allowed.items():
         if getattr(config, key) not in values:
-            raise InputError(
-                f"{key}: got {getattr(config, key)}, allowed with a critic: {' | '.join(map(str, values))}"
-            )
+            choices = " | ".join(map(str, values))
+            raise InputError(f"{key}: got {getattr(config, key)}, allowed with a critic: {choices}")
 
 
 def train(config: Config, run: RunFolder) -> None:
@@ -138,7 +137,7 @@ def train(config: Config, run: RunFolder) -> None:
     num_rows = config.batch_size * config.group_size  # B
     num_updates = config.num_iterations * config.num_minibatches  # optimizer steps a rollout
     clip: dict[str, Any] = {key: getattr(config, key) for key in ("clip_range", "clip_range_high", "dual_clip")}
-    value_clip = {"value_clip_range": config.value_clip_range}
+    value_clip: dict[str, Any] = {"value_clip_range": config.value_clip_range}
     counts = {"num_tokens": 0, "num_completions": 0}  # all that was sampled so far; prompts are tokens too
     last_step = config.num_train_steps
 
@@ -275,8 +274,7 @@ def train(config: Config, run: RunFolder) -> None:
         )  # (B, C)
         if config.advantage_scale == "tokens":
             advantages = whitened(advantages, mask)
-        completion_advantages = (advantages * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
-        completions = sample_rows(step, row_samples, rollout, scores, completion_advantages)  # for samples.jsonl
+        completions = sample_rows(step, row_samples, rollout, scores, advantages)  # for samples.jsonl
 
         # [6] Update: passes over the rollout in minibatches, shuffled anew for each. Policy and critic learn from the
         # same micro-batches; they share no weights, so the sum of their losses has the gradients of both.
@@ -315,11 +313,8 @@ def train(config: Config, run: RunFolder) -> None:
                 )
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
             critic_grad_norm = torch.nn.utils.clip_grad_norm_(critic.parameters(), config.max_grad_norm)
-            losses, grad_norms = (
-                policy_loss_sum + value_loss_sum,
-                grad_norm + critic_grad_norm,
-            )  # one NaN shows in a sum
-            check_finite(losses, grad_norms, run.folder, completions, rollout, advantages)
+            losses, norms = policy_loss_sum + value_loss_sum, grad_norm + critic_grad_norm  # a NaN shows in the sum
+            check_finite(losses, norms, run.folder, completions, rollout, advantages)
             learning_rate = set_learning_rate(optimizer, config, update)
             for group in optimizer.param_groups[num_policy_groups:]:
                 group["lr"] = learning_rate_at(critic_config, update)

@@ -279,6 +279,12 @@ def warnings_about(config: Config) -> list[str]:
             )
     if config.kl_coeff > 0 and config.kl_in == "loss" and config.kl_estimator == "k1":
         warnings.append("kl_estimator k1: as a loss its expected gradient is 0, so it holds nothing back")
+    num_updates = config.num_iterations * config.num_minibatches
+    if config.surrogate == "reinforce" and num_updates > 1:
+        warnings.append(
+            f"surrogate reinforce: it knows no old policy, and num_iterations * num_minibatches makes {num_updates} updates "
+            "of each rollout; clipped, gspo and cispo correct for that"
+        )
     return warnings
 
 

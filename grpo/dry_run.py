@@ -25,6 +25,7 @@ def describe(
     longest = check_prompt_lengths(dataset, tokenizer, config.max_prompt_length)
     completions = config.batch_size * config.group_size
     updates = config.num_iterations * config.num_minibatches
+    rounds = config.max_resample_rounds
     prompt_ids = tokenizer(dataset[0]["prompt"])["input_ids"]
     tokens = completions * (longest + config.max_completion_length)
     memory = estimate_memory(config, model, longest)
@@ -36,7 +37,9 @@ def describe(
             f"             {updates} optimizer step{'s' if updates > 1 else ''}, in micro-batches of at most "
             f"{_micro_batch_rows(config, longest)} completions",
             f"the run      {config.num_train_steps} steps = {config.num_train_steps * completions:,} completions, "
-            f"{config.num_train_steps * updates:,} optimizer steps, at most {config.num_train_steps * tokens:,} tokens",
+            f"{config.num_train_steps * updates:,} optimizer steps, at most {config.num_train_steps * tokens:,} tokens"
+            + (f", and as much again for up to {rounds} rounds of resampling" if rounds else ""),
+            f"the method   {_method(config)}",
             f"the model    {config.model_name}: {type(model).__name__}, {model.num_parameters():,} weights",
             f"memory       about {_size(sum(memory.values()))}, besides Python and torch themselves",
             f"             {parts}",
@@ -65,13 +68,26 @@ def estimate_memory(config: Config, model: PreTrainedModel, prompt_length: int) 
     update = rows * layers * (24 * hidden * length + 2 * heads * length**2)
     update += 5 * min(rows * config.max_completion_length * architecture.vocab_size, CHUNK)
     rollout = completions * (length * layers * 2 * kv_heads * head_size + 4 * architecture.vocab_size)
+    critic = {"critic": 4 * BYTES * weights} if config.advantage_baseline == "critic" else {}  # and what trains it
     return {
         "weights": BYTES * weights,
         "reference": BYTES * weights if config.kl_coeff > 0 else 0,
         "gradients": BYTES * weights,
         "AdamW": 2 * BYTES * weights,
+        **critic,
         "rollout or update": BYTES * max(update, rollout),
     }
+
+
+def _method(config: Config) -> str:
+    """The four choices, and where they come from."""
+    clip = [getattr(config, key) for key in ("clip_range", "clip_range_high") if getattr(config, key) is not None]
+    ranges = f" ({' / '.join(f'{value:g}' for value in clip)})" if clip else ""
+    kl = f"KL {config.kl_coeff:g} in the {config.kl_in} ({config.kl_estimator})" if config.kl_coeff > 0 else "no KL"
+    return (
+        f"{config.algorithm}: baseline {config.advantage_baseline}, scale {config.advantage_scale}, surrogate "
+        f"{config.surrogate}{ranges}, aggregation {config.loss_aggregation}, {kl}"
+    )
 
 
 def _micro_batch_rows(config: Config, prompt_length: int) -> int:

@@ -235,8 +235,8 @@ def preflight(samples: Sequence[Sample], rollout: Rollout, score_fn: ScoreFn, *,
     num_signal = int((~groups_without_spread(scores.combined.view(-1, group_size))).sum())
     if max_resample_rounds > 0 and num_signal == 0:
         raise InputError(
-            f"max_resample_rounds: got {max_resample_rounds}, but in none of the {len(samples)} groups of the pre-flight "
-            f"do the rewards ({', '.join(scores.by_name)}) differ; allowed with such rewards: 0"
+            f"max_resample_rounds: got {max_resample_rounds}, but in none of the {len(samples)} groups of the "
+            f"pre-flight do the rewards ({', '.join(scores.by_name)}) differ; allowed with such rewards: 0"
         )
     cut = rollout.is_truncated.float().mean().item()
     lines = [

@@ -2,7 +2,7 @@
 
 Reading order: examples/train_ppo.py -> grpo/critic.py -> [grpo/gae.py] -> examples/train_ppo.py again
 
-This is the part of PPO in whose place GRPO puts the mean of a group. Letters: B completions, C padded completion length.
+In its place GRPO puts the mean of a group. Letters: B completions, C padded completion length.
 """
 
 import torch
@@ -34,8 +34,8 @@ def generalized_advantages(
     Returns:
         advantages, returns: (B, C), 0 where masked, without gradient: both are targets.
 
-    Paper: "High-Dimensional Continuous Control Using Generalized Advantage Estimation" (1506.02438) eq. 11-16; "Proximal
-    Policy Optimization Algorithms" (1707.06347) eq. 11.
+    Paper: "High-Dimensional Continuous Control Using Generalized Advantage Estimation" (1506.02438) eq. 11-16;
+    "Proximal Policy Optimization Algorithms" (1707.06347) eq. 11.
 
     >>> mask = torch.tensor([[1, 1, 0]])
     >>> rewards, values = torch.tensor([[0.0, 1.0, 0.0]]), torch.tensor([[0.5, 0.6, 9.0]])

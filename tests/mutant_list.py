@@ -14,9 +14,9 @@ class Mutant:
     tests: tuple[str, ...]
 
 
-LOOP, LOSS, ADVANTAGES, LOGPROBS, LM_HEAD, ROLLOUT, CACHE, POLICY, CHECKPOINT = (
+LOOP, LOSS, ADVANTAGES, LOGPROBS, LM_HEAD, ROLLOUT, CACHE, POLICY, CHECKPOINT, RESAMPLE = (
     "train_grpo.py", "grpo/loss.py", "grpo/advantages.py", "grpo/logprobs.py", "grpo/lm_head.py", "grpo/rollout.py",
-    "grpo/cache.py", "grpo/policy.py", "grpo/checkpoint.py",
+    "grpo/cache.py", "grpo/policy.py", "grpo/checkpoint.py", "grpo/resample.py",
 )  # fmt: skip
 TOKENS = "tests/fidelity/test_traps_tokens.py::"
 REWARDS = "tests/fidelity/test_traps_rewards.py::"
@@ -28,6 +28,11 @@ HEAD = "tests/fidelity/test_chunked_head.py::"
 HEAD_GRADIENT = "tests/fidelity/test_oracle.py::test_the_gradient_reaches_the_logits_as_the_chain_rule_says"
 IDLE = "tests/fidelity/test_step_gradient.py::"
 ORACLE = "tests/fidelity/test_oracle.py::"
+FAMILY = "tests/fidelity/test_family_oracle.py::"
+IDENTITIES = "tests/fidelity/test_family_identities.py::"
+OF_FAMILY = "tests/fidelity/test_traps_family.py::"
+ENTROPY = "tests/fidelity/test_entropy_bonus.py::"
+OF_RESAMPLE = "tests/test_resample.py::"
 TWO_STEPS = "tests/test_train.py::test_two_steps_of_the_loop_worked_by_hand"
 
 MUTANTS = [
@@ -112,8 +117,8 @@ MUTANTS = [
     Mutant(
         "same noise in every step",
         LOOP,
-        "seed=step_seed(config.seed, step)",
-        "seed=step_seed(config.seed, 0)",
+        "seed=step_seed(config.seed, step, round)",
+        "seed=step_seed(config.seed, 0, round)",
         (TWO_STEPS,),
     ),
     Mutant(
@@ -330,8 +335,8 @@ MUTANTS = [
     Mutant(
         "chunked head: the softmax with the wrong sign",
         LM_HEAD,
-        "dim=-1).mul_(-dlogp.unsqueeze(1))",
-        "dim=-1).mul_(dlogp.unsqueeze(1))",
+        "dz.mul_(-dlogp.unsqueeze(1))",
+        "dz.mul_(dlogp.unsqueeze(1))",
         (HEAD_GRADIENT,),
     ),
     Mutant(
@@ -501,8 +506,8 @@ MUTANTS = [
     Mutant(
         "clip share counts clips that do not bind",
         LOSS,
-        "(advantages < 0) & (ratio < 1 - clip_range)",
-        "(ratio < 1 - clip_range)",
+        "return (advantages < 0) & too_low,",
+        "return too_low,",
         (f"{OF_LOSS}test_clip_share_counts_non_binding_clips",),
     ),
     Mutant(
@@ -586,8 +591,7 @@ MUTANTS = [
         "loss weights per micro-batch",
         LOOP,
         "loss = (per_token_loss * weights[rows]).sum()",
-        "loss = (per_token_loss * loss_weights(mask[rows], config.loss_aggregation, "
-        "max_completion_length=config.max_completion_length)).sum()",
+        "loss = (per_token_loss * weigh(mask[rows])).sum()",
         (f"{OF_LOSS}test_loss_weights_per_micro_batch_in_the_loop",),
     ),
     Mutant(
@@ -650,29 +654,29 @@ MUTANTS = [
     Mutant(
         "the ratio against the sampler's log-probs",
         LOOP,
-        "per_token_loss = clipped_surrogate(logps, old_logps, ",
-        "per_token_loss = clipped_surrogate(logps, rollout.sampling_logps[rows], ",
+        "per_token_loss = surrogate(logps, old_logps, ",
+        "per_token_loss = surrogate(logps, rollout.sampling_logps[rows], ",
         ("tests/fidelity/test_wiring.py::test_the_ratio_is_against_the_scorer_not_the_sampler",),
     ),
     Mutant(
         "clip_range_high that nobody reads",
         LOOP,
-        '"clip_range_high": config.clip_range_high}',
-        '"clip_range_high": None}',
+        "clip = {key: getattr(config, key) for key in CLIP_KEYS[config.surrogate]}",
+        "clip = {key: getattr(config, key) for key in CLIP_KEYS[config.surrogate] if key != 'clip_range_high'}",
         (TWO_STEPS,),
     ),
     Mutant(
         "advantage_baseline and advantage_scale that nobody reads",
         LOOP,
-        "grouped_rewards, baseline=config.advantage_baseline, scale=config.advantage_scale",
-        "grouped_rewards",
+        "baseline=config.advantage_baseline, scale=config.advantage_scale",
+        'baseline="group", scale="group"',
         (TWO_STEPS,),
     ),
     Mutant(
         "loss_aggregation that nobody reads",
         LOOP,
-        "mask[rows.flatten()], config.loss_aggregation,",
-        'mask[rows.flatten()], "token",',
+        "aggregation=config.loss_aggregation",
+        'aggregation="token"',
         ("tests/fidelity/test_wiring.py::test_every_setting_reaches_its_function", TWO_STEPS),
     ),
     Mutant(
@@ -689,19 +693,233 @@ MUTANTS = [
         "            optimizer.step()\n",
         (TWO_STEPS,),
     ),
+    # Other surrogates
+    Mutant(
+        "GSPO: the ratio of a product, not of a mean",
+        LOSS,
+        "(log_ratio.sum(1, keepdim=True) / is_token.sum(1, keepdim=True).clamp(min=1))",
+        "log_ratio.sum(1, keepdim=True)",
+        (f"{IDENTITIES}test_gspos_ratio_does_not_grow_with_the_length",),
+    ),
+    Mutant(
+        "GSPO: the mean over the padded length",
+        LOSS,
+        "/ is_token.sum(1, keepdim=True).clamp(min=1))",
+        "/ is_token.shape[1])",
+        (f"{FAMILY}test_every_row_equals_the_loops[gspo]",),
+    ),
+    Mutant(
+        "GSPO: every token by its own log-prob alone",
+        LOSS,
+        ".clamp(min=1)).expand_as(log_ratio)",
+        ".clamp(min=1)).expand_as(log_ratio).detach() + log_ratio - log_ratio.detach()",
+        (f"{IDENTITIES}test_gspo_gives_every_token_the_mean_of_its_completions_advantages",),
+    ),
+    Mutant(
+        "CISPO: the weight is differentiated too",
+        LOSS,
+        "return weight.detach() * reinforce(",
+        "return weight * reinforce(",
+        (f"{IDENTITIES}test_cispo_without_a_cap_has_the_gradient_of_the_unclipped_ratio_and_another_value",),
+    ),
+    Mutant(
+        "CISPO: the cap without + 1",
+        LOSS,
+        ".exp().clamp(max=1 + clip_range_high)",
+        ".exp().clamp(max=clip_range_high)",
+        ("tests/fidelity/test_trl_family.py::test_loss_and_gradient_off_policy_are_trls[cispo, a low cap]",),
+    ),
+    Mutant(
+        "dual clip: good completions bounded too",
+        LOSS,
+        "torch.where(advantages < 0, torch.min(loss, -dual_clip * advantages), loss)",
+        "torch.min(loss, -dual_clip * advantages)",
+        (f"{IDENTITIES}test_dual_clip_bounds_negative_advantages_alone",),
+    ),
+    Mutant(
+        "dual clip that nobody reads",
+        "grpo/algorithms.py",
+        '"clipped": ("clip_range", "clip_range_high", "dual_clip"),',
+        '"clipped": ("clip_range", "clip_range_high"),',
+        (f"{FAMILY}test_any_choice_goes_with_any_surrogate",),
+    ),
+    Mutant(
+        "REINFORCE: the sign flipped",
+        LOSS,
+        "return -_checked_advantages(advantages, is_token) * torch.where(is_token, logps, 0.0)",
+        "return _checked_advantages(advantages, is_token) * torch.where(is_token, logps, 0.0)",
+        (f"{IDENTITIES}test_where_old_is_new_every_gradient_is_reinforces", f"{FAMILY}test_every_row_equals_the_loops"),
+    ),
+    Mutant(
+        "DAPO: the upper clip range used below too",
+        LOSS,
+        "ratio.clamp(1 - clip_range, 1 +",
+        "ratio.clamp(1 - (clip_range if clip_range_high is None else clip_range_high), 1 +",
+        (f"{FAMILY}test_every_row_equals_the_loops[dapo]",),
+    ),
+    Mutant(
+        "one surrogate's clip range used for another",
+        "grpo/algorithms.py",
+        "if other[choice] == chosen[choice])",
+        "if other)",
+        (f"{OF_FAMILY}test_a_clip_range_of_another_surrogate",),
+    ),
+    # KL in the reward
+    Mutant(
+        "whitened over masked tokens too",
+        ADVANTAGES,
+        "_statistics(torch.where(is_kept, values, torch.nan).reshape(1, -1))",
+        "_statistics(values.reshape(1, -1))",
+        (f"{IDENTITIES}test_where_nothing_is_charged_token_advantages_are_whitened_rewards",),
+    ),
+    Mutant(
+        "a token charged with the KL before it, not with what is to come",
+        ADVANTAGES,
+        "charges.flip(1).cumsum(1).flip(1)",
+        "charges.cumsum(1)",
+        (f"{IDENTITIES}test_a_token_answers_for_what_comes_after_it",),
+    ),
+    Mutant(
+        "KL in the reward: the mean over tokens instead of the sum",
+        ADVANTAGES,
+        "charges = torch.where(completion_mask.bool(), penalties, 0.0).sum(1)",
+        "charges = torch.where(completion_mask.bool(), penalties, 0.0).sum(1) / completion_mask.sum(1).clamp(min=1)",
+        ("tests/fidelity/test_enumeration.py::test_a_kl_in_the_reward_is_a_kl_in_the_objective",),
+    ),
+    Mutant(
+        "KL in the reward: a bonus instead of a charge",
+        ADVANTAGES,
+        "group_advantages(rewards - charges.view_as(rewards),",
+        "group_advantages(rewards + charges.view_as(rewards),",
+        ("tests/fidelity/test_enumeration.py::test_a_kl_in_the_reward_is_a_kl_in_the_objective",),
+    ),
+    Mutant(
+        "KL in the reward: policy and reference swapped",
+        LOOP,
+        "kl = kl_to_reference(all_old_logps, ref_logps, completion_mask=mask)",
+        "kl = kl_to_reference(ref_logps, all_old_logps, completion_mask=mask)",
+        (f"{OF_FAMILY}test_the_kl_in_the_reward_is_of_the_policy_that_sampled_against_the_base",),
+    ),
+    Mutant(
+        "KL in the reward: coefficient forgotten",
+        LOOP,
+        "penalties = config.kl_coeff * kl",
+        "penalties = kl",
+        (f"{OF_FAMILY}test_the_kl_in_the_reward_is_of_the_policy_that_sampled_against_the_base",),
+    ),
+    Mutant(
+        "KL in the reward: what the policy has moved since is charged too",
+        LOOP,
+        "surrogate(logps, old_logps, advantages[rows], mask[rows])",
+        "surrogate(logps, old_logps, advantages[rows] - config.kl_coeff * (logps - old_logps).detach(), mask[rows])",
+        (f"{OF_FAMILY}test_a_kl_in_the_reward_is_charged_once",),
+    ),
+    Mutant(
+        "KL in the reward: and in the loss once more",
+        LOOP,
+        'if ref_logps is not None and config.kl_in == "loss":',
+        "if ref_logps is not None:",
+        (f"{OF_FAMILY}test_a_kl_in_the_reward_is_charged_once",),
+    ),
+    # Entropy bonus
+    Mutant(
+        "entropy bonus: the sign flipped",
+        LOOP,
+        "per_token_loss = per_token_loss - config.entropy_coeff * entropies",
+        "per_token_loss = per_token_loss + config.entropy_coeff * entropies",
+        (f"{ENTROPY}test_in_a_run_without_any_signal_the_bonus_alone_raises_the_entropy",),
+    ),
+    Mutant(
+        "entropy bonus: a number without a gradient",
+        LOOP,
+        "entropy_grad=config.entropy_coeff > 0",
+        "entropy_grad=False",
+        (f"{ENTROPY}test_in_a_run_without_any_signal_the_bonus_alone_raises_the_entropy",),
+    ),
+    Mutant(
+        "entropy bonus: its gradient without + H",
+        LM_HEAD,
+        "(torch.log_softmax(logits / ctx.temperature, dim=-1) + value)",
+        "torch.log_softmax(logits / ctx.temperature, dim=-1)",
+        (f"{ENTROPY}test_gradcheck_of_log_probs_and_entropies",),
+    ),
+    Mutant(
+        "entropy bonus: temperature missing in its gradient",
+        LM_HEAD,
+        "(torch.log_softmax(logits / ctx.temperature, dim=-1) + value)",
+        "(torch.log_softmax(logits, dim=-1) + value)",
+        (f"{ENTROPY}test_gradcheck_of_log_probs_and_entropies[2 a chunk-temperature]",),
+    ),
+    Mutant(
+        "entropy bonus: 0 * log 0",
+        LM_HEAD,
+        "dz.mul_(torch.where(dz > 0, factor, 0.0))",
+        "dz.mul_(factor)",
+        (f"{ENTROPY}test_a_token_that_cannot_come_is_as_if_it_were_not_there[True]",),
+    ),
+    # Dynamic sampling
+    Mutant(
+        "dynamic sampling: a new group gets the noise of the old one",
+        LOOP,
+        "seed=step_seed(config.seed, step, round)",
+        "seed=step_seed(config.seed, step)",
+        (f"{OF_FAMILY}test_a_round_has_noise_of_its_own",),
+    ),
+    Mutant(
+        "dynamic sampling: new groups put in each other's places",
+        RESAMPLE,
+        "torch.arange(len(others.samples)).view(-1, group_size)\n",
+        "torch.arange(len(others.samples)).view(-1, group_size).flip(0)\n",
+        (f"{OF_RESAMPLE}test_idle_groups_are_replaced_in_their_place_and_the_others_untouched",),
+    ),
+    Mutant(
+        "dynamic sampling: noise of the first places for whichever is replaced",
+        LOOP,
+        "completion_indices=groups[list(places)].flatten().tolist()",
+        "completion_indices=groups[: len(places)].flatten().tolist()",
+        (f"{OF_FAMILY}test_a_group_is_replaced_in_its_own_place",),
+    ),
+    Mutant(
+        "dynamic sampling: groups with a signal replaced, idle ones kept",
+        RESAMPLE,
+        "is_idle = groups_without_spread(groups.scores.combined.view(-1, group_size))",
+        "is_idle = ~groups_without_spread(groups.scores.combined.view(-1, group_size))",
+        (f"{OF_FAMILY}test_what_is_thrown_away_was_sampled_all_the_same",),
+    ),
+    Mutant(
+        "dynamic sampling: what is thrown away is not counted",
+        LOOP,
+        "sampled = [rollout, *discarded]",
+        "sampled = [rollout]",
+        (f"{OF_FAMILY}test_what_is_thrown_away_was_sampled_all_the_same",),
+    ),
     # Groups whose rewards are all alike
     Mutant(
         "idle groups left out although a KL holds them",
         LOOP,
-        "skips_idle_groups = config.kl_coeff == 0 and ",
-        "skips_idle_groups = ",
+        "return among_siblings and config.kl_coeff == 0 and",
+        "return among_siblings and",
         (f"{IDLE}test_nothing_is_left_out_that_has_a_gradient",),
     ),
     Mutant(
         "idle groups left out although they are measured against others",
         LOOP,
-        'skips_idle_groups = config.kl_coeff == 0 and config.advantage_baseline in ("group", "leave_one_out")',
-        "skips_idle_groups = config.kl_coeff == 0",
+        'config.advantage_baseline in ("group", "leave_one_out") and config.advantage_scale',
+        "config.advantage_scale",
+        (f"{IDLE}test_nothing_is_left_out_that_has_a_gradient",),
+    ),
+    Mutant(
+        "idle groups left out although they are whitened with others",
+        LOOP,
+        ' and config.advantage_scale != "tokens"',
+        "",
+        (f"{IDLE}test_nothing_is_left_out_that_has_a_gradient",),
+    ),
+    Mutant(
+        "idle groups left out although an entropy bonus acts on them",
+        LOOP,
+        " and config.entropy_coeff == 0",
+        "",
         (f"{IDLE}test_nothing_is_left_out_that_has_a_gradient",),
     ),
     Mutant(
@@ -721,9 +939,9 @@ MUTANTS = [
     Mutant(
         "loss weights counted over the groups that are scored",
         LOOP,
-        "mask[rows.flatten()], config.loss_aggregation,",
-        "mask[rows.flatten()] & ~is_idle[rows[:, 0] // rows.shape[1]].repeat_interleave(rows.shape[1]).unsqueeze(1), "
-        "config.loss_aggregation,",
+        "weigh(mask[rows.flatten()])",
+        "weigh(mask[rows.flatten()] & ~is_idle[rows[:, 0] // rows.shape[1]].repeat_interleave(rows.shape[1])"
+        ".unsqueeze(1))",
         (f"{IDLE}test_a_group_without_a_signal_may_be_left_out",),
     ),
     Mutant(

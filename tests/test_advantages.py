@@ -6,7 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from grpo.advantages import BASELINES, SCALES, group_advantages, groups_without_spread
+from grpo.advantages import (
+    BASELINES,
+    SCALES,
+    group_advantages,
+    groups_without_spread,
+    penalized_advantages,
+    token_advantages,
+    whitened,
+)
 
 EXACT = {"rtol": 0.0, "atol": 1e-12}
 PAIRS = [(b, s) for b in BASELINES for s in SCALES if s != "group" or b in ("group", "leave_one_out")]
@@ -169,3 +177,122 @@ def test_inputs_are_unchanged_and_the_dtype_is_kept() -> None:
             assert advantages.dtype == dtype
             assert advantages.shape == rewards.shape
             assert torch.equal(rewards.nan_to_num(-9), before.nan_to_num(-9))
+
+
+# What tokens cost. Two completions of one prompt, of two tokens and of one; what stands in the padding must not count.
+# Still to be charged: 0.25 + 0.5 and 0.5 in the first, -0.5 in the second. So 1 - 0.75, 1 - 0.5 and 0 + 0.5 before
+# whitening: mean 5/12, squares 1/36 + 1/144 + 1/144 = 1/24, variance 1/48, std 0.14433756729740643.
+NAN = float("nan")
+PAIR = [1.0, 0.0]
+PENALTIES = ([0.25, 0.5, NAN], [-0.5, NAN, 9.0])
+TOKENS = torch.tensor([[1, 1, 0], [1, 0, 0]])
+TO_COME = ([-(3**-0.5) * 2, 3**-0.5, 0.0], [3**-0.5, 0.0, 0.0])  # -1/6, 1/12 and 1/12 of that std
+
+
+def test_a_token_is_charged_with_itself_and_what_follows() -> None:
+    ours = token_advantages(doubles(PAIR), doubles(*PENALTIES), TOKENS, eps=0.0)
+    torch.testing.assert_close(ours, doubles(*TO_COME), **EXACT)
+    # Charged with what came before, they would be worth 0.75 and 0.25: the other way round.
+    assert ours[0, 0] < ours[0, 1]
+    with_eps = token_advantages(doubles(PAIR), doubles(*PENALTIES), TOKENS)
+    torch.testing.assert_close(with_eps, doubles(*TO_COME) * 48**-0.5 / (48**-0.5 + 1e-4), **EXACT)
+
+
+def test_a_baseline_comes_before_the_charges() -> None:
+    """Two groups: against the group's mean both begin at +-0.5, without it at 1, 0, 11, 10."""
+    rewards, mask = doubles([1.0, 0.0], [11.0, 10.0]), torch.ones(4, 1)
+    penalties = doubles([0.5], [0.0], [0.0], [0.0])
+    # 0, -0.5, 0.5, -0.5: mean -0.125, squares (1 + 9 + 25 + 9) / 64 = 0.6875, variance 0.6875 / 3
+    std = (0.6875 / 3) ** 0.5
+    expected = doubles([0.125], [-0.375], [0.625], [-0.375]) / std
+    ours = token_advantages(rewards, penalties, mask, baseline="group", eps=0.0)
+    torch.testing.assert_close(ours, expected, **EXACT)
+    assert not torch.allclose(token_advantages(rewards, penalties, mask, eps=0.0), expected, atol=0.1)
+
+
+def test_tokens_of_a_completion_without_reward_count_nowhere() -> None:
+    with_nan = token_advantages(
+        doubles([1.0, NAN, 0.0]), doubles([0.25, 0.5], [7.0, 7.0], [-0.5, NAN]), MASK_3, eps=0.0
+    )
+    assert with_nan[1].tolist() == [0.0, 0.0]
+    torch.testing.assert_close(with_nan[[0, 2]], doubles(*TO_COME)[:, :2], **EXACT)
+
+
+def test_without_charges_all_tokens_of_a_completion_have_one_advantage() -> None:
+    rewards, mask = doubles([3.0, 1.0]), torch.tensor([[1, 1, 1], [1, 0, 0]])
+    ours = token_advantages(rewards, torch.zeros(2, 3), mask, eps=0.0)
+    # 3, 3, 3, 1: mean 2.5, squares 3/4 + 9/4 = 3, variance 1. Over completions the mean would be 2.
+    torch.testing.assert_close(ours, doubles([0.5, 0.5, 0.5], [-1.5, 0.0, 0.0]), **EXACT)
+
+
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.long, torch.float32])
+def test_whitened_by_hand(mask_dtype: torch.dtype) -> None:
+    # 1, 2 and 6: mean 3, variance 14/2 = 7; the biased one would be 14/3
+    values, mask = doubles([1.0, 2.0, NAN], [6.0, 100.0, NAN]), torch.tensor([[1, 1, 0], [1, 0, 0]]).to(mask_dtype)
+    ours = whitened(values, mask, eps=0.0)
+    torch.testing.assert_close(ours, doubles([-2.0, -1.0, 0.0], [3.0, 0.0, 0.0]) / 7**0.5, **EXACT)
+    torch.testing.assert_close(whitened(values, mask), ours * 7**0.5 / (7**0.5 + 1e-4), **EXACT)
+    assert ours.std() != pytest.approx(1.0)  # with the zeros of the padding it is not
+
+
+@pytest.mark.parametrize("mask", [[[1, 1], [1, 0]], [[0, 1], [0, 0]], [[0, 0], [0, 0]]])
+def test_nothing_is_whitened_where_all_are_alike(mask: list[list[int]]) -> None:
+    """Three times 0.7, one value, none: 0 and not noise / eps, nor NaN."""
+    assert whitened(torch.full((2, 2), 0.7), torch.tensor(mask)).tolist() == [[0.0, 0.0], [0.0, 0.0]]
+
+
+def test_a_completion_is_charged_with_the_sum_before_it_is_compared() -> None:
+    # 1 - 0.75 and 0 + 0.5: the second is the better one
+    def ours(baseline: str, scale: str) -> list[float]:
+        advantages = penalized_advantages(
+            doubles(PAIR), doubles(*PENALTIES), TOKENS, baseline=baseline, scale=scale
+        )  # (B, 1)
+        assert advantages.shape == (2, 1)
+        return advantages.flatten().tolist()
+
+    assert ours("none", "none") == [0.25, 0.5]
+    assert ours("group", "none") == [-0.125, 0.125]  # before the charges it was the other way round
+    assert ours("leave_one_out", "none") == [-0.25, 0.25]
+    assert ours("group", "group") == pytest.approx([-0.125 / (0.03125**0.5 + 1e-4), 0.125 / (0.03125**0.5 + 1e-4)])
+
+
+def test_charges_make_and_undo_the_spread_of_a_group() -> None:
+    mask, settings = torch.ones(2, 1), {"baseline": "group", "scale": "group"}
+    charged = penalized_advantages(doubles([1.0, 1.0]), doubles([0.5], [0.0]), mask, **settings)
+    assert charged.flatten().tolist() == pytest.approx([-0.7069, 0.7069], abs=1e-4)
+    undone = penalized_advantages(doubles([1.0, 0.0]), doubles([1.0], [0.0]), mask, **settings)
+    assert undone.flatten().tolist() == [0.0, 0.0]
+
+
+def test_without_charges_advantages_are_what_they_were() -> None:
+    rewards, mask = doubles(*REWARDS), torch.ones(6, 4)
+    for baseline, scale in PAIRS:
+        ours = penalized_advantages(rewards, torch.zeros(6, 4), mask, baseline=baseline, scale=scale)
+        assert torch.equal(ours, group_advantages(rewards, baseline=baseline, scale=scale).view(6, 1))
+    by_token = penalized_advantages(rewards, torch.zeros(6, 4), mask, baseline="none", scale="tokens")
+    assert torch.equal(by_token, token_advantages(rewards, torch.zeros(6, 4), mask))
+
+
+def test_a_baseline_or_scale_that_is_not_known_here_is_refused_by_name() -> None:
+    """The critic's baseline too: it is of another script."""
+    inputs = torch.rand(1, 2), torch.zeros(2, 1), torch.ones(2, 1)
+    with pytest.raises(ValueError, match="scale: got 'std'"):
+        penalized_advantages(*inputs, baseline="group", scale="std")
+    for scale in ("none", "tokens"):
+        with pytest.raises(ValueError, match="baseline: got 'critic'"):
+            penalized_advantages(*inputs, baseline="critic", scale=scale)
+    with pytest.raises(ValueError, match="baseline: got 'mean'"):
+        token_advantages(*inputs, baseline="mean")
+    with pytest.raises(ValueError, match="group_size: got 1"):
+        token_advantages(torch.rand(2, 1), *inputs[1:], baseline="group")
+
+
+def test_token_advantages_leave_their_inputs_as_they_are() -> None:
+    for dtype in (torch.float32, torch.float64):
+        rewards, penalties = torch.rand(2, 2).to(dtype), torch.rand(4, 3).to(dtype)
+        mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [0, 0, 0]])
+        before = [tensor.clone() for tensor in (rewards, penalties, mask)]
+        advantages = token_advantages(rewards, penalties, mask)
+        assert advantages.dtype == dtype
+        assert (advantages[mask == 0] == 0).all()
+        assert all(torch.equal(now, then) for now, then in zip((rewards, penalties, mask), before, strict=True))

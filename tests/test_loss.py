@@ -6,11 +6,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo.loss import AGGREGATIONS, KL_ESTIMATORS, clipped_surrogate, clipped_tokens, kl_divergence, loss_weights
+from grpo.loss import (
+    AGGREGATIONS,
+    KL_ESTIMATORS,
+    SURROGATES,
+    cispo,
+    clipped_surrogate,
+    clipped_tokens,
+    gspo,
+    kl_divergence,
+    loss_weights,
+    reinforce,
+)
 
 EXACT = {"rtol": 0.0, "atol": 1e-12}
 MASK = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]], dtype=torch.bool)
-INF = float("inf")
+INF, NAN = float("inf"), float("nan")
 
 
 def doubles(*rows: list[float]) -> Tensor:
@@ -95,6 +106,165 @@ def test_an_infinite_clip_removes_the_clip() -> None:
     (plain_gradient,) = torch.autograd.grad(plain.sum(), logps)
     torch.testing.assert_close(ours_gradient, plain_gradient, **EXACT)
     assert not torch.allclose(clipped_surrogate(logps, old, advantages, MASK, clip_range=0.2), plain)
+
+
+def test_dual_clip_bounds_the_loss_of_a_bad_token() -> None:
+    def ours(ratio: float, advantage: float) -> Any:
+        return pytest.approx(value_and_gradient(ratio, advantage, clip_range=0.2, dual_clip=3.0), abs=1e-12)
+
+    assert ours(4.0, -1.0) == (3.0, 0.0)  # without it 4 and 4
+    assert value_and_gradient(4.0, -1.0, clip_range=0.2) == pytest.approx((4.0, 4.0))
+    assert ours(2.5, -2.0) == (5.0, 5.0)  # ratio 2.5 is not yet 3
+    assert ours(0.5, -1.0) == (0.8, 0.0)  # the lower clip as before
+    assert ours(4.0, 1.0) == (-1.2, 0.0)  # a good token has the upper clip already
+    assert ours(0.1, 1.0) == (-0.1, -0.1)
+    assert ours(4.0, 0.0) == (0.0, 0.0)
+
+
+def test_dual_clip_is_a_clip_of_bad_tokens() -> None:
+    log_ratios, ones = doubles([4.0, 2.5, 0.5]).log(), torch.ones(1, 3)
+    for advantage, expected in [(-1.0, [True, False, True]), (1.0, [False, False, False])]:
+        low, _ = clipped_tokens(log_ratios, 0 * log_ratios, doubles([advantage]), ones, clip_range=0.2, dual_clip=3.0)
+        assert low.tolist() == [expected]
+
+
+# The other surrogates
+
+
+def test_reinforce_by_hand() -> None:
+    logps, old = doubles([-1.0, -2.0, NAN], [-0.5, NAN, NAN]).requires_grad_(), doubles([-9.0] * 3, [-9.0] * 3)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    loss = reinforce(logps, old, doubles([2.0], [-4.0]), mask)
+    assert loss.tolist() == [[2.0, 4.0, 0.0], [-2.0, 0.0, 0.0]]
+    (gradient,) = torch.autograd.grad(loss.sum(), logps)
+    assert gradient.tolist() == [[-2.0, -2.0, 0.0], [4.0, 0.0, 0.0]]  # -A, no ratio e^8 in it
+
+
+# Log-ratios 0.2 and 0.4, mean 0.3; e^0.3 = 1.3498588. Their sum would make 1.822, each by itself 1.221 and 1.492.
+S = 1.3498588075760032
+
+
+@pytest.mark.parametrize(
+    ("clip", "advantage", "value", "gradient"),
+    [
+        ({"clip_range": 0.5}, 1.0, -S, -S),  # of both tokens, each s / 2 times two losses
+        ({"clip_range": 0.2}, 1.0, -1.2, 0.0),
+        ({"clip_range": 0.2, "clip_range_high": 0.3}, 1.0, -1.3, 0.0),
+        ({"clip_range": 0.2, "clip_range_high": 0.4}, 1.0, -S, -S),
+        ({"clip_range": 0.2}, -1.0, S, S),  # moved against A: still to be corrected
+        ({"clip_range": INF}, 2.0, -2 * S, -2 * S),
+    ],
+)
+def test_gspo_by_hand(clip: dict[str, float], advantage: float, value: float, gradient: float) -> None:
+    logps, old = doubles([-0.8, -1.6, NAN]).requires_grad_(), doubles([-1.0, -2.0, 5.0])
+    mask = torch.tensor([[1, 1, 0]])
+    loss = gspo(logps, old, doubles([advantage]), mask, **clip)
+    torch.testing.assert_close(loss, doubles([value, value, 0.0]), **EXACT)
+    (ours,) = torch.autograd.grad(loss.sum(), logps)
+    torch.testing.assert_close(ours, doubles([gradient, gradient, 0.0]), **EXACT)
+
+
+def test_gspo_clips_a_completion_from_below_too() -> None:
+    logps, old, ones = doubles([-1.2, -2.4]).requires_grad_(), doubles([-1.0, -2.0]), torch.ones(1, 2)
+    loss = gspo(logps, old, doubles([-1.0]), ones, clip_range=0.2)  # e^-0.3 = 0.74
+    torch.testing.assert_close(loss, doubles([0.8, 0.8]), **EXACT)
+    (gradient,) = torch.autograd.grad(loss.sum(), logps)
+    assert gradient.tolist() == [[0.0, 0.0]]
+    low, high = SURROGATES["gspo"].clipped(logps, old, doubles([-1.0]), ones, clip_range=0.2)
+    assert low.tolist() == [[True, True]]  # by itself the first token, at e^-0.2 = 0.82, is within
+    assert high.tolist() == [[False, False]]
+
+
+def test_gspo_of_one_token_is_the_clipped_surrogate() -> None:
+    logps, old = random(6, 1, seed=0), random(6, 1, seed=1)
+    advantages, ones = random(6, 1, seed=2), torch.ones(6, 1)
+    one = gspo(logps, old, advantages, ones, clip_range=0.2)
+    torch.testing.assert_close(one, clipped_surrogate(logps, old, advantages, ones, clip_range=0.2), **EXACT)
+    two = (random(6, 2, seed=0), random(6, 2, seed=1), advantages, torch.ones(6, 2))
+    assert not torch.allclose(gspo(*two, clip_range=0.2), clipped_surrogate(*two, clip_range=0.2), atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "weight"),
+    [(0.5, 1.0, 0.5), (0.001, 1.0, 0.001), (1.0, -1.0, 1.0), (4.9, 2.0, 4.9), (7.0, 2.0, 5.0), (7.0, -2.0, 5.0)],
+)
+def test_cispo_weighs_and_never_silences(ratio: float, advantage: float, weight: float) -> None:
+    """The cap is 1 + clip_range_high, for both signs; there is none below. The gradient is that of the weight alone."""
+    logps = doubles([-3.0]).requires_grad_()
+    old = doubles([-3.0]) - doubles([ratio]).log()
+    loss = cispo(logps, old, doubles([advantage]), torch.ones(1, 1), clip_range_high=4.0)
+    (gradient,) = torch.autograd.grad(loss.sum(), logps)
+    assert loss.item() == pytest.approx(3.0 * weight * advantage)
+    assert gradient.item() == pytest.approx(-weight * advantage)  # through the weight it would be 1 - 3 times that
+    _, high = SURROGATES["cispo"].clipped(logps, old, doubles([advantage]), torch.ones(1, 1), clip_range_high=4.0)
+    assert high.item() == (ratio > 5)
+
+
+CLIPS: dict[str, dict[str, float]] = {
+    "clipped": {"clip_range": 0.2, "dual_clip": 3.0}, "reinforce": {}, "gspo": {"clip_range": 0.2},
+    "cispo": {"clip_range_high": 4.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SURROGATES)
+def test_on_policy_every_surrogate_has_the_gradient_of_reinforce(name: str) -> None:
+    logps = random(3, 4, seed=0).requires_grad_()
+    advantages = doubles([1.0], [-2.0], [0.5])
+    loss = SURROGATES[name].loss(logps, logps.detach(), advantages, MASK, **CLIPS[name])
+    (gradient,) = torch.autograd.grad(loss.sum(), logps)
+    torch.testing.assert_close(gradient, torch.where(MASK, -advantages, 0.0), **EXACT)
+    low, high = SURROGATES[name].clipped(logps, logps.detach(), advantages, MASK, **CLIPS[name])
+    assert not (low | high).any()
+    assert low.shape == high.shape == (3, 4)
+    assert low.dtype == high.dtype == torch.bool
+
+
+@pytest.mark.parametrize("name", SURROGATES)
+@pytest.mark.parametrize("filler", [NAN, INF, -INF, 1e30])
+def test_no_surrogate_looks_behind_the_mask(name: str, filler: float) -> None:
+    """The last row is masked altogether."""
+    mask = torch.cat([MASK, torch.zeros(1, 4, dtype=torch.bool)])
+    clean = [random(4, 4, seed=seed).where(mask, 0.0) for seed in range(3)]
+    spoilt = [tensor.masked_fill(~mask, filler) for tensor in clean]
+    results = []
+    for logps, old, advantages in (clean, spoilt):
+        logps = logps.clone().requires_grad_()
+        loss = SURROGATES[name].loss(logps, old, advantages, mask, **CLIPS[name])
+        (gradient,) = torch.autograd.grad(loss.sum(), logps)
+        clips = SURROGATES[name].clipped(logps, old, advantages, mask, **CLIPS[name])
+        results.append((loss.detach(), gradient, *clips))
+        assert (loss[~mask] == 0).all()
+        assert (gradient[~mask] == 0).all()
+        assert (gradient[mask] != 0).any()
+        assert not any(clip[~mask].any() for clip in clips)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("name", SURROGATES)
+def test_without_advantage_there_is_no_gradient_however_far_the_policy_has_gone(name: str) -> None:
+    logps = torch.tensor([[0.0, 200.0, -200.0]], requires_grad=True)
+    loss = SURROGATES[name].loss(logps, torch.zeros(1, 3), torch.zeros(1, 1), torch.ones(1, 3), **CLIPS[name])
+    (gradient,) = torch.autograd.grad(loss.sum(), logps)
+    assert loss.abs().tolist() == gradient.abs().tolist() == [[0.0, 0.0, 0.0]]
+    low, high = SURROGATES[name].clipped(logps, torch.zeros(1, 3), torch.zeros(1, 1), torch.ones(1, 3), **CLIPS[name])
+    assert not (low | high).any()
+
+
+@pytest.mark.parametrize("name", SURROGATES)
+def test_advantages_of_another_shape_are_refused(name: str) -> None:
+    for shape in [(3,), (4,), (4, 1), (3, 3)]:
+        with pytest.raises(ValueError, match=r"advantages: got shape .*, expected \(3, 1\) or \(3, 4\)"):
+            SURROGATES[name].loss(torch.zeros(3, 4), torch.zeros(3, 4), torch.zeros(shape), MASK, **CLIPS[name])
+
+
+@pytest.mark.parametrize("name", SURROGATES)
+def test_no_surrogate_changes_its_inputs_or_their_dtype(name: str) -> None:
+    for dtype in (torch.float32, torch.float64):
+        inputs = [random(3, 4, seed=seed, size=0.1).to(dtype) for seed in range(3)]
+        before = [tensor.clone() for tensor in inputs]
+        loss = SURROGATES[name].loss(*inputs, MASK, **CLIPS[name])
+        assert loss.dtype == dtype
+        assert all(torch.equal(now, then) for now, then in zip(inputs, before, strict=True))
 
 
 # KL

@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import grpo.plots
 import train_grpo
@@ -22,10 +22,9 @@ from examples import train_ppo
 from grpo.config import Config, Options, load_config, parse_command_line, resumed_config
 from grpo.critic import Critic
 from grpo.data import JSONLinesDataset, samples_for_step
-from grpo.errors import InputError, NotFiniteError
+from grpo.errors import InputError, RunError
 from grpo.policy import load_policy
 from grpo.rollout import generate_completions, step_seed
-from reward_model import RewardError
 from tests import test_train as helpers
 from tests.fidelity.test_gae import awake, plain_gae
 from tests.test_resume import assert_same_run
@@ -63,7 +62,9 @@ def resume(folder: Path, **changes: object) -> list[dict[str, Any]]:
 
 
 def moved(folder: Path, base: str) -> bool:
-    return any(not torch.equal(load_file(f"{base}/model.safetensors")[n], w) for n, w in weights_of(folder).items())
+    """Whether the policy at the end is another than at the start."""
+    start = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    return any(not torch.equal(start[name], weight) for name, weight in weights_of(folder).items())
 
 
 # The command
@@ -155,14 +156,14 @@ BY_HAND: list[dict[str, Any]] = [
     {
         "kl_coeff": 0.1, "gae_lambda": 1.0, "value_clip_range": ".inf", "clip_range": ".inf", "num_minibatches": 4,
         "loss_aggregation": "sequence", "advantage_scale": "none", "entropy_coeff": 0.3, "lr_schedule": "constant",
-        "max_grad_norm": ".inf", "mask_truncated_completions": True, "seed": 2,
+        "max_grad_norm": ".inf", "seed": 2,
     },
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("changes", BY_HAND, ids=["everything on", "other values"])
 def test_two_steps_of_the_loop_worked_by_hand(small: dict[str, Any], tmp_path: Path, changes: dict[str, Any]) -> None:
-    """The whole wiring against a naive twin: row by row, without padding, masks or micro-batches; the sampler is shared."""
+    """The whole wiring against a naive twin: row by row, without padding, masks or micro-batches."""
     settings = small | {"rewards": "[tests.test_ppo:token_marks]", "eval_metric": "eval/reward", "warmup_steps": 0}
     settings |= changes
     rows = train(settings, tmp_path / "run")
@@ -209,8 +210,7 @@ def test_two_steps_of_the_loop_worked_by_hand(small: dict[str, Any], tmp_path: P
         marks = token_marks([samples[row // 4]["prompt"] for row in range(16)], rollout.completions, texts)
         kinds = {type(mark) for mark in marks}
         assert kinds == {list, float, type(None)}  # else take another seed
-        is_cut = [config.mask_truncated_completions and cut for cut in rollout.is_truncated.tolist()]
-        kept = [row for row in range(16) if marks[row] is not None and not is_cut[row]]
+        kept = [row for row in range(16) if marks[row] is not None]
         with torch.no_grad():
             old = [logps_of(policy, *pair)[0] for pair in zip(prompts, texts, strict=True)]
             ref = [logps_of(reference, *pair)[0] for pair in zip(prompts, texts, strict=True)]
@@ -306,9 +306,9 @@ def test_every_pass_takes_every_completion_once_and_in_its_own_order(
 # Rewards
 
 
-def silent(prompts: list[str], completions: list[str], **_: Any) -> list[None]:
-    """A reward that never applies."""
-    return [None] * len(completions)
+def silent(prompts: list[str], completions: list[str], **_: Any) -> list[Any]:
+    """A reward that applies in evaluations, but never to groups."""
+    return [1.0 if len(set(prompts)) == len(prompts) else None] * len(completions)
 
 
 def first_token(prompts: list[str], completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[Any]:
@@ -316,16 +316,23 @@ def first_token(prompts: list[str], completions: list[str], completion_ids: list
     return [[ids[0] % 2, *[0.0] * (len(ids) - 1)] for ids in completion_ids]
 
 
-def test_completions_without_a_reward_teach_nothing(small: dict[str, Any], tmp_path: Path) -> None:
-    """Neither by the KL, nor by the entropy, nor by a value of 0; the critic is awake, so there is a value loss."""
-    mixed = "[{name: 'tests.test_ppo:silent'}, {name: 'tests.toy_rewards:even_digits', weight: 0}]"
-    settings = {"rewards": mixed, "kl_coeff": 0.5, "entropy_coeff": 0.1, "eval_metric": "eval/reward"}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_ppo, "Critic", lambda policy: awake(Critic(policy)))
-        patch.setattr(train_ppo.Evaluation, "having", lambda evaluation, metric: evaluation)
-        rows = train(small, tmp_path / "run", **settings)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rewards": "[tests.test_ppo:silent]", "eval_metric": "eval/reward"},
+        {"max_completion_length": 1, "mask_truncated_completions": True, "seed": 1},  # nobody ends so soon
+    ],
+    ids=["no reward", "cut off"],
+)
+def test_completions_that_are_left_out_teach_nothing(
+    small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    """Neither by the KL, nor by the entropy, nor by a value: the critic is awake, so a return of 0 would move it."""
+    monkeypatch.setattr(train_ppo, "Critic", lambda policy: awake(Critic(policy)))
+    rows = train(small, tmp_path / "run", **changes, kl_coeff=0.5, entropy_coeff=0.1)
     assert [row["grad_norm"] for row in rows[1:]] == [row["critic_grad_norm"] for row in rows[1:]] == [0.0, 0.0]
     assert not moved(tmp_path / "run", small["model_name"])
+    assert {row["completions/clipped_ratio"] for row in rows[1:]} == {1.0} or "rewards" in changes
 
 
 def test_a_reward_of_the_first_token_is_no_merit_of_the_later_ones(
@@ -350,7 +357,7 @@ def test_a_reward_of_the_first_token_is_no_merit_of_the_later_ones(
 
 def test_train_grpo_refuses_token_rewards_and_names_this_example(small: dict[str, Any], tmp_path: Path) -> None:
     settings = small | {"rewards": "[tests.test_ppo:first_token]", "output_dir": tmp_path / "run"}
-    with pytest.raises(RewardError) as raised:
+    with pytest.raises(RunError) as raised:
         train_grpo.main(load_config(None, [f"{key}={value}" for key, value in settings.items()]))
     assert "reward tests.test_ppo:first_token returned a list for " in str(raised.value)
     assert "examples/train_ppo.py" in str(raised.value)
@@ -437,7 +444,7 @@ def test_a_value_loss_that_is_no_number_ends_the_run(
 ) -> None:
     loss = train_ppo.clipped_value_loss
     monkeypatch.setattr(train_ppo, "clipped_value_loss", lambda *terms, **clip: loss(*terms, **clip) * math.nan)
-    with pytest.raises(NotFiniteError, match="step 1: loss nan"):
+    with pytest.raises(RunError, match=r"^step 1: loss nan"):
         train(small, tmp_path / "run")
 
 
@@ -458,4 +465,4 @@ def test_the_critic_learns_to_foretell_a_policy_that_stands_still(tmp_path: Path
     rows = train(settings | {"lr_schedule": "constant", "device": "cpu", "eval_every": 60}, tmp_path / "run")
     explained = [row["value/explained_variance"] for row in rows[1:]]
     assert mean(explained[:3]) < 0.05
-    assert mean(explained[-10:]) > 0.15
+    assert mean(explained[-10:]) > 0.3  # 0.5 was measured

@@ -80,6 +80,20 @@ def test_a_samples_reward_is_the_combined_one_and_each_stands_by_its_name(rollou
     ]
 
 
+def test_where_tokens_have_advantages_a_completions_is_their_mean() -> None:
+    ids, mask = torch.full((2, 3), 5), torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
+    rollout = Rollout(ids, mask, ids, mask, torch.zeros(2, 3), torch.zeros(2).bool(), ["2", "3"])
+    scores = score_completions(
+        [Reward("a", lambda prompts, completions, **_: [1.0, 0.0], weight=1.0)],
+        [{"prompt": "1+1="}] * 2,
+        rollout.completions,
+        rollout.token_lists(),
+    )
+    by_token = torch.tensor([[1.0, 2.0, 6.0], [-4.0, NAN, 100.0]])
+    rows = sample_rows(1, [{"prompt": "1+1="}] * 2, rollout, scores, by_token)
+    assert [row["advantage"] for row in rows] == [3.0, -4.0]  # with the padding it would be no number
+
+
 @pytest.mark.parametrize(("loss", "grad_norm"), [(0.5, 2.0), (0.0, 0.0), (-0.5, 1e30)])
 def test_finite_loss_and_gradient_norm_go_on(rollout: Rollout, tmp_path: Path, loss: float, grad_norm: float) -> None:
     check_finite(torch.tensor(loss), torch.tensor(grad_norm), tmp_path, [{"step": 4}], rollout, torch.zeros(2, 1))

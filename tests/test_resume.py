@@ -33,7 +33,7 @@ from grpo.checkpoint import (
     weights_sha256,
     write_atomically,
 )
-from grpo.config import MAY_CHANGE_ON_RESUME, TYPES, load_config, resumed_config
+from grpo.config import MAY_CHANGE_ON_RESUME, TYPES, resumed_config
 from grpo.errors import InputError, RunError
 from tests import test_train as helpers
 from tests.test_train import read, resume, train

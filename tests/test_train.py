@@ -19,7 +19,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grpo.evaluation
+import grpo.plots
 import train_grpo
+from grpo.algorithms import ALGORITHMS
 from grpo.base_model import build_model, train_tokenizer
 from grpo.checkpoint import save_model
 from grpo.config import Options, load_config, resumed_config
@@ -35,8 +37,8 @@ EVERY_STEP = {
     "step", "loss", "reward", "reward_std", "rewards/math/mean", "rewards/math/std", "frac_reward_zero_std",
     "completions/mean_length", "completions/clipped_ratio", "kl", "entropy", "clip_ratio/low_mean",
     "clip_ratio/high_mean", "sampling/logp_difference/mean", "sampling/logp_difference/max", "grad_norm",
-    "learning_rate", "num_tokens", "step_time", "rollout_time", "update_time", "answers/right", "answers/wrong",
-    "answers/none", "answers/truncated",
+    "learning_rate", "num_tokens", "num_completions", "step_time", "rollout_time", "update_time", "answers/right",
+    "answers/wrong", "answers/none", "answers/truncated",
 }  # fmt: skip
 EVERY_EVALUATION = {
     "eval/accuracy", "eval/accuracy_low", "eval/accuracy_high", "eval/reward", "eval/mean_length", "eval/clipped_ratio",
@@ -333,7 +335,10 @@ def test_what_goes_wrong_ends_in_one_line(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rewards": "[maths]"}, "rewards: got 'maths', allowed: math, or module:function; did you mean math?"),
+        (
+            {"rewards": "[maths]"},
+            "rewards: got 'maths', allowed: math, overlong, or module:function; did you mean math?",
+        ),
         ({"rewards": "[tests.toy_rewards:needs_colour]"}, 'train.jsonl, line 1: has no "colour", which reward'),
         ({"max_prompt_length": 3}, "the longest prompt has 6 tokens, max_prompt_length allows 3"),
         ({"model_name": "/nowhere/at/all"}, "model_name: there is no folder '/nowhere/at/all'"),
@@ -414,15 +419,130 @@ def test_ctrl_c_before_the_first_step_leaves_nothing(small: dict[str, Any], tmp_
     assert not (tmp_path / "run").exists()
 
 
+@pytest.fixture
+def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take longer than these runs."""
+    monkeypatch.setattr(grpo.plots, "_save", lambda figure, path: None)
+
+
+@pytest.mark.usefixtures("_no_pictures")
+@pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name != "ppo"])
+def test_every_algorithm_trains(small: dict[str, Any], tmp_path: Path, algorithm: str) -> None:
+    """Two steps of two updates each."""
+    changes = {
+        "algorithm": algorithm, "num_minibatches": 2, "rewards": "[tests.toy_rewards:different_letters]",
+        "eval_every": 2, "warmup_steps": 0, "learning_rate": 1e-3,
+    }  # fmt: skip
+    rows = train(small, tmp_path / "run", **changes)
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    assert all(row["grad_norm"] > 0 for row in rows[1:])
+    assert rows[1]["num_completions"] >= 16
+    row = ALGORITHMS[algorithm]
+    assert all(("kl" in step) == (row["kl_coeff"] > 0) for step in rows[1:])
+    assert rows[2].get("kl", 1.0) != 0.0  # the policy has left the reference
+    may_clip = row["surrogate"] != "reinforce"
+    assert may_clip or all(step["clip_ratio/low_mean"] + step["clip_ratio/high_mean"] == 0 for step in rows[1:])
+    samples = read(tmp_path / "run" / "samples.jsonl")
+    assert len(samples) == 2 * 16
+    assert all(isinstance(sample["advantage"], float) for sample in samples)  # one a completion, also by token
+    assert any(sample["advantage"] != 0 for sample in samples)
+    settings = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
+    assert {key: settings[key] for key in row} == row  # what was null is on record as it was filled
+
+
+@pytest.mark.usefixtures("_no_pictures")
+def test_a_kl_in_the_reward_is_that_of_the_rollout(small: dict[str, Any], tmp_path: Path) -> None:
+    """Of the policy before its first update, whatever follows: at first it still is the reference."""
+    changes = {"kl_in": "reward", "kl_coeff": 0.5, "num_iterations": 2, "learning_rate": 1e-2, "warmup_steps": 0}
+    rows = train(small, tmp_path / "reward", **changes)
+    assert rows[1]["kl"] == 0.0
+    assert rows[2]["kl"] != 0.0
+    in_the_loss = train(small, tmp_path / "loss", **(changes | {"kl_in": "loss"}))
+    assert in_the_loss[1]["kl"] > 0.0  # its mean over both passes: after the first the policy has moved
+
+
+@pytest.mark.usefixtures("_no_pictures")
+def test_a_kl_in_the_reward_tells_siblings_apart_that_earn_the_same(small: dict[str, Any], tmp_path: Path) -> None:
+    """So groups without spread are trained on, from the second step on."""
+    reward = "[{name: 'tests.toy_rewards:scaled', scale: 0.5}]"
+    changes = {"kl_in": "reward", "kl_coeff": 0.5, "rewards": reward, "eval_metric": "eval/reward", "warmup_steps": 0}
+    rows = train(small, tmp_path / "run", **changes, entropy_coeff=1.0)  # which moves the policy all the same
+    assert [row["frac_reward_zero_std"] for row in rows[1:]] == [1.0, 1.0]
+    samples = read(tmp_path / "run" / "samples.jsonl")
+    assert all(sample["reward"] == 0.5 for sample in samples)  # as the function gave it: the charge is not in it
+    assert all(sample["advantage"] == 0 for sample in samples[:16])  # the policy still is the reference
+    assert all(sample["advantage"] != 0 for sample in samples[16:])
+
+
+@pytest.mark.usefixtures("_no_pictures")
+def test_an_entropy_bonus_raises_the_entropy(small: dict[str, Any], tmp_path: Path) -> None:
+    changes = {"kl_coeff": 1e-3, "num_train_steps": 3, "learning_rate": 3e-3, "warmup_steps": 0, "temperature": 0.5}
+    without = train(small, tmp_path / "without", **changes)
+    bonus = train(small, tmp_path / "bonus", **changes, entropy_coeff=5.0)
+    assert bonus[1]["entropy"] == without[1]["entropy"]
+    assert bonus[3]["entropy"] > without[3]["entropy"] + 0.01
+
+
+Logps = torch.Tensor  # (T,) of one completion
+
+
 @dataclass(frozen=True)
 class Twin:
     """Settings of a run, and what they mean, in plain Python."""
 
     changes: dict[str, Any]
     rates: list[float]  # of the optimizer steps
-    advantage: Callable[[float, list[float]], float]  # of a reward among all rewards of its group
+    # of all rewards, and of what every token is charged -> of every token
+    advantages: Callable[[list[float], list[list[float]]], list[list[float]]]
+    surrogate: Callable[
+        [Logps, Logps, torch.Tensor], torch.Tensor
+    ]  # of new, old log-probs and advantages, to be minimised
     kl: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of the ratio and of ref - new
     weight: Callable[[int, list[int]], float]  # of a token, from the length of its completion and those of the step
+
+
+def among_siblings(advantage: Callable[[float, list[float]], float]) -> Callable[..., list[list[float]]]:
+    """From the advantage of a reward in its group of four; the charges of its tokens are taken off it first."""
+
+    def of_tokens(rewards: list[float], charges: list[list[float]]) -> list[list[float]]:
+        nets = [reward - sum(charge) for reward, charge in zip(rewards, charges, strict=True)]
+        groups = [nets[row // 4 * 4 : row // 4 * 4 + 4] for row in range(16)]
+        return [
+            [advantage(net, group) if max(group) > min(group) else 0.0] * len(charge)
+            for net, group, charge in zip(nets, groups, charges, strict=True)
+        ]
+
+    return of_tokens
+
+
+def over_all_tokens(rewards: list[float], charges: list[list[float]]) -> list[list[float]]:
+    """REINFORCE++: what is still to come, in standard deviations from the mean of all tokens."""
+    to_come = [
+        [reward - sum(charge[t:]) for t in range(len(charge))] for reward, charge in zip(rewards, charges, strict=True)
+    ]
+    every = [value for row in to_come for value in row]
+    return [[(value - mean(every)) / (stdev(every) + 1e-4) for value in row] for row in to_come]
+
+
+def clipped(low: float, high: float, dual: float = math.inf) -> Callable[..., torch.Tensor]:
+    def surrogate(new: Logps, old: Logps, advantages: torch.Tensor) -> torch.Tensor:
+        losses = []
+        for ratio, advantage in zip((new - old).exp(), advantages, strict=True):
+            gain = torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+            losses.append(-torch.maximum(gain, dual * advantage) if advantage < 0 else -gain)
+        return torch.stack(losses)
+
+    return surrogate
+
+
+def clipped_sequence(low: float, high: float) -> Callable[..., torch.Tensor]:
+    """GSPO: one ratio a completion, the geometric mean of its tokens'."""
+
+    def surrogate(new: Logps, old: Logps, advantages: torch.Tensor) -> torch.Tensor:
+        ratio = (new.sum() / len(new) - old.sum() / len(old)).exp()
+        return -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
+
+    return surrogate
 
 
 COSINE = [0.5 + 0.5 * math.cos(math.pi * k / 5) for k in range(5)]
@@ -434,7 +554,8 @@ GRPO = Twin(
     },
     # 3 steps of warm-up, then 5 of cosine, of 8 optimizer steps in all
     rates=[5e-3 * factor for factor in (1 / 4, 2 / 4, 3 / 4, *COSINE)],
-    advantage=lambda reward, group: (reward - mean(group)) / (stdev(group) + 1e-4),
+    advantages=among_siblings(lambda reward, group: (reward - mean(group)) / (stdev(group) + 1e-4)),
+    surrogate=clipped(0.2, 0.2),
     kl=lambda ratio, difference: ratio * (difference.exp() - difference - 1),
     weight=lambda length, lengths: 1 / sum(lengths),
 )  # fmt: skip
@@ -448,26 +569,78 @@ OTHER = Twin(
     },
     # 1 step of warm-up, then 3 of a line, of 4 in all
     rates=[2e-3 * factor for factor in (1 / 2, 1, 2 / 3, 1 / 3)],
-    advantage=lambda reward, group: reward - (sum(group) - reward) / 3,
+    advantages=among_siblings(lambda reward, group: reward - (sum(group) - reward) / 3),
+    surrogate=clipped(0.05, 0.15),
     kl=lambda ratio, difference: difference**2 / 2,
     weight=lambda length, lengths: 1 / (len(lengths) * 20),
 )  # fmt: skip
+EVEN = {"lr_schedule": "constant", "warmup_steps": 0, "max_completion_length": 20, "max_grad_norm": 1.5}
+REINFORCE_PP = Twin(
+    changes=EVEN | {"algorithm": "reinforce_pp", "kl_coeff": 2.0, "num_minibatches": 2, "learning_rate": 5e-3},
+    rates=[5e-3] * 4,
+    advantages=over_all_tokens,
+    surrogate=clipped(0.2, 0.2),
+    kl=lambda ratio, difference: 0 * ratio,  # it is in the reward
+    weight=lambda length, lengths: 1 / sum(lengths),
+)
+RLOO = Twin(
+    changes=EVEN | {"algorithm": "rloo", "kl_coeff": 1.5, "micro_batch_size": 3, "learning_rate": 5e-3},
+    rates=[5e-3] * 2,
+    advantages=among_siblings(lambda reward, group: reward - (sum(group) - reward) / 3),
+    surrogate=lambda new, old, advantages: -advantages * new,
+    kl=lambda ratio, difference: 0 * ratio,  # it is in the reward
+    weight=lambda length, lengths: 1 / (len(lengths) * 20),
+)
+GSPO = Twin(
+    changes=EVEN
+    | {"algorithm": "gspo", "num_iterations": 2, "num_minibatches": 2, "learning_rate": 1e-3, "micro_batch_size": 3}
+    | {"clip_range": 0.02, "clip_range_high": 0.06},
+    rates=[1e-3] * 8,
+    advantages=among_siblings(lambda reward, group: (reward - mean(group)) / (stdev(group) + 1e-4)),
+    surrogate=clipped_sequence(0.02, 0.06),
+    kl=lambda ratio, difference: 0 * ratio,  # there is none
+    weight=lambda length, lengths: 1 / (len(lengths) * length),
+)
+CISPO = Twin(
+    changes=EVEN | {"algorithm": "cispo", "num_iterations": 3, "learning_rate": 5e-3, "clip_range_high": 0.1},
+    rates=[5e-3] * 6,
+    advantages=among_siblings(lambda reward, group: (reward - mean(group)) / (stdev(group) + 1e-4)),
+    surrogate=lambda new, old, advantages: -(new - old).exp().detach().clamp(max=1.1) * advantages * new,
+    kl=lambda ratio, difference: 0 * ratio,  # there is none
+    weight=lambda length, lengths: 1 / sum(lengths),
+)
+BONUS = Twin(
+    changes=EVEN
+    | {"entropy_coeff": 0.25, "dual_clip": 1.02, "kl_coeff": 0.5, "temperature": 0.7, "num_iterations": 3}
+    | {"learning_rate": 5e-3, "loss_aggregation": "sequence", "advantage_scale": "none"},
+    rates=[5e-3] * 6,
+    advantages=among_siblings(lambda reward, group: reward - mean(group)),
+    surrogate=clipped(0.2, 0.2, dual=1.02),
+    kl=lambda ratio, difference: ratio * (difference.exp() - difference - 1),
+    weight=lambda length, lengths: 1 / (len(lengths) * length),
+)
+TWINS = {
+    "GRPO": GRPO, "everything else": OTHER, "REINFORCE++": REINFORCE_PP, "RLOO": RLOO, "GSPO": GSPO, "CISPO": CISPO,
+    "entropy bonus and dual clip": BONUS,
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("twin", [GRPO, OTHER], ids=["GRPO", "everything else"])
+@pytest.mark.usefixtures("_no_pictures")
+@pytest.mark.parametrize(
+    "twin", [pytest.param(twin, id=name, marks=[pytest.mark.slow] * (name == "CISPO")) for name, twin in TWINS.items()]
+)
 def test_two_steps_of_the_loop_worked_by_hand(small: dict[str, Any], tmp_path: Path, twin: Twin) -> None:
     """The whole wiring of train_grpo.py against a naive twin: row by row, without padding, masks or micro-batches.
 
     Everything that could be wired wrongly is switched on: a temperature, a KL, minibatches, two passes, a warm-up,
-    gradient clipping, weight decay; then other values of all of these. The sampler is shared; log-probs, advantages,
-    loss and update are written out.
+    gradient clipping, weight decay; then other values of all of these, a KL in the reward, a bonus. The sampler is
+    shared; log-probs, advantages, loss and update are written out.
     """
     small = small | {"rewards": "[tests.toy_rewards:different_letters]"}  # nearly every group has a signal
     rows = train(small, tmp_path / "run", **twin.changes)
     trained = torch.cat([weight.flatten() for weight in weights_of(tmp_path / "run").values()])
 
     config = load_config(None, [f"{key}={value}" for key, value in (small | twin.changes).items()])
-    low, high = 1 - config.clip_range, 1 + (config.clip_range_high or config.clip_range)
     policy, tokenizer = load_policy(small["model_name"], base_seed=0, device=torch.device("cpu"))
     reference = copy.deepcopy(policy)
     start = torch.cat([weight.flatten() for weight in policy.state_dict().values()])
@@ -479,12 +652,16 @@ def test_two_steps_of_the_loop_worked_by_hand(small: dict[str, Any], tmp_path: P
     )
     rates = list(twin.rates)
     dataset = JSONLinesDataset(small["train_file"])
+    written = read(tmp_path / "run" / "samples.jsonl")
+    was_off_policy = False
 
-    def logps(model: Any, prompt: list[int], completion: list[int]) -> torch.Tensor:
-        logits = model(torch.tensor([prompt + completion])).logits[0] / config.temperature
-        return torch.stack(
-            [logits[len(prompt) + t - 1].log_softmax(-1)[token] for t, token in enumerate(completion)]
-        )  # (T,)
+    def score(model: Any, prompt: list[int], completion: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1] / config.temperature
+        logps, entropies = [], []
+        for token, row in zip(completion, logits.log_softmax(-1), strict=True):
+            logps.append(row[token])
+            entropies.append(-(row.exp() * row).sum())
+        return torch.stack(logps), torch.stack(entropies)  # (T,)
 
     for step in (1, 2):
         samples = samples_for_step(dataset, step=step, batch_size=4, seed=config.seed)
@@ -497,14 +674,12 @@ def test_two_steps_of_the_loop_worked_by_hand(small: dict[str, Any], tmp_path: P
         completions = rollout.token_lists()
         assert step == 2 or len(set(map(len, completions))) > 1  # else aggregations could not be told apart
         rewards = different_letters([samples[row // 4]["prompt"] for row in range(16)], rollout.completions)
-        advantages = []
-        for group in range(4):
-            siblings = rewards[4 * group : 4 * group + 4]
-            has_spread = max(siblings) > min(siblings)
-            advantages += [twin.advantage(reward, siblings) if has_spread else 0.0 for reward in siblings]
         with torch.no_grad():
-            old = [logps(policy, *pair) for pair in zip(prompts, completions, strict=True)]
-            ref = [logps(reference, *pair) for pair in zip(prompts, completions, strict=True)]
+            old = [score(policy, *pair)[0] for pair in zip(prompts, completions, strict=True)]
+            ref = [score(reference, *pair)[0] for pair in zip(prompts, completions, strict=True)]
+        kls = [(then - now).tolist() for then, now in zip(old, ref, strict=True)]
+        price = config.kl_coeff if config.kl_in == "reward" else 0.0
+        advantages = twin.advantages(rewards, [[price * kl for kl in row] for row in kls])
         losses = []
         size = 16 // config.num_minibatches
         for start_row in [*range(0, 16, size)] * config.num_iterations:
@@ -512,10 +687,12 @@ def test_two_steps_of_the_loop_worked_by_hand(small: dict[str, Any], tmp_path: P
             lengths = [len(completions[row]) for row in minibatch]
             loss = torch.zeros(())
             for row in minibatch:
-                new = logps(policy, prompts[row], completions[row])
+                new, entropies = score(policy, prompts[row], completions[row])
                 ratio, difference = (new - old[row]).exp(), ref[row] - new
-                surrogate = -torch.minimum(ratio * advantages[row], ratio.clamp(low, high) * advantages[row])
+                was_off_policy |= bool(((ratio - 1).abs() > 0.1).any())
+                surrogate = twin.surrogate(new, old[row], torch.tensor(advantages[row]))
                 per_token_loss = surrogate + config.kl_coeff * twin.kl(ratio, difference)
+                per_token_loss = per_token_loss - config.entropy_coeff * entropies
                 loss = loss + per_token_loss.sum() * twin.weight(len(completions[row]), lengths)
             loss.backward()
             losses.append(loss.item())
@@ -533,5 +710,13 @@ def test_two_steps_of_the_loop_worked_by_hand(small: dict[str, Any], tmp_path: P
         assert rows[step]["learning_rate"] == pytest.approx(rate)
         assert rows[step]["grad_norm"] == pytest.approx(grad_norm, rel=1e-3)
         assert rows[step]["sampling/logp_difference/max"] < 1e-5
+        recorded = [sample["advantage"] for sample in written if sample["step"] == step]
+        assert recorded == pytest.approx([mean(row) for row in advantages], abs=1e-3)
+        if config.kl_in == "reward":
+            assert rows[step]["kl"] == pytest.approx(mean(kl for row in kls for kl in row), abs=1e-4)
+            assert step == 1 or max(abs(kl) for row in kls for kl in row) > 0.1
+    assert was_off_policy == (len(twin.rates) > 2)  # and the clip has bound
+    assert was_off_policy == any(row["clip_ratio/low_mean"] + row["clip_ratio/high_mean"] > 0 for row in rows[1:])
+    assert rates == []
     by_hand = torch.cat([weight.flatten() for weight in policy.state_dict().values()])
     assert (trained - by_hand).norm() < 1e-3 * (by_hand - start).norm()

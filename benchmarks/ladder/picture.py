@@ -65,7 +65,7 @@ def draw(raw: dict[str, Columns], path: Path) -> None:
     """The picture, in 64 colours."""
     num_rows = -(-len(BLOCKS) // COLUMNS)
     figure = Figure(figsize=(11, 2.9 * num_rows), dpi=100)
-    figure.subplots_adjust(left=0.055, right=0.86, top=0.97, bottom=0.035, wspace=0.62, hspace=0.36)
+    figure.subplots_adjust(left=0.055, right=0.835, top=0.97, bottom=0.035, wspace=0.68, hspace=0.36)
     panels = list(figure.subplots(num_rows, COLUMNS, squeeze=False).flat)
     for axis, block in zip(panels, BLOCKS.values(), strict=False):
         draw_block(axis, block, raw)
@@ -104,10 +104,17 @@ def draw_block(axis: Axes, block: Block, raw: dict[str, Columns]) -> None:
             (last, height),
             (right * 1.05, label),
             color=colour,
-            fontsize=9,
+            fontsize=8.5,
             va="center",
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "linewidth": 0.6,
+                "shrinkA": 0,
+                "shrinkB": 0,
+                "relpos": (0, 0.5),  # to where the name begins
+            },
         )
 
 

@@ -4,6 +4,7 @@ A row's flags are those of the row it comes `after` and its own. Rows that come 
 """
 
 import dataclasses
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -179,8 +180,14 @@ def all_flags(row: Row) -> dict[str, Any]:
 
 def settings(row: Row) -> dict[str, Any]:
     """Every setting of the row's runs, whatever the algorithm is called that fills them."""
-    config = load_config(overrides=[f"{key}={value}" for key, value in all_flags(row).items()])
-    return {key: value for key, value in dataclasses.asdict(config).items() if key != "algorithm"}
+    return _resolved(tuple(f"{key}={value}" for key, value in all_flags(row).items()))
+
+
+@functools.cache
+def _resolved(overrides: tuple[str, ...]) -> dict[str, Any]:
+    settings = dataclasses.asdict(load_config(overrides=overrides))
+    del settings["algorithm"]
+    return settings
 
 
 def measured_as(row: Row) -> Row:

@@ -83,7 +83,7 @@ def block(parts: Parts, name: str) -> str:
     """The table of one block, and a sentence for each of its rows."""
     heading = [
         "row", "one idea more", "than", "rate", "accuracy [95 %]", "1000 completions to 0.95", "seconds to 0.95",
-        "tokens", "KL", "1000 completions", "seconds",
+        "tokens", "KL", "1000 completions in all", "seconds in all",
     ]  # fmt: skip
     lines, sentences = [], []
     for row in (ROWS[name] for name in BLOCKS[name].rows):

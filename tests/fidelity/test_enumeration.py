@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo.advantages import group_advantages
-from grpo.loss import clipped_surrogate, kl_divergence, loss_weights
+from grpo.advantages import group_advantages, penalized_advantages
+from grpo.loss import clipped_surrogate, kl_divergence, loss_weights, reinforce
 
 EXACT = {"rtol": 0.0, "atol": 1e-12}
 INF = float("inf")
@@ -324,3 +324,52 @@ def test_a_penalised_objective_descends_to_reward_minus_kl() -> None:
     truth = coefficient * exact_kl()[1] - probs * (rewards - (probs * rewards).sum())
     torch.testing.assert_close(gradient(1.0), truth, **EXACT)
     assert (gradient(-1.0) - truth).abs().max() > 0.05
+
+
+# KL in the reward
+
+PRIOR = 2 * random(3, 3, seed=4)
+BETA = 0.4
+
+
+def expected_gradient_of_penalised_rewards(
+    baseline: str, *, estimator: str = "k1", beta: float = BETA, is_mean: bool = False
+) -> Tensor:
+    """Of minus REINFORCE's loss, over every pair of completions, each charged with beta times its KL."""
+    policy = POLICY.clone().requires_grad_()
+    all_logps, prior = logps_of(policy), logps_of(PRIOR)
+    probs = all_logps.detach().sum(1).exp()
+    objective = torch.zeros((), dtype=torch.float64)
+    for group in itertools.product(range(len(COMPLETIONS)), repeat=2):
+        rows = list(group)
+        logps, mask = all_logps[rows], MASK[rows]  # (2, 2)
+        kl = kl_divergence(logps.detach(), prior[rows], estimator=estimator, completion_mask=mask)
+        penalties = beta * kl / (mask.sum(1, keepdim=True) if is_mean else 1)
+        rewards = doubles(*[REWARDS[i] for i in rows]).view(1, 2)
+        advantages = penalized_advantages(rewards, penalties, mask, baseline=baseline, scale="none")
+        weights = loss_weights(mask, "constant", max_completion_length=MAX_LENGTH, dtype=torch.float64)
+        objective = (
+            objective - probs[rows].prod() * (reinforce(logps, logps.detach(), advantages, mask) * weights).sum()
+        )
+    return torch.autograd.grad(objective, policy)[0]
+
+
+def true_penalised_gradient() -> Tensor:
+    """Of the expected reward less beta times the KL of whole completions against the prior."""
+    policy = POLICY.clone().requires_grad_()
+    reward = (logps_of(policy).sum(1).exp() * doubles(*REWARDS)).sum()
+    return torch.autograd.grad(reward - BETA * sequence_kl(policy, PRIOR), policy)[0]
+
+
+@pytest.mark.parametrize(("baseline", "share"), [("none", 1.0), ("leave_one_out", 1.0), ("group", 0.5)])
+def test_a_kl_in_the_reward_is_a_kl_in_the_objective(baseline: str, share: float) -> None:
+    """k1 is not differentiated there, and so needs no gradient of its own: its value, summed, is all that counts."""
+    truth = true_penalised_gradient() / MAX_LENGTH
+    torch.testing.assert_close(expected_gradient_of_penalised_rewards(baseline), share * truth, **EXACT)
+    assert (truth - true_gradient() / MAX_LENGTH).abs().max() > 0.05  # the KL takes part
+
+
+@pytest.mark.parametrize("wrong", [{"beta": -BETA}, {"beta": 0.0}, {"is_mean": True}, {"estimator": "k2"}], ids=str)
+def test_the_enumeration_sees_a_wrong_kl_in_the_reward(wrong: dict[str, Any]) -> None:
+    wrong_gradient = expected_gradient_of_penalised_rewards("leave_one_out", **wrong)
+    assert (wrong_gradient - true_penalised_gradient() / MAX_LENGTH).abs().max() > 0.01

@@ -526,16 +526,16 @@ def test_a_loss_that_becomes_nan_costs_no_step(
 ) -> None:
     """One token of step 4 has no finite loss; with the cause removed the run goes on from the checkpoint before."""
     folder = tmp_path / "run"
-    surrogate = train_grpo.clipped_surrogate
+    clipped = train_grpo.SURROGATES["clipped"]
     now = [0]
 
     def poisoned(*arguments: Any, **settings: Any) -> torch.Tensor:
-        loss = surrogate(*arguments, **settings)
+        loss = clipped.loss(*arguments, **settings)
         return loss * torch.where(torch.arange(loss.shape[1]) == 0, torch.nan, 1.0) if now[0] == 4 else loss
 
     with pytest.MonkeyPatch.context() as patch:
         at_the_start_of(patch, lambda step: now.__setitem__(0, step))
-        patch.setattr(train_grpo, "clipped_surrogate", poisoned)
+        patch.setitem(train_grpo.SURROGATES, "clipped", clipped._replace(loss=poisoned))
         with pytest.raises(RunError, match=r"^step 4: loss nan, gradient norm nan; the batch lies in .*failed-000004"):
             train(small | SIX | SETTINGS["kl-two-iterations"], folder)
     assert_stopped_at_4(folder, two_iterations[0])
@@ -547,7 +547,7 @@ def test_a_weight_that_becomes_nan_costs_no_step(
 ) -> None:
     """It does so after step 4 was sampled: a memory error, say."""
     folder = tmp_path / "run"
-    make, advantages = train_grpo.make_optimizer, train_grpo.group_advantages
+    make, advantages = train_grpo.make_optimizer, train_grpo.penalized_advantages
     policies, now = [], [0]
 
     def remembered(policy: Any, config: Any) -> Any:
@@ -562,7 +562,7 @@ def test_a_weight_that_becomes_nan_costs_no_step(
     with pytest.MonkeyPatch.context() as patch:
         at_the_start_of(patch, lambda step: now.__setitem__(0, step))
         patch.setattr(train_grpo, "make_optimizer", remembered)
-        patch.setattr(train_grpo, "group_advantages", struck)
+        patch.setattr(train_grpo, "penalized_advantages", struck)
         with pytest.raises(RunError, match=r"^step 4: loss .*; the batch lies in .*failed-000004"):
             train(small | SIX | SETTINGS["kl-two-iterations"], folder)
     assert_stopped_at_4(folder, two_iterations[0])

@@ -346,13 +346,17 @@ def test_metrics_cover_the_rows_that_are_scored(
         (16, {"kl_coeff": 0.1}),
         (16, {"advantage_baseline": "batch", "advantage_scale": "none"}),
         (16, {"advantage_baseline": "none", "advantage_scale": "none"}),
+        (16, {"advantage_scale": "tokens"}),
+        (16, {"entropy_coeff": 0.1}),
+        (8, {"algorithm": "gspo"}),
     ],
     ids=str,
 )
 def test_nothing_is_left_out_that_has_a_gradient(
     train_tiny: Callable[..., tuple[dict[str, Any], Path]], watched: Watched, num_scored: int, settings: dict[str, Any]
 ) -> None:
-    """A KL holds every token, and against the whole batch a group may be better than others as a whole."""
+    """A KL holds every token, an entropy bonus pushes every token, and against the whole batch, or whitened with it, a
+    group may be better than others as a whole."""
     train_tiny("llama", **(SOME_ALIKE | settings))
     assert [len(rows) for rows in watched.scored] == [num_scored]
 

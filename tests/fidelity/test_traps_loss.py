@@ -17,7 +17,16 @@ import train_grpo
 from grpo.advantages import group_advantages
 from grpo.config import load_config
 from grpo.logprobs import compute_logprobs
-from grpo.loss import AGGREGATIONS, KL_ESTIMATORS, clipped_surrogate, clipped_tokens, kl_divergence, loss_weights
+from grpo.loss import (
+    AGGREGATIONS,
+    KL_ESTIMATORS,
+    SURROGATES,
+    Surrogate,
+    clipped_surrogate,
+    clipped_tokens,
+    kl_divergence,
+    loss_weights,
+)
 from grpo.policy import frozen_copy, load_policy, make_optimizer
 from grpo.records import TokenMeans
 from grpo.rollout import Rollout
@@ -95,15 +104,29 @@ def run_training(
 
 def spy_on(monkeypatch: pytest.MonkeyPatch, name: str) -> list[dict[str, Any]]:
     """The arguments of every call of a function of grpo/ that the loop makes."""
+    spy, calls = spied(getattr(train_grpo, name))
+    monkeypatch.setattr(train_grpo, name, spy)
+    return calls
+
+
+def spy_on_surrogate(
+    monkeypatch: pytest.MonkeyPatch, name: str = "clipped"
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The same of a surrogate, and of what says where its clip acts."""
+    (loss, loss_calls), (clipped, clipped_calls) = map(spied, SURROGATES[name])
+    monkeypatch.setitem(SURROGATES, name, Surrogate(loss, clipped))
+    return loss_calls, clipped_calls
+
+
+def spied(function: Callable[..., Any]) -> tuple[Callable[..., Any], list[dict[str, Any]]]:
+    """The function, and a list that takes up the arguments of its calls."""
     calls: list[dict[str, Any]] = []
-    function = getattr(train_grpo, name)
 
     def spy(*args: Any, **kwargs: Any) -> Any:
         calls.append(dict(enumerate(args)) | kwargs)
         return function(*args, **kwargs)
 
-    monkeypatch.setattr(train_grpo, name, spy)
-    return calls
+    return spy, calls
 
 
 def spy_on_micro_batches(monkeypatch: pytest.MonkeyPatch) -> list[list[Tensor]]:
@@ -209,7 +232,7 @@ def test_old_logps_attached_to_the_graph() -> None:
 def test_old_logps_attached_to_the_graph_in_the_loop(
     run_training: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, num_iterations: int
 ) -> None:
-    calls = spy_on(monkeypatch, "clipped_surrogate")
+    calls, _ = spy_on_surrogate(monkeypatch)
     (row,) = run_training(kl_coeff=0, num_iterations=num_iterations).steps
     assert row["grad_norm"] > 0.01
     assert [call[0].requires_grad for call in calls] == [True] * num_iterations
@@ -321,8 +344,8 @@ def test_mask_dropped_in_the_metrics() -> None:
 
 def test_mask_dropped_in_the_loop(run_training: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
     """Truncated completions left out: of the surrogate, of the KL, and of the weights' denominator alike."""
-    names = ("clipped_surrogate", "kl_divergence", "loss_weights")
-    calls = {name: spy_on(monkeypatch, name) for name in names}
+    calls = {name: spy_on(monkeypatch, name) for name in ("kl_divergence", "loss_weights")}
+    surrogate_calls, _ = spy_on_surrogate(monkeypatch)
     minibatches = spy_on_micro_batches(monkeypatch)
     samples = run_training(mask_truncated_completions=True).samples
     is_truncated = torch.tensor([row["is_truncated"] for row in samples])
@@ -330,7 +353,7 @@ def test_mask_dropped_in_the_loop(run_training: Callable[..., Run], monkeypatch:
     ((rows,),) = minibatches  # in another order than the rollout's
     assert rows.sort().values.tolist() == list(range(12))
     masks = [
-        calls["clipped_surrogate"][0][3],
+        surrogate_calls[0][3],
         calls["kl_divergence"][0]["completion_mask"],
         calls["loss_weights"][0][0][rows],
     ]

@@ -68,9 +68,13 @@ def make_trainer(
     setting: Setting,
     scorer: Callable[..., Any] | None = None,
     rewards: Sequence[float | None] = REWARDS,
+    **changes: Any,
 ) -> Any:
-    """TRL's trainer as its users build it, but with our completions, and another `scorer` than its kernel if asked."""
-    arguments = GRPOConfig(
+    """TRL's trainer as its users build it, but with our completions, and another `scorer` than its kernel if asked.
+
+    `changes` are more of TRL's own settings.
+    """
+    arguments: dict[str, Any] = dict(
         output_dir=str(folder),
         per_device_train_batch_size=len(LENGTHS),
         num_generations=GROUP_SIZE,
@@ -89,14 +93,10 @@ def make_trainer(
         report_to=[],
         disable_tqdm=True,
     )
-    policy = copy.deepcopy(model)
-    if setting.kl_coeff > 0:  # TRL loads the reference by the policy's name
-        make_tiny_model("llama", seed=1).save_pretrained(folder / "reference")
-        policy.config._name_or_path = str(folder / "reference")
     trainer: Any = GRPOTrainer(
-        model=policy,
+        model=policy_of(model, folder, has_reference=setting.kl_coeff > 0),
         reward_funcs=lambda **_: rewards,
-        args=arguments,
+        args=GRPOConfig(**arguments | changes),
         train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS]),
         processing_class=make_tokenizer(),
     )
@@ -107,8 +107,17 @@ def make_trainer(
     return trainer
 
 
+def policy_of(model: PreTrainedModel, folder: Path, *, has_reference: bool) -> PreTrainedModel:
+    """A copy. TRL loads the reference by the policy's name: here it is another model."""
+    policy = copy.deepcopy(model)
+    if has_reference:
+        make_tiny_model("llama", seed=1).save_pretrained(folder / "reference")
+        policy.config._name_or_path = str(folder / "reference")
+    return policy
+
+
 def float64_scorer(
-    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, **_: Any
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *_: Any, **__: Any
 ) -> tuple[Tensor, Tensor, None]:
     """In place of TRL's kernel: a log-softmax that stays in float64.
 

@@ -13,7 +13,8 @@ from grpo.loss import AGGREGATIONS
 from grpo.rollout import Rollout, generate_completions, step_seed
 from tests.fidelity import test_traps_loss as helpers
 
-run_training, Run, spy_on = helpers.run_training, helpers.Run, helpers.spy_on  # a fixture, what it returns, a spy
+run_training, Run = helpers.run_training, helpers.Run  # a fixture, what it returns
+spy_on, spy_on_surrogate = helpers.spy_on, helpers.spy_on_surrogate
 
 Calls = list[dict[str, Any]]
 
@@ -41,9 +42,10 @@ def rollouts(monkeypatch: pytest.MonkeyPatch) -> list[Rollout]:
 
 def test_every_setting_reaches_its_function(run_training: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each has a value that is nobody's default: a setting left out or swapped for another cannot pass."""
-    names = ["samples_for_step", "generate_completions", "evaluate_greedy", "compute_logprobs", "group_advantages"]
-    names += ["loss_weights", "clipped_surrogate", "clipped_tokens", "kl_divergence"]
+    names = ["samples_for_step", "generate_completions", "evaluate_greedy", "compute_logprobs"]
+    names += ["penalized_advantages", "loss_weights", "kl_divergence"]
     calls = {name: spy_on(monkeypatch, name) for name in names}
+    calls["clipped_surrogate"], calls["clipped_tokens"] = spy_on_surrogate(monkeypatch)
     cuts, max_norms = [], []
     micro_batches = Rollout.micro_batches
 
@@ -70,6 +72,7 @@ def test_every_setting_reaches_its_function(run_training: Callable[..., Run], mo
         advantage_scale="none",
         clip_range=0.1,
         clip_range_high=0.3,
+        dual_clip=2.5,
         kl_estimator="k2",
         loss_aggregation="constant",
         max_grad_norm=5.0,
@@ -93,12 +96,12 @@ def test_every_setting_reaches_its_function(run_training: Callable[..., Run], mo
     groups = [[5 * p + g for g in range(5)] for p in range(3)]
     assert cuts == [(groups, {"max_rows": 15, "max_tokens": 1000})]
     # The objective
-    assert {call[0].shape for call in calls["group_advantages"]} == {(3, 5)}
-    assert given(calls["group_advantages"], "baseline", "scale") == {("leave_one_out", "none")}
+    assert {call[0].shape for call in calls["penalized_advantages"]} == {(3, 5)}
+    assert given(calls["penalized_advantages"], "baseline", "scale") == {("leave_one_out", "none")}
     for name in ("clipped_surrogate", "clipped_tokens"):
-        assert given(calls[name], "clip_range", "clip_range_high") == {(0.1, 0.3)}
+        assert given(calls[name], "clip_range", "clip_range_high", "dual_clip") == {(0.1, 0.3, 2.5)}
     assert given(calls["kl_divergence"], "estimator") == {("k2",)}
-    assert given(calls["loss_weights"], 1, "max_completion_length") == {("constant", 50)}
+    assert given(calls["loss_weights"], "aggregation", "max_completion_length") == {("constant", 50)}
     assert calls["loss_weights"][0][0].shape[1] < 50  # so that the padded width is another number
     assert max_norms == [5.0, 5.0]
 
@@ -123,7 +126,7 @@ def test_the_ratio_is_against_the_scorer_not_the_sampler(
     num_iterations: int,
 ) -> None:
     """Under top_k = 2 the sampler's log-probs are far from the policy's: a ratio against them would not start at 1."""
-    surrogate, share, kl = (spy_on(monkeypatch, f) for f in ("clipped_surrogate", "clipped_tokens", "kl_divergence"))
+    (surrogate, share), kl = spy_on_surrogate(monkeypatch), spy_on(monkeypatch, "kl_divergence")
     run_training(top_k=2, num_iterations=num_iterations)
     logps = surrogate[0][0].detach()
     sampling_logps = rollouts[1].sampling_logps
