@@ -89,7 +89,7 @@ def main(arguments: argparse.Namespace, config: Config) -> None:
             raise InputError(str(error).replace("model_name:", f"{which}:")) from error
 
     def score(samples: Sequence[Sample], rollout: Rollout) -> Scores:
-        return score_completions(rewards, samples, rollout.completions, rollout.token_lists())
+        return score_completions(rewards, samples, rollout.completions, rollout.token_lists(), per_token=True)
 
     print(f"{len(dataset)} problems of {dataset.path}")
     evaluations, reports = [], []

@@ -55,7 +55,7 @@ from grpo.policy import (
     uncompiled,
 )
 from grpo.records import TokenMeans, check_finite, sample_rows
-from grpo.resample import Groups, replace_idle_groups
+from grpo.resample import Groups, check_rewards_vary, replace_idle_groups
 from grpo.rollout import Rollout, generate_completions, step_seed
 from grpo.run_folder import RunFolder, open_run
 from reward_model import Scores, check_samples, load_rewards, score_completions
@@ -95,10 +95,10 @@ def train(config: Config, run: RunFolder) -> None:
     moved = {"reference": reference} if reference is not None and config.ref_update_every else {}  # besides the policy
 
     # The four choices that make the algorithm: advantage, surrogate, aggregation, KL.
-    compare = partial(penalized_advantages, baseline=config.advantage_baseline, scale=config.advantage_scale)
+    advantages_of = partial(penalized_advantages, baseline=config.advantage_baseline, scale=config.advantage_scale)
     clip = {key: getattr(config, key) for key in CLIP_KEYS[config.surrogate]}
     surrogate = partial(SURROGATES[config.surrogate].loss, **clip)
-    clipped = partial(SURROGATES[config.surrogate].clipped, **clip)
+    where_clipped = partial(SURROGATES[config.surrogate].clipped, **clip)
     length = config.max_completion_length
     weigh = partial(loss_weights, aggregation=config.loss_aggregation, max_completion_length=length)
     kl_to_reference = partial(kl_divergence, estimator=config.kl_estimator)
@@ -109,6 +109,7 @@ def train(config: Config, run: RunFolder) -> None:
     num_updates = config.num_iterations * config.num_minibatches  # optimizer steps a rollout
     needs_old_logps = num_updates > 1 or config.kl_in == "reward"  # before the first of them
     choose_samples = partial(samples_for_step, train_set, batch_size=config.batch_size, seed=config.seed)
+    resampling = (config.group_size, config.max_resample_rounds)
     counts = {"num_tokens": 0, "num_completions": 0}  # prompt and completion tokens, completions sampled so far
     last_step = config.num_train_steps
 
@@ -134,12 +135,15 @@ def train(config: Config, run: RunFolder) -> None:
         """What each completion is worth; one sample a completion."""
         return score_completions(rewards, samples, rollout.completions, rollout.token_lists())
 
+    def judged(samples: Sequence[Sample], rollout: Rollout) -> Groups:
+        """The groups of these prompts with what they are worth; row p * G + g belongs to prompt p."""
+        row_samples = [sample for sample in samples for _ in range(config.group_size)]
+        return Groups(row_samples, rollout, score(row_samples, rollout))
+
     def sample_groups(step: int, round: int, places: Sequence[int]) -> Groups:
         """Dynamic sampling: [1], [2] and [3] once more, for places whose groups are to be replaced."""
-        samples = choose_samples(step=step, round=round)
-        rollout = roll_out([samples[place] for place in places], step, round, places)
-        row_samples = [samples[place] for place in places for _ in range(config.group_size)]
-        return Groups(row_samples, rollout, score(row_samples, rollout))
+        samples = [choose_samples(step=step, round=round)[place] for place in places]
+        return judged(samples, roll_out(samples, step, round, places))
 
     def logprobs(model: PreTrainedModel, rollout: Rollout, rows: Tensor) -> tuple[Tensor, Tensor]:
         """(b, C) log-probs and entropies of these rows, at the temperature they were sampled at."""
@@ -155,7 +159,7 @@ def train(config: Config, run: RunFolder) -> None:
 
     @torch.no_grad()
     def fixed_logps(model: PreTrainedModel, rollout: Rollout, micro_batches: Sequence[Sequence[Tensor]]) -> Tensor:
-        """(B, C) of a model that is not being trained right now; NaN for rows that are not scored."""
+        """(B, C) without gradient; NaN for rows that are not scored."""
         rows = torch.cat(list(chain.from_iterable(micro_batches)))
         parts = [logprobs(model, rollout, batch)[0] for batch in chain.from_iterable(micro_batches)]
         return parts[0].new_full((num_rows, parts[0].shape[1]), torch.nan).index_copy(0, rows, torch.cat(parts))
@@ -196,9 +200,11 @@ def train(config: Config, run: RunFolder) -> None:
     if run.checkpoint is None:
         samples = choose_samples(step=1)
         rollout = roll_out(samples, step=0)
-        print(preflight(samples, rollout, score, max_resample_rounds=config.max_resample_rounds))
+        print(preflight(samples, rollout, score))
         if run.options.preflight:
             return
+        if config.max_resample_rounds > 0:
+            check_rewards_vary(judged(samples, rollout), *resampling, partial(sample_groups, 0))
         evaluation = evaluate().having(config.eval_metric)
         run.begin(base_sha256=weights_sha256(policy), examples=pick_examples(evaluation))
         run.append({"step": 0} | evaluation.metrics())
@@ -224,14 +230,10 @@ def train(config: Config, run: RunFolder) -> None:
         rollout = roll_out(samples, step)  # B = P * G completions
         rollout_time = time.perf_counter() - step_start
 
-        # [3] Rewards: what each completion is worth; row p * G + g belongs to prompt p. With dynamic sampling groups
-        # that teach nothing are then replaced.
-        row_samples = [sample for sample in samples for _ in range(config.group_size)]  # B
+        # [3] Rewards: what each completion is worth. With dynamic sampling groups that teach nothing are then replaced.
         with rescue(partial(save, step - 1)):  # a reward is the user's code: its bug must not cost the run
-            batch = Groups(row_samples, rollout, score(row_samples, rollout))
-            batch, discarded = replace_idle_groups(
-                batch, config.group_size, config.max_resample_rounds, partial(sample_groups, step)
-            )
+            batch = judged(samples, rollout)
+            batch, discarded = replace_idle_groups(batch, *resampling, partial(sample_groups, step))
         rollout, scores = batch.rollout, batch.scores
         grouped_rewards = scores.combined.view(num_groups, config.group_size)  # (P, G)
         is_idle = groups_without_spread(grouped_rewards)  # (P,) nothing to tell siblings apart by
@@ -255,7 +257,7 @@ def train(config: Config, run: RunFolder) -> None:
             kl = kl_to_reference(all_old_logps, ref_logps, completion_mask=mask)
             penalties = config.kl_coeff * kl
             means.add(mask, {"kl": kl})
-        advantages = compare(grouped_rewards.to(device), penalties, mask)  # (B, 1), or (B, C) under scale tokens
+        advantages = advantages_of(grouped_rewards.to(device), penalties, mask)  # (B, 1), or (B, C) under scale tokens
         completions = sample_rows(step, batch.samples, rollout, scores, advantages)  # for samples.jsonl
 
         # [6] Update. The weights of a whole optimizer step come first, so that its micro-batches just add gradients up.
@@ -276,7 +278,7 @@ def train(config: Config, run: RunFolder) -> None:
                 loss.backward()
 
                 loss_sum += loss.detach()
-                low, high = clipped(logps, old_logps, advantages[rows], mask[rows])
+                low, high = where_clipped(logps, old_logps, advantages[rows], mask[rows])
                 means.add(
                     mask[rows],
                     {

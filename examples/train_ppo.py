@@ -14,7 +14,7 @@ Read train_grpo.py first. What GRPO takes away, step by step:
   [7]      the critic in every checkpoint
 
 What is left is the rollout, the ratio and its clip. For a text that can be sampled sixteen times, sixteen samples judge
-the prompt as well as a critic that must be trained first. A critic can do what they cannot: say which token it was.
+the prompt, and no critic has to be trained first. A critic can do what they cannot: say which token it was.
 
 Letters: P prompts a step, G = group_size, B = P * G completions, C padded completion length; b of B.
 

@@ -1,8 +1,8 @@
-"""Settings: config.yaml < the algorithm's row < --config file < flags, checked once, frozen; with --resume, run.json < flags.
+"""Settings: config.yaml < the algorithm's row < --config file < flags, checked once, frozen.
 
-config.yaml holds every key with its default and a comment; `Config` has the same keys and no defaults. A null there is
-filled from the algorithm's row (grpo/algorithms.py). Nothing here imports torch, so `--help` and a misspelt flag answer
-at once.
+With --resume: run.json < flags. config.yaml holds every key with its default and a comment; `Config` has the same keys
+and no defaults. A null there is filled from the algorithm's row (grpo/algorithms.py). Nothing here imports torch, so
+`--help` and a misspelt flag answer at once.
 """
 
 import argparse
@@ -194,8 +194,8 @@ def load_config(
 ) -> Config:
     """config.yaml, then the file at `path`, then `overrides` such as "learning_rate=1e-4"; each may change any key.
 
-    `recorded` are the settings of a run.json; they take the place of config.yaml. What is null in the end comes from the
-    algorithm's row.
+    What nobody sets, or sets to null, comes from the algorithm's row. `recorded` are the settings of a run.json; they
+    take the place of config.yaml.
 
     Raises:
         InputError: an unknown key, a wrong type or value, a contradiction; named with what is allowed.
@@ -213,14 +213,22 @@ def resumed_config(path: str | Path | None = None, overrides: Iterable[str] = ()
     overrides = list(overrides)
     output_dir = _checked("output_dir", (_read_yaml(DEFAULTS_FILE) | _asked_for(path, overrides))["output_dir"])
     recorded = read_run_json(Path(output_dir))["settings"] | {"output_dir": output_dir}
-    before, now = load_config(recorded=recorded), load_config(path, overrides, recorded=recorded)
-    for key in TYPES:
-        old, new = getattr(before, key), getattr(now, key)
-        if old != new and key not in MAY_CHANGE_ON_RESUME:
-            raise InputError(
-                f"--resume: {key}: got {new!r}, the run in {output_dir} has {old!r}; "
-                f"only {', '.join(MAY_CHANGE_ON_RESUME)} may change"
-            )
+    before = load_config(recorded=recorded)
+
+    def check(settings: dict[str, Any]) -> None:
+        for key, new in settings.items():
+            old = getattr(before, key)
+            if old != new and key not in MAY_CHANGE_ON_RESUME:
+                raise InputError(
+                    f"--resume: {key}: got {new!r}, the run in {output_dir} has {old!r}; "
+                    f"only {', '.join(MAY_CHANGE_ON_RESUME)} may change"
+                )
+
+    # First what was asked for: it may contradict settings of the run that nobody has named.
+    asked_for = {key: _checked(key, value) for key, value in _asked_for(path, overrides).items()}
+    check({key: value for key, value in asked_for.items() if value is not None})
+    now = load_config(path, overrides, recorded=recorded)
+    check(vars(now))
     return now
 
 
@@ -256,6 +264,8 @@ def _asked_for(path: str | Path | None, overrides: Iterable[str]) -> dict[str, A
         # A folder may be called 2024 or "a #1": a text is taken as it stands, unless it is quoted.
         is_plain_text = TYPES.get(key) is str and not text.startswith(("'", '"'))
         value = text if is_plain_text else _parse_yaml(text, where=key)
+        if not text.strip() and not is_plain_text and key in TYPES:  # an empty variable of a shell script
+            raise InputError(f"{key}: got nothing; null is written out")
         settings |= _known({key: value}, where="command line")
     return settings
 
@@ -279,11 +289,16 @@ def warnings_about(config: Config) -> list[str]:
             )
     if config.kl_coeff > 0 and config.kl_in == "loss" and config.kl_estimator == "k1":
         warnings.append("kl_estimator k1: as a loss its expected gradient is 0, so it holds nothing back")
+    if config.kl_in == "reward" and config.advantage_scale == "group":
+        warnings.append(
+            "kl_in reward with advantage_scale group: where siblings earn the same, they differ in the KL alone, "
+            "and that is scaled to full size; none, batch and tokens leave it small"
+        )
     num_updates = config.num_iterations * config.num_minibatches
     if config.surrogate == "reinforce" and num_updates > 1:
         warnings.append(
-            f"surrogate reinforce: it knows no old policy, and num_iterations * num_minibatches makes {num_updates} updates "
-            "of each rollout; clipped, gspo and cispo correct for that"
+            f"surrogate reinforce: it knows no old policy, and num_iterations * num_minibatches makes {num_updates} "
+            "updates of each rollout; clipped, gspo and cispo correct for that"
         )
     return warnings
 
@@ -348,17 +363,16 @@ def parse_command_line(
         else:
             config = load_config(known.config, overrides, recorded={"algorithm": "ppo"} if has_critic else None)
         if has_critic != (config.advantage_baseline == "critic"):
-            raise InputError(_WRONG_SCRIPT[has_critic].format(**vars(config)))
+            raise InputError(f"algorithm: got {config.algorithm}, {_WRONG_SCRIPT[has_critic]}")
         return config, options
     except InputError as error:
         exit_with(error)
 
 
-_WRONG_SCRIPT = {  # has_critic -> what is wrong with the settings
-    False: "algorithm: got {algorithm} with advantage_baseline {advantage_baseline}, which is learned: "
-    f"python {CRITIC_SCRIPT}; allowed here: {' | '.join(name for name in ALGORITHMS if name != 'ppo')}",
-    True: "algorithm: got {algorithm} with advantage_baseline {advantage_baseline}, allowed here: ppo with critic; "
-    "the others: python train_grpo.py",
+_WRONG_SCRIPT = {  # has_critic -> what is wrong with the algorithm
+    False: f"which learns a critic: python {CRITIC_SCRIPT}; allowed here: "
+    + " | ".join(name for name, row in ALGORITHMS.items() if row["advantage_baseline"] != "critic"),
+    True: "which has no critic: python train_grpo.py; allowed here: ppo",
 }
 
 
@@ -473,10 +487,27 @@ _TYPE_NAMES = {
 
 def _check_contradictions(settings: dict[str, Any]) -> None:
     """What no key is wrong about alone."""
+    algorithm = settings["algorithm"]
     baseline, scale, surrogate = (settings[key] for key in ("advantage_baseline", "advantage_scale", "surrogate"))
-    if baseline in ("group", "leave_one_out") and settings["group_size"] < 2:
+    compares_siblings = baseline in ("group", "leave_one_out")
+    learns_baseline = ALGORITHMS[algorithm]["advantage_baseline"] == "critic"
+    if learns_baseline != (baseline == "critic"):
+        allowed = (
+            "critic" if learns_baseline else "group | leave_one_out | batch | none (critic: " + CRITIC_SCRIPT + ")"
+        )
+        raise InputError(f"advantage_baseline: got {baseline}, allowed with algorithm {algorithm}: {allowed}")
+    if baseline == "batch" and settings["batch_size"] * settings["group_size"] < 2:
+        raise InputError(
+            "batch_size: got 1 with group_size 1, allowed with advantage_baseline batch: >= 2 completions to compare"
+        )
+    if compares_siblings and settings["group_size"] < 2:
         raise InputError(f"group_size: got 1, allowed with advantage_baseline {baseline}: >= 2 (siblings to compare)")
-    if scale == "group" and baseline not in ("group", "leave_one_out"):
+    if settings["max_resample_rounds"] > 0 and not compares_siblings:
+        raise InputError(
+            f"max_resample_rounds: got {settings['max_resample_rounds']}, allowed with advantage_baseline {baseline}: "
+            "0 (a group whose rewards are all alike has a signal where siblings are not the baseline)"
+        )
+    if scale == "group" and not compares_siblings:
         raise InputError(
             f"advantage_scale: got group, allowed with advantage_baseline {baseline}: batch | tokens | none"
         )
@@ -484,7 +515,8 @@ def _check_contradictions(settings: dict[str, Any]) -> None:
         if settings[key] is not None and key not in CLIP_KEYS[surrogate]:
             owners = " | ".join(name for name, keys in CLIP_KEYS.items() if key in keys)
             raise InputError(
-                f"{key}: got {settings[key]}, but surrogate {surrogate} has no such clip; allowed with surrogate {owners}"
+                f"{key}: got {settings[key]}, but surrogate {surrogate} has no such clip; allowed with surrogate "
+                f"{owners}"
             )
     if settings["kl_in"] == "reward" and settings["kl_coeff"] == 0:
         raise InputError("kl_in: got reward with kl_coeff 0, allowed: a kl_coeff > 0, or kl_in loss")
@@ -497,8 +529,8 @@ def _check_contradictions(settings: dict[str, Any]) -> None:
         for key in OF_THE_CRITIC:
             if settings[key] != defaults[key]:
                 raise InputError(
-                    f"{key}: got {settings[key]}, allowed with advantage_baseline {baseline}: {_as_yaml(defaults[key])}; "
-                    f"only a critic has another: python {CRITIC_SCRIPT}"
+                    f"{key}: got {settings[key]}, allowed with advantage_baseline {baseline}: "
+                    f"{_as_yaml(defaults[key])}; only a critic has another: python {CRITIC_SCRIPT}"
                 )
     if settings["batch_size"] % settings["num_minibatches"]:
         raise InputError(

@@ -92,7 +92,7 @@ def samples_for_step(
 
     The data is read in epochs, each a fresh permutation by (seed, epoch); a step may span two of them. Nothing is
     remembered between calls, so a resumed run goes on exactly where it would have been. Sample p of resampling round
-    1, 2, ... is the one to take the place of sample p: `batch_size` others, drawn by (seed, step, round).
+    1, 2, ... is the one to take the place of sample p: `batch_size` of them, drawn from all by (seed, step, round).
     """
     if round > 0:
         return _samples_for_round(dataset, step, batch_size, seed, round)

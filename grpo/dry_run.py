@@ -38,7 +38,7 @@ def describe(
             f"{_micro_batch_rows(config, longest)} completions",
             f"the run      {config.num_train_steps} steps = {config.num_train_steps * completions:,} completions, "
             f"{config.num_train_steps * updates:,} optimizer steps, at most {config.num_train_steps * tokens:,} tokens"
-            + (f", and as much again for up to {rounds} rounds of resampling" if rounds else ""),
+            + (f"; up to {1 + rounds} times as many with dynamic sampling" if rounds else ""),
             f"the method   {_method(config)}",
             f"the model    {config.model_name}: {type(model).__name__}, {model.num_parameters():,} weights",
             f"memory       about {_size(sum(memory.values()))}, besides Python and torch themselves",
@@ -80,14 +80,20 @@ def estimate_memory(config: Config, model: PreTrainedModel, prompt_length: int) 
 
 
 def _method(config: Config) -> str:
-    """The four choices, and where they come from."""
-    clip = [getattr(config, key) for key in ("clip_range", "clip_range_high") if getattr(config, key) is not None]
-    ranges = f" ({' / '.join(f'{value:g}' for value in clip)})" if clip else ""
-    kl = f"KL {config.kl_coeff:g} in the {config.kl_in} ({config.kl_estimator})" if config.kl_coeff > 0 else "no KL"
-    return (
-        f"{config.algorithm}: baseline {config.advantage_baseline}, scale {config.advantage_scale}, surrogate "
-        f"{config.surrogate}{ranges}, aggregation {config.loss_aggregation}, {kl}"
-    )
+    """The four choices, and what is added to them."""
+    low, high = config.clip_range, config.clip_range_high
+    clip = [("clip_range", low), ("clip_range_high", low if high is None else high), ("dual_clip", config.dual_clip)]
+    parts = [
+        f"baseline {config.advantage_baseline}, scale {config.advantage_scale}",
+        ", ".join([f"surrogate {config.surrogate}", *(f"{key} {value:g}" for key, value in clip if value is not None)]),
+        f"aggregation {config.loss_aggregation}",
+        f"KL {config.kl_coeff:g} in the {config.kl_in} ({config.kl_estimator})" if config.kl_coeff > 0 else "no KL",
+    ]
+    if config.entropy_coeff > 0:
+        parts.append(f"entropy bonus {config.entropy_coeff:g}")
+    if config.max_resample_rounds > 0:
+        parts.append(f"dynamic sampling in {config.max_resample_rounds} rounds")
+    return f"{config.algorithm}: {'; '.join(parts)}"
 
 
 def _micro_batch_rows(config: Config, prompt_length: int) -> int:

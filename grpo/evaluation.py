@@ -216,13 +216,10 @@ def outcome_shares(scores: Scored, is_truncated: Tensor) -> dict[str, float]:
     return {f"answers/{name}": outcomes[name] / outcomes.total() for name in names}
 
 
-def preflight(samples: Sequence[Sample], rollout: Rollout, score_fn: ScoreFn, *, max_resample_rounds: int = 0) -> str:
+def preflight(samples: Sequence[Sample], rollout: Rollout, score_fn: ScoreFn) -> str:
     """What there is to learn from: P groups sampled from the base, of which only mixed ones say right from wrong.
 
     `samples` are the P prompts; row p * G + g of `rollout` belongs to prompt p.
-
-    Raises:
-        InputError: groups without signal are to be replaced, and there is no other kind.
     """
     group_size = len(rollout.completions) // len(samples)
     scores = score_fn([sample for sample in samples for _ in range(group_size)], rollout)
@@ -233,11 +230,6 @@ def preflight(samples: Sequence[Sample], rollout: Rollout, score_fn: ScoreFn, *,
         kind = "mixed" if len(found) == 2 else "all right" if True in found else "all wrong" if found else "unscored"
         kinds[kind] += 1
     num_signal = int((~groups_without_spread(scores.combined.view(-1, group_size))).sum())
-    if max_resample_rounds > 0 and num_signal == 0:
-        raise InputError(
-            f"max_resample_rounds: got {max_resample_rounds}, but in none of the {len(samples)} groups of the "
-            f"pre-flight do the rewards ({', '.join(scores.by_name)}) differ; allowed with such rewards: 0"
-        )
     cut = rollout.is_truncated.float().mean().item()
     lines = [
         f"pre-flight: {len(samples)} groups of {group_size} from the base: {kinds['all right']} all right, "

@@ -52,7 +52,7 @@ def clipped_surrogate(
         old_logps: (B, C) the same at rollout time; no gradient.
         advantages: (B, 1) or (B, C). Never (B,): that would broadcast along the wrong axis when B == C.
         completion_mask: (B, C), 1 = a sampled token, EOS included.
-        clip_range, clip_range_high: lower and upper clip, usually 0.2; None = same as the lower (DAPO: 0.28); inf = none.
+        clip_range, clip_range_high: lower and upper clip, usually 0.2; None above = as below (DAPO: 0.28); inf = off.
         dual_clip: > 1, usually 3; None = no bound.
 
     Returns:

@@ -171,7 +171,7 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
-def make_optimizer(model: PreTrainedModel, config: Config) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
     """AdamW; weight decay only on matrices, never on biases and norms (which are 1-D)."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     return torch.optim.AdamW(

@@ -5,9 +5,10 @@ the more groups are like that, and the fewer are left to average over. So they a
 group says something or enough is enough. What is thrown away was sampled all the same: it counts.
 
 Paper: "DAPO" (2503.14476) section 3.2.
-Differs from the paper: a group is replaced in its place p of the P, by the group for sample p of the round, instead of
-sampling on until the batch is full. So what stands in a place depends on no other place, and a resumed run resamples
-alike.
+Differs from the paper:
+  - a group is replaced in its place p of the P, by the group for sample p of the round, instead of sampling on until
+    the batch is full; so what stands in a place depends on no other place, and a resumed run resamples alike
+  - a group is without signal when its combined rewards are all alike, not when its answers are all right or all wrong
 """
 
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from grpo.advantages import groups_without_spread
 from grpo.data import Sample
+from grpo.errors import InputError
 from grpo.evaluation import Scored
 from grpo.rollout import Rollout
 
@@ -30,6 +32,10 @@ class Groups:
     samples: list[Sample]
     rollout: Rollout
     scores: Scored
+
+    def are_idle(self, group_size: int) -> Tensor:
+        """(P,) bool: the rewards of the group are all alike."""
+        return groups_without_spread(self.scores.combined.view(-1, group_size))
 
     def select(self, rows: Tensor) -> Self:
         """These rows alone, whole groups of them."""
@@ -62,7 +68,7 @@ def replace_idle_groups(
     discarded = []
     for round in range(1, max_rounds + 1):
         rows = torch.arange(len(groups.samples)).view(-1, group_size)  # (P, G)
-        is_idle = groups_without_spread(groups.scores.combined.view(-1, group_size))  # (P,)
+        is_idle = groups.are_idle(group_size)  # (P,)
         if not is_idle.any():
             break
         discarded.append(groups.rollout.select(rows[is_idle].flatten()))
@@ -70,3 +76,20 @@ def replace_idle_groups(
         rows[is_idle] = len(groups.samples) + torch.arange(len(others.samples)).view(-1, group_size)
         groups = Groups.cat([groups, others]).select(rows.flatten())
     return groups, discarded
+
+
+def check_rewards_vary(
+    groups: Groups, group_size: int, max_rounds: int, sample_groups: Callable[[int, list[int]], Groups]
+) -> None:
+    """Before training: resampling is in vain where no round finds a group whose rewards differ.
+
+    Raises:
+        InputError: neither `groups` nor as many for other prompts in each of the rounds have any signal.
+    """
+    places = list(range(len(groups.samples) // group_size))
+    rounds = (groups if round == 0 else sample_groups(round, places) for round in range(1 + max_rounds))
+    if all(candidates.are_idle(group_size).all() for candidates in rounds):
+        raise InputError(
+            f"max_resample_rounds: got {max_rounds}, but in none of {(1 + max_rounds) * len(places)} groups from the "
+            f"base do the rewards ({', '.join(groups.scores.by_name)}) differ; allowed with such rewards: 0"
+        )

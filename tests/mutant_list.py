@@ -27,6 +27,7 @@ ALONE = f"{SHARED}test_completions_behind_one_prompt_score_as_rows_of_their_own[
 HEAD = "tests/fidelity/test_chunked_head.py::"
 HEAD_GRADIENT = "tests/fidelity/test_oracle.py::test_the_gradient_reaches_the_logits_as_the_chain_rule_says"
 IDLE = "tests/fidelity/test_step_gradient.py::"
+NOTHING_LEFT_OUT = f"{IDLE}test_nothing_is_left_out_that_has_a_gradient"
 ORACLE = "tests/fidelity/test_oracle.py::"
 FAMILY = "tests/fidelity/test_family_oracle.py::"
 IDENTITIES = "tests/fidelity/test_family_identities.py::"
@@ -899,28 +900,28 @@ MUTANTS = [
         LOOP,
         "return among_siblings and config.kl_coeff == 0 and",
         "return among_siblings and",
-        (f"{IDLE}test_nothing_is_left_out_that_has_a_gradient",),
+        (NOTHING_LEFT_OUT + "[16-{'kl_coeff': 0.1}]",),
     ),
     Mutant(
         "idle groups left out although they are measured against others",
         LOOP,
         'config.advantage_baseline in ("group", "leave_one_out") and config.advantage_scale',
         "config.advantage_scale",
-        (f"{IDLE}test_nothing_is_left_out_that_has_a_gradient",),
+        (NOTHING_LEFT_OUT + "[16-{'advantage_baseline': 'batch', 'advantage_scale': 'none'}]",),
     ),
     Mutant(
         "idle groups left out although they are whitened with others",
         LOOP,
         ' and config.advantage_scale != "tokens"',
         "",
-        (f"{IDLE}test_nothing_is_left_out_that_has_a_gradient",),
+        (NOTHING_LEFT_OUT + "[16-{'advantage_scale': 'tokens'}]",),
     ),
     Mutant(
         "idle groups left out although an entropy bonus acts on them",
         LOOP,
         " and config.entropy_coeff == 0",
         "",
-        (f"{IDLE}test_nothing_is_left_out_that_has_a_gradient",),
+        (NOTHING_LEFT_OUT + "[16-{'entropy_coeff': 0.1}]",),
     ),
     Mutant(
         "idle groups scored like the others",

@@ -211,9 +211,8 @@ def test_a_baseline_comes_before_the_charges() -> None:
 
 
 def test_tokens_of_a_completion_without_reward_count_nowhere() -> None:
-    with_nan = token_advantages(
-        doubles([1.0, NAN, 0.0]), doubles([0.25, 0.5], [7.0, 7.0], [-0.5, NAN]), MASK_3, eps=0.0
-    )
+    penalties, mask = doubles([0.25, 0.5], [7.0, 7.0], [-0.5, NAN]), torch.tensor([[1, 1], [1, 1], [1, 0]])
+    with_nan = token_advantages(doubles([1.0, NAN, 0.0]), penalties, mask, eps=0.0)
     assert with_nan[1].tolist() == [0.0, 0.0]
     torch.testing.assert_close(with_nan[[0, 2]], doubles(*TO_COME)[:, :2], **EXACT)
 

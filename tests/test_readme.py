@@ -71,6 +71,7 @@ def test_its_two_commands_are_the_ones_ci_runs() -> None:
 
 OWN_FLAGS = {
     "train_grpo.py": {"config", "help", *(field.name for field in dataclasses.fields(Options))},
+    "examples/train_ppo.py": {"config", "help", *(field.name for field in dataclasses.fields(Options))},
     "evaluate.py": {"config", "help", "compare", "data", "k", "prompt", "output"},
     "-m grpo.plots": {"output", "help"},
 }
@@ -107,7 +108,8 @@ def test_every_command_it_shows_is_accepted(script: str, arguments: list[str]) -
     assert set(flags) <= own | (set() if script == "-m grpo.plots" else set(TYPES))
     pairs = dict(itertools.pairwise(arguments))
     overrides = [f"{flag}={pairs[f'--{flag}']}" for flag in flags if flag in TYPES]
-    config = load_config(pairs.get("--config"), overrides)
+    config = load_config(pairs.get("--config"), overrides, recorded={"algorithm": "ppo"} if "ppo" in script else None)
+    assert (config.advantage_baseline == "critic") == ("ppo" in script)
     assert all((ROOT / path).exists() for path in (config.train_file, config.eval_file))
     assert "--data" not in pairs or (ROOT / pairs["--data"]).is_file()
 
@@ -182,9 +184,10 @@ def test_it_answers_the_eleven_questions() -> None:
 
 
 def test_every_file_it_names_exists() -> None:
-    names = set(re.findall(r"(?<![\w/])(?:grpo|data|benchmarks|docs|configs)/[\w./]*\w", README))
+    names = set(re.findall(r"(?<![\w/])(?:grpo|data|benchmarks|docs|configs|examples)/[\w./]*\w", README))
     names |= set(re.findall(r"[\w-]+\.(?:py|yaml|txt)\b", README)) - {"my_rewards.py"}
-    names -= {path.name for folder in ("grpo", "data", "benchmarks", "configs") for path in (ROOT / folder).iterdir()}
+    folders = ("grpo", "data", "benchmarks", "configs", "examples")
+    names -= {path.name for folder in folders for path in (ROOT / folder).iterdir()}
     assert names
     assert [name for name in names if not (ROOT / name).exists()] == []
 

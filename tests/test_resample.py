@@ -238,7 +238,7 @@ def by_prompt(prompts: list[str], completions: list[str], idle: str = IDLE, **_:
     return [0.0 if prompt[len("What is ")] in idle else float(row) for row, prompt in enumerate(prompts)]
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take longer than these runs."""
     monkeypatch.setattr(grpo.plots, "_save", lambda figure, path: None)
@@ -265,7 +265,6 @@ DYNAMIC = {
 }  # fmt: skip
 
 
-@pytest.mark.usefixtures("_no_pictures")
 def test_what_is_thrown_away_is_counted_and_what_stays_is_recorded(
     small: dict[str, Any], tmp_path: Path, calls: list[dict[str, Any]]
 ) -> None:
@@ -304,7 +303,6 @@ def test_what_is_thrown_away_is_counted_and_what_stays_is_recorded(
     assert rows[3]["num_completions"] == sampled == num_completions > 3 * 16
 
 
-@pytest.mark.usefixtures("_no_pictures")
 def test_a_place_gets_the_same_group_whichever_others_are_replaced(
     small: dict[str, Any], tmp_path: Path, calls: list[dict[str, Any]]
 ) -> None:
@@ -323,7 +321,6 @@ def test_a_place_gets_the_same_group_whichever_others_are_replaced(
     assert few == {place: many[place] for place in few}
 
 
-@pytest.mark.usefixtures("_no_pictures")
 def test_a_resumed_run_resamples_alike(small: dict[str, Any], tmp_path: Path) -> None:
     """4 == 2 + 2, bit for bit."""
     settings = small | DYNAMIC | {"save_every": 2}
@@ -362,7 +359,6 @@ def fn(prompts, completions, **_):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_no_pictures")
 def test_a_reward_that_raises_in_a_round_costs_no_step(
     small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -417,7 +413,6 @@ def test_the_command_refuses_them_too(small: dict[str, Any], tmp_path: Path) -> 
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.usefixtures("_no_pictures")
 def test_without_dynamic_sampling_they_are_no_error(small: dict[str, Any], tmp_path: Path) -> None:
     changes = {"rewards": "[tests.test_resample:constant]", "eval_metric": "eval/reward", "num_train_steps": 1}
     assert train(small, tmp_path / "run", **changes)[1]["frac_reward_zero_std"] == 1.0

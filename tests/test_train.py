@@ -46,6 +46,12 @@ EVERY_EVALUATION = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take longer than these runs."""
+    monkeypatch.setattr(grpo.plots, "_save", lambda figure, path: None)
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Settings of a run of two steps that takes seconds."""
@@ -419,13 +425,6 @@ def test_ctrl_c_before_the_first_step_leaves_nothing(small: dict[str, Any], tmp_
     assert not (tmp_path / "run").exists()
 
 
-@pytest.fixture
-def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take longer than these runs."""
-    monkeypatch.setattr(grpo.plots, "_save", lambda figure, path: None)
-
-
-@pytest.mark.usefixtures("_no_pictures")
 @pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name != "ppo"])
 def test_every_algorithm_trains(small: dict[str, Any], tmp_path: Path, algorithm: str) -> None:
     """Two steps of two updates each."""
@@ -450,7 +449,25 @@ def test_every_algorithm_trains(small: dict[str, Any], tmp_path: Path, algorithm
     assert {key: settings[key] for key in row} == row  # what was null is on record as it was filled
 
 
-@pytest.mark.usefixtures("_no_pictures")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"clip_range": ".inf", "max_grad_norm": ".inf"},
+        {"algorithm": "dapo", "clip_range_high": ".inf", "dual_clip": 3},
+        {"algorithm": "rloo", "kl_coeff": 0},
+    ],
+    ids=str,
+)
+def test_what_the_algorithm_filled_is_no_change_on_resume(
+    small: dict[str, Any], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """Nor is an infinity, which JSON does not have."""
+    train(small, tmp_path / "run", **changes, num_train_steps=1)
+    assert [row["step"] for row in resume(tmp_path / "run", **changes, num_train_steps=2)] == [0, 1, 2]
+    with pytest.raises(InputError, match=r"--resume: clip_range: got 0.1, the run in .* has (inf|0.2|None)"):
+        resume(tmp_path / "run", clip_range=0.1, surrogate="clipped")
+
+
 def test_a_kl_in_the_reward_is_that_of_the_rollout(small: dict[str, Any], tmp_path: Path) -> None:
     """Of the policy before its first update, whatever follows: at first it still is the reference."""
     changes = {"kl_in": "reward", "kl_coeff": 0.5, "num_iterations": 2, "learning_rate": 1e-2, "warmup_steps": 0}
@@ -461,7 +478,6 @@ def test_a_kl_in_the_reward_is_that_of_the_rollout(small: dict[str, Any], tmp_pa
     assert in_the_loss[1]["kl"] > 0.0  # its mean over both passes: after the first the policy has moved
 
 
-@pytest.mark.usefixtures("_no_pictures")
 def test_a_kl_in_the_reward_tells_siblings_apart_that_earn_the_same(small: dict[str, Any], tmp_path: Path) -> None:
     """So groups without spread are trained on, from the second step on."""
     reward = "[{name: 'tests.toy_rewards:scaled', scale: 0.5}]"
@@ -474,13 +490,48 @@ def test_a_kl_in_the_reward_tells_siblings_apart_that_earn_the_same(small: dict[
     assert all(sample["advantage"] != 0 for sample in samples[16:])
 
 
-@pytest.mark.usefixtures("_no_pictures")
 def test_an_entropy_bonus_raises_the_entropy(small: dict[str, Any], tmp_path: Path) -> None:
     changes = {"kl_coeff": 1e-3, "num_train_steps": 3, "learning_rate": 3e-3, "warmup_steps": 0, "temperature": 0.5}
     without = train(small, tmp_path / "without", **changes)
     bonus = train(small, tmp_path / "bonus", **changes, entropy_coeff=5.0)
     assert bonus[1]["entropy"] == without[1]["entropy"]
     assert bonus[3]["entropy"] > without[3]["entropy"] + 0.01
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ("kl_coeff=0", True),
+        ("algorithm=dr_grpo", True),
+        ("algorithm=dapo", True),
+        ("algorithm=gspo", True),
+        ("algorithm=cispo", True),
+        ("algorithm=rloo kl_coeff=0", True),
+        ("algorithm=dr_grpo advantage_scale=batch", True),
+        ("algorithm=grpo", False),  # the KL acts on every group
+        ("algorithm=rloo", False),
+        ("algorithm=dapo entropy_coeff=0.1", False),
+        ("algorithm=reinforce", False),
+        ("algorithm=reinforce advantage_baseline=batch", False),
+        ("kl_coeff=0 advantage_scale=tokens", False),  # whitened with others its advantages are not 0
+        ("algorithm=reinforce_pp kl_coeff=0", False),
+    ],
+)
+def test_a_group_without_spread_is_left_out_only_where_its_gradient_is_0(settings: str, expected: bool) -> None:
+    assert train_grpo.idle_adds_nothing(load_config(None, settings.split())) == expected
+
+
+@pytest.mark.parametrize("choice", [{"entropy_coeff": 1.0}, {"advantage_scale": "tokens"}], ids=str)
+def test_leaving_out_idle_groups_changes_no_gradient(
+    small: dict[str, Any], tmp_path: Path, choice: dict[str, Any]
+) -> None:
+    """A KL of next to no weight has every group scored; so does what acts on them by itself."""
+    choice = choice | {"num_train_steps": 1, "rewards": "[tests.test_resample:by_prompt]", "eval_metric": "eval/reward"}
+    with_kl = train(small, tmp_path / "kl", **choice, kl_coeff=1e-12)[1]
+    without = train(small, tmp_path / "none", **choice, kl_coeff=0)[1]
+    assert 0 < without["frac_reward_zero_std"] < 1
+    assert without["entropy"] == with_kl["entropy"]
+    assert without["grad_norm"] == pytest.approx(with_kl["grad_norm"], rel=1e-5)
 
 
 Logps = torch.Tensor  # (T,) of one completion
@@ -625,7 +676,6 @@ TWINS = {
 }  # fmt: skip
 
 
-@pytest.mark.usefixtures("_no_pictures")
 @pytest.mark.parametrize(
     "twin", [pytest.param(twin, id=name, marks=[pytest.mark.slow] * (name == "CISPO")) for name, twin in TWINS.items()]
 )

@@ -467,6 +467,7 @@ def test_one_row_from_end_to_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("GRPO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("benchmarks.common.fingerprint", lambda *_: "this code")  # whoever edits it meanwhile
     command.main(["--smoke", "--rows", "max_for_min_one_update", "--work", str(tmp_path)])
     assert "[3/3]" in capsys.readouterr().out
     parts = json.loads((tmp_path / "smoke" / "ladder.json").read_text())["parts"]

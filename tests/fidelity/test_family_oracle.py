@@ -71,7 +71,7 @@ def scaled_case(seed: int, spread: float) -> Case:
     return replace(case, old_logps=[[new - spread * (new - old) for new, old in row] for row in pairs])
 
 
-CASES = [scaled_case(seed, spread) for seed in range(20) for spread in (1.0, 5.0, 1e-3)]  # gspo's range is 3e-4 wide
+CASES = [scaled_case(seed, spread) for seed in range(14) for spread in (1.0, 5.0, 1e-3)]  # gspo's range is 3e-4 wide
 
 
 # The oracle
@@ -258,7 +258,7 @@ CHANGES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("surrogate", SURROGATES)
 def test_any_choice_goes_with_any_surrogate(surrogate: str, changes: dict[str, Any]) -> None:
     clips = {key: {"clip_range": 0.15, "clip_range_high": 0.35, "dual_clip": 1.5}[key] for key in CLIP_KEYS[surrogate]}
-    for case in CASES[::2]:
+    for case in CASES[::3]:
         assert_same(case, replace(Objective(surrogate=surrogate), **clips | changes))
 
 
