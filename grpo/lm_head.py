@@ -47,7 +47,7 @@ def log_probs_and_entropies(
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     all_logps = torch.log_softmax(logits, dim=-1)  # (n, V)
     with torch.set_grad_enabled(torch.is_grad_enabled() and entropy_grad):
-        lowest = torch.finfo(all_logps.dtype).min  # where p is 0: 0 * log 0 is 0, not NaN
+        lowest = -1e4  # where p is 0, and exp(-1e4) is: 0 * log 0 is 0, not NaN, nor is its slope
         entropies = -(all_logps.exp() * all_logps.clamp(min=lowest)).sum(-1)
     return all_logps.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropies.clamp(min=0)
 

@@ -742,7 +742,7 @@ MUTANTS = [
         "grpo/algorithms.py",
         '"clipped": ("clip_range", "clip_range_high", "dual_clip"),',
         '"clipped": ("clip_range", "clip_range_high"),',
-        (f"{FAMILY}test_any_choice_goes_with_any_surrogate",),
+        ("tests/test_algorithms.py::test_a_surrogate_takes_the_clips_the_table_says_and_no_others",),
     ),
     Mutant(
         "REINFORCE: the sign flipped",
@@ -883,8 +883,8 @@ MUTANTS = [
     Mutant(
         "dynamic sampling: groups with a signal replaced, idle ones kept",
         RESAMPLE,
-        "is_idle = groups_without_spread(groups.scores.combined.view(-1, group_size))",
-        "is_idle = ~groups_without_spread(groups.scores.combined.view(-1, group_size))",
+        "is_idle = groups.are_idle(group_size)",
+        "is_idle = ~groups.are_idle(group_size)",
         (f"{OF_FAMILY}test_what_is_thrown_away_was_sampled_all_the_same",),
     ),
     Mutant(
@@ -962,9 +962,10 @@ MUTANTS = [
     ),
     Mutant(
         "reference moved on resume",
-        CHECKPOINT,
-        "policy.load_state_dict(saved.state_dict())",
-        "[model.load_state_dict(saved.state_dict()) for model in (policy, reference) if model is not None]",
+        LOOP,
+        "        run.resume(state)\n",
+        "        run.resume(state)\n        if reference is not None:\n"
+        "            reference.load_state_dict(policy.state_dict())\n",
         ("tests/fidelity/test_exact_resume.py::test_after_a_power_cut_a_run_goes_on_as_if_nothing_had_happened",),
     ),
     Mutant(

@@ -189,7 +189,9 @@ CHOICES = {
 
 @pytest.mark.parametrize("key", CHOICES)
 def test_every_choice_may_be_made_by_itself(key: str) -> None:
-    changes = {key: CHOICES[key]} | ({"advantage_scale": "none"} if key == "advantage_baseline" else {})
+    changes = {key: CHOICES[key]}
+    if key == "advantage_baseline":  # which excludes two of the row's other choices
+        changes |= {"advantage_scale": "none", "max_resample_rounds": 0}
     before, after = of("algorithm=dapo"), of("algorithm=dapo", *(f"{key}={value}" for key, value in changes.items()))
     assert dataclasses.replace(before, **changes) == after  # and nothing else moves
     assert before != after
@@ -279,10 +281,11 @@ BAD = [
     ("--gae_lambda 0.9", ["gae_lambda: got 0.9", "advantage_baseline group", "examples/train_ppo.py"]),
     ("--value_clip_range .inf", ["value_clip_range: got inf", "advantage_baseline group", "examples/train_ppo.py"]),
     ("--critic_learning_rate 1e-4", ["critic_learning_rate: got 0.0001", "advantage_baseline group", "null"]),
-    ("--algorithm ppo", ["algorithm: got ppo", "advantage_baseline critic", "python examples/train_ppo.py"]),
-    ("--advantage_baseline critic --advantage_scale none", ["advantage_baseline critic", "examples/train_ppo.py"]),
+    ("--algorithm ppo", ["algorithm: got ppo", "critic", "python examples/train_ppo.py"]),
+    ("--advantage_baseline critic", ["advantage_baseline: got critic", "algorithm grpo", "examples/train_ppo.py"]),
     ("--advantage_baseline none", ["advantage_scale: got group", "advantage_baseline none", "batch | tokens | none"]),
     ("--advantage_baseline batch --advantage_scale group", ["advantage_scale: got group", "advantage_baseline batch"]),
+    ("--algorithm dapo --advantage_baseline batch --advantage_scale none", ["max_resample_rounds: got 3", "batch"]),
     ("--algorithm trpo", ["algorithm: got 'trpo'", "grpo | dr_grpo | dapo | rloo"]),
     ("--algorithm null", ["algorithm: got None", "grpo | dr_grpo | dapo | rloo"]),
     ("--dual_clip 1", ["dual_clip: got 1.0", "> 1"]),
@@ -347,7 +350,9 @@ def test_reinforce_off_policy_is_warned_about(overrides: str, is_warned: bool) -
 def test_k1_is_warned_about_as_a_loss_alone() -> None:
     (warning,) = warnings_about(of("kl_estimator=k1"))
     assert warning.startswith("kl_estimator k1: as a loss")
-    assert warnings_about(of("kl_in=reward", "kl_estimator=k1")) == []
+    assert warnings_about(of("kl_in=reward", "kl_estimator=k1", "advantage_scale=none")) == []
+    (warning,) = warnings_about(of("kl_in=reward"))
+    assert warning.startswith("kl_in reward with advantage_scale group")
 
 
 def test_wrong_input_is_an_input_error_wherever_the_settings_come_from(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import train_grpo
 from grpo.checkpoint import checkpoints
 from grpo.data import JSONLinesDataset, samples_for_step
 from grpo.errors import InputError, RunError, errors_explained
-from grpo.resample import Groups, replace_idle_groups
+from grpo.resample import Groups, check_rewards_vary, replace_idle_groups
 from grpo.rollout import Rollout, step_seed
 from reward_model import Scores
 from tests import test_train as helpers
@@ -398,7 +398,7 @@ def test_rewards_that_never_vary_are_refused_before_the_first_round(
         train(small, tmp_path / "run", **changes)
     assert raised.value.code == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("error: max_resample_rounds: got 2, but in none of the 4 groups")
+    assert line.startswith("error: max_resample_rounds: got 2, but in none of 12 groups")  # of four, and of two rounds
     assert f"rewards (tests.test_resample:{reward})" in line
     assert not (tmp_path / "run").exists()
 
@@ -408,7 +408,7 @@ def test_the_command_refuses_them_too(small: dict[str, Any], tmp_path: Path) -> 
     settings = small | {"rewards": "[tests.test_resample:constant]", "eval_metric": "eval/reward", "algorithm": "dapo"}
     result = run(settings, tmp_path / "run")
     assert result.returncode == 2
-    assert result.stderr.splitlines()[-1].startswith("error: max_resample_rounds: got 3, but in none of the 4 groups")
+    assert result.stderr.splitlines()[-1].startswith("error: max_resample_rounds: got 3, but in none of 16 groups")
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "run").exists()
 
@@ -418,22 +418,21 @@ def test_without_dynamic_sampling_they_are_no_error(small: dict[str, Any], tmp_p
     assert train(small, tmp_path / "run", **changes)[1]["frac_reward_zero_std"] == 1.0
 
 
-def test_any_difference_is_enough_for_the_pre_flight() -> None:
-    rollout = make_rollout([[3]] * 4, [[7], [8], [7], [8]])
+def test_any_difference_in_any_round_is_enough() -> None:
+    idle, flat, asked = [FLAT, [0.25, 0.25]], make_groups(["a", "b"], [FLAT, [NAN, 0.5]]), list[tuple[int, list[int]]]()
 
-    def score(rewards: list[float]) -> Any:
-        values = torch.tensor(rewards)
-        return lambda samples, rollout: Scores({"toy": values}, values, values, torch.ones(4, dtype=torch.bool))
+    def found_in(lucky_round: int) -> Any:
+        def sample_groups(round: int, places: list[int]) -> Groups:
+            asked.append((round, places))
+            return make_groups(["x", "y"], [FLAT, MIXED] if round == lucky_round else idle)
 
-    def preflight(rewards: list[float], rounds: int) -> str:
-        samples = [{"prompt": "a"}, {"prompt": "b"}]
-        return train_grpo.preflight(samples, rollout, score(rewards), max_resample_rounds=rounds)
+        return sample_groups
 
-    assert "pre-flight: 2 groups of 2" in preflight([0.0, 0.0, 1.0, 1.0], 0)
-    assert "1 mixed" in preflight([0.0, 0.0, 0.0, 1.0], 1)
-    assert "rewards still differ" in preflight([0.0, 0.0, 0.25, 0.5], 1)
-    with pytest.raises(InputError, match=r"^max_resample_rounds: got 1, .*\(toy\)"):
-        preflight([0.0, 0.0, 1.0, 1.0], 1)  # the groups differ, but not within
+    check_rewards_vary(make_groups(["a", "b"], [FLAT, [0.25, 0.5]]), 2, 3, never)
+    check_rewards_vary(flat, 2, 3, found_in(2))
+    assert asked == [(1, [0, 1]), (2, [0, 1])]  # no further than needed
+    with pytest.raises(InputError, match=r"^max_resample_rounds: got 1, but in none of 4 groups .*\(toy\)"):
+        check_rewards_vary(flat, 2, 1, found_in(2))  # the groups differ, but none within
 
 
 def test_selecting_moves_scores_with_their_rows() -> None:

@@ -114,8 +114,8 @@ def resampled(
     """resampled(reward, ...): (the run, its rollouts without the pre-flight's, what the sampler was asked)."""
     (tmp_path / "idle_reward.py").write_text(SOME_IDLE)
     monkeypatch.syspath_prepend(tmp_path)
-    # The pre-flight refuses what never varies; what is tried here is what the loop does with it.
-    monkeypatch.setattr(train_grpo, "preflight", lambda *_, **__: "")
+    # Rewards that never vary are refused before the first step; what is tried here is what the loop does with them.
+    monkeypatch.setattr(train_grpo, "check_rewards_vary", lambda *_: None)
     calls = spy_on(monkeypatch, "generate_completions")
 
     def run(reward: str, **changes: Any) -> tuple[Run, list[Rollout], list[dict[str, Any]]]:
