@@ -91,7 +91,6 @@ def check_settings(config: Config) -> None:
         "advantage_scale": ("tokens", "none"),
         "surrogate": ("clipped",),
         "kl_in": ("reward",) if config.kl_coeff > 0 else ("reward", "loss"),  # where there is no KL, it is nowhere
-        "max_resample_rounds": (0,),
     }
     for key, values in allowed.items():
         if getattr(config, key) not in values:

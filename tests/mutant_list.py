@@ -14,9 +14,13 @@ class Mutant:
     tests: tuple[str, ...]
 
 
-LOOP, LOSS, ADVANTAGES, LOGPROBS, LM_HEAD, ROLLOUT, CACHE, POLICY, CHECKPOINT, RESAMPLE = (
+(
+    LOOP, LOSS, ADVANTAGES, LOGPROBS, LM_HEAD, ROLLOUT, CACHE, POLICY, CHECKPOINT, RESAMPLE, GAE, CRITIC, PPO,
+    REWARD_MODEL,
+) = (
     "train_grpo.py", "grpo/loss.py", "grpo/advantages.py", "grpo/logprobs.py", "grpo/lm_head.py", "grpo/rollout.py",
-    "grpo/cache.py", "grpo/policy.py", "grpo/checkpoint.py", "grpo/resample.py",
+    "grpo/cache.py", "grpo/policy.py", "grpo/checkpoint.py", "grpo/resample.py", "grpo/gae.py",
+    "grpo/critic.py", "examples/train_ppo.py", "reward_model.py",
 )  # fmt: skip
 TOKENS = "tests/fidelity/test_traps_tokens.py::"
 REWARDS = "tests/fidelity/test_traps_rewards.py::"
@@ -34,6 +38,9 @@ IDENTITIES = "tests/fidelity/test_family_identities.py::"
 OF_FAMILY = "tests/fidelity/test_traps_family.py::"
 ENTROPY = "tests/fidelity/test_entropy_bonus.py::"
 OF_RESAMPLE = "tests/test_resample.py::"
+OF_PPO = "tests/test_ppo.py::"
+OF_CRITIC = "tests/fidelity/test_gae.py::"
+OF_REWARDS = "tests/test_rewards.py::"
 TWO_STEPS = "tests/test_train.py::test_two_steps_of_the_loop_worked_by_hand"
 
 MUTANTS = [
@@ -951,6 +958,161 @@ MUTANTS = [
         "            optimizer.step()\n",
         "            if not is_idle.all():\n                optimizer.step()\n",
         (f"{IDLE}test_where_no_group_has_a_signal_the_first_optimizer_step_is_one_of_nothing",),
+    ),
+    # The critic of examples/train_ppo.py
+    Mutant(
+        "GAE: the value shifted by one",
+        GAE,
+        "gamma * next_value - values[:, t]",
+        "gamma * values[:, t] - next_value",
+        (f"{OF_CRITIC}test_gae_is_the_double_sum_of_its_definition",),
+    ),
+    Mutant(
+        "GAE: gamma left out of the sum of deltas",
+        GAE,
+        "gamma * gae_lambda * next_advantage",
+        "gae_lambda * next_advantage",
+        (f"{OF_CRITIC}test_gae_is_the_double_sum_of_its_definition",),
+    ),
+    Mutant(
+        "GAE: bootstrap through padding",
+        GAE,
+        "values = torch.where(is_token, values, 0.0).detach()",
+        "values = values.detach()",
+        (f"{OF_CRITIC}test_gae_is_the_double_sum_of_its_definition",),
+    ),
+    Mutant(
+        "GAE: advantages not detached",
+        GAE,
+        "values = torch.where(is_token, values, 0.0).detach()",
+        "values = torch.where(is_token, values, 0.0)",
+        (f"{OF_CRITIC}test_neither_advantages_nor_returns_carry_a_gradient",),
+    ),
+    Mutant(
+        "GAE: one delta instead of the sum",
+        GAE,
+        "next_value, next_advantage = values[:, t], advantages[:, t]",
+        "next_value, next_advantage = values[:, t], delta",
+        (f"{OF_CRITIC}test_gae_is_the_double_sum_of_its_definition",),
+    ),
+    Mutant(
+        "GAE: returns from rewards instead of values",
+        GAE,
+        "return advantages, advantages + values",
+        "return advantages, rewards + values",
+        (f"{OF_CRITIC}test_gae_is_the_double_sum_of_its_definition",),
+    ),
+    Mutant(
+        "critic on the policy's own trunk",
+        CRITIC,
+        "copy.deepcopy(policy.base_model)",
+        "(policy.base_model)",
+        (f"{OF_CRITIC}test_the_critic_shares_no_weight_with_the_policy",),
+    ),
+    Mutant(
+        "critic that has an opinion before it learned",
+        CRITIC,
+        "nn.init.zeros_(self.head.weight)",
+        "nn.init.ones_(self.head.weight)",
+        (f"{OF_CRITIC}test_a_new_critic_says_0_and_its_head_still_learns",),
+    ),
+    Mutant(
+        "value loss: max -> min",
+        CRITIC,
+        "return torch.max((values - returns)",
+        "return torch.min((values - returns)",
+        (f"{OF_CRITIC}test_the_value_loss_by_hand_in_every_case",),
+    ),
+    Mutant(
+        "value loss: not halved",
+        CRITIC,
+        ".square()) / 2",
+        ".square())",
+        (f"{OF_CRITIC}test_the_value_loss_by_hand_in_every_case",),
+    ),
+    Mutant(
+        "value loss: clipped around the returns",
+        CRITIC,
+        "clipped_values = old_values + (values - old_values).clamp",
+        "clipped_values = returns + (values - returns).clamp",
+        (f"{OF_CRITIC}test_the_value_loss_by_hand_in_every_case",),
+    ),
+    Mutant(
+        "PPO: whitening over what is not trained on",
+        PPO,
+        "advantages = whitened(advantages, mask)",
+        "advantages = whitened(advantages, rollout.completion_mask)",
+        (f"{OF_PPO}test_two_steps_of_the_loop_worked_by_hand",),
+    ),
+    Mutant(
+        "PPO: KL in the reward with the sign flipped",
+        PPO,
+        "token_rewards = token_rewards - config.kl_coeff * kl",
+        "token_rewards = token_rewards + config.kl_coeff * kl",
+        (f"{OF_PPO}test_two_steps_of_the_loop_worked_by_hand",),
+    ),
+    Mutant(
+        "PPO: the value learns whitened advantages",
+        PPO,
+        "value_terms = (values, old_values[rows], returns[rows], mask[rows])",
+        "value_terms = (values, old_values[rows], advantages[rows] + old_values[rows], mask[rows])",
+        (f"{OF_PPO}test_two_steps_of_the_loop_worked_by_hand",),
+    ),
+    Mutant(
+        "PPO: the same shuffle in every pass",
+        PPO,
+        "[config.seed, step, iteration]",
+        "[config.seed, step]",
+        (f"{OF_PPO}test_every_pass_takes_every_completion_once_and_in_its_own_order",),
+    ),
+    Mutant(
+        "PPO: the critic at the policy's learning rate",
+        PPO,
+        'group["lr"] = learning_rate_at(critic_config, update)',
+        'group["lr"] = learning_rate',
+        (f"{OF_PPO}test_each_model_has_its_own_rate_and_both_follow_the_schedule",),
+    ),
+    Mutant(
+        "PPO: completions without a reward trained on",
+        PPO,
+        " & ~scores.combined.isnan().to(device).unsqueeze(1)",
+        "",
+        (f"{OF_PPO}test_completions_that_are_left_out_teach_nothing",),
+    ),
+    Mutant(
+        "PPO: fixed terms in other micro-batches than the first pass",
+        PPO,
+        "chain.from_iterable(passes[0])",
+        "chain.from_iterable(shuffled(rollout, step, 99))",
+        (f"{OF_PPO}test_a_fresh_ratio_is_exactly_1_and_a_later_one_is_not",),
+    ),
+    Mutant(
+        "a completion's reward on its first token",
+        REWARD_MODEL,
+        "table[row, length - 1] = value",
+        "table[row, 0] = value",
+        (f"{OF_REWARDS}test_token_rewards_combine_by_weight_and_a_whole_reward_stands_on_the_last_token",),
+    ),
+    Mutant(
+        "token rewards without their weight",
+        REWARD_MODEL,
+        "(reward.weight * _by_token(",
+        "(_by_token(",
+        (f"{OF_REWARDS}test_token_rewards_combine_by_weight_and_a_whole_reward_stands_on_the_last_token",),
+    ),
+    Mutant(
+        "overlong punished from the start",
+        REWARD_MODEL,
+        "- (max_length - cache), 0) / cache",
+        "- max_length, 0) / cache",
+        (f"{OF_REWARDS}test_overlong_falls_from_0_to_minus_1_over_the_cache",),
+    ),
+    Mutant(
+        "a checkpoint without its critic resumed",
+        CHECKPOINT,
+        '                raise ValueError(f"{name}.safetensors is missing")',
+        "                continue",
+        (f"{OF_PPO}test_a_checkpoint_without_its_critic_is_refused",),
     ),
     # Runs
     Mutant(

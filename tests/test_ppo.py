@@ -113,8 +113,13 @@ def test_ppo_is_its_algorithm_unless_another_is_asked_for(capsys: pytest.Capture
         ({"advantage_scale": "batch"}, "advantage_scale: got batch, allowed with a critic: tokens | none"),
         ({"surrogate": "gspo"}, "surrogate: got gspo, allowed with a critic: clipped"),
         ({"kl_in": "loss"}, "kl_in: got loss, allowed with a critic: reward"),
-        ({"max_resample_rounds": 2}, "max_resample_rounds: got 2, allowed with a critic: 0"),
-        ({"advantage_baseline": "group"}, "advantage_baseline: got group, allowed with a critic: critic"),
+        ({"algorithm": "grpo"}, "advantage_baseline: got group, allowed with a critic: critic"),
+        ({"advantage_baseline": "group"}, "advantage_baseline: got group, allowed with algorithm ppo: critic"),
+        (
+            {"max_resample_rounds": 2},
+            "max_resample_rounds: got 2, allowed with advantage_baseline critic: 0 (a group whose rewards are all "
+            "alike has a signal where siblings are not the baseline)",
+        ),
     ],
 )
 def test_what_ppo_has_no_use_for_is_refused_before_anything_is_written(
