@@ -409,4 +409,6 @@ def _checked(name: str, values: Any, prompts: Sequence[str], lengths: Sequence[i
             )
         elif wrong := [item for item in value if not _is_number(item)]:
             raise RewardError(f"reward {name} returned {wrong[0]!r} in a list for {prompt!r}, expected finite numbers")
+        elif not _is_number(sum(value)):
+            raise RewardError(f"reward {name} returned a list for {prompt!r} whose sum is {sum(value)!r}: not finite")
     return list(values)

@@ -10,7 +10,7 @@ Read train_grpo.py first. What GRPO takes away, step by step:
   [4]      the critic: a second model as large as the policy, with its pass over the rollout, gradients, optimizer state
   [5]      gamma, gae_lambda and the critic's errors: in place of what the critic expects before a token stands the mean
            reward of the group, and all tokens of a completion have one advantage; the KL moves into the loss
-  [6]      the value loss with its clip and its learning rate; and shuffling: groups stay together
+  [6]      the value loss with its clip and its learning rate; and shuffling of single completions: groups stay together
   [7]      the critic in every checkpoint
 
 What is left is the rollout, the ratio and its clip. For a text that can be sampled sixteen times, sixteen samples judge
@@ -85,7 +85,7 @@ def main(config: Config, options: Options = Options()) -> None:
 
 
 def check_settings(config: Config) -> None:
-    """What other algorithms choose is fixed here; a setting that would change nothing is refused."""
+    """What other algorithms choose is fixed here: another choice is refused, never passed over."""
     allowed: dict[str, tuple[Any, ...]] = {
         "advantage_baseline": ("critic",),
         "advantage_scale": ("tokens", "none"),
@@ -271,6 +271,7 @@ def train(config: Config, run: RunFolder) -> None:
         advantages, returns = generalized_advantages(
             token_rewards, old_values, rollout.completion_mask, gamma=config.gamma, gae_lambda=config.gae_lambda
         )  # (B, C)
+        advantages = torch.where(mask, advantages, 0.0)
         if config.advantage_scale == "tokens":
             advantages = whitened(advantages, mask)
         completions = sample_rows(step, row_samples, rollout, scores, advantages)  # for samples.jsonl

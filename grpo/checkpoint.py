@@ -125,7 +125,8 @@ def load_checkpoint(
         state = json.loads((folder / "state.json").read_text())
         is_state = isinstance(state, dict) and all(type(state.get(key)) is int for key in STATE)
         if not is_state or state["step"] != step_of(folder):
-            raise ValueError(f"state.json: expected whole numbers for {', '.join(STATE)}, and the folder's step")
+            names = ", ".join(STATE)
+            raise ValueError(f"state.json: expected whole numbers for {names}, and the folder's step")
         return state
 
 

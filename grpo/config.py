@@ -508,9 +508,8 @@ def _check_contradictions(settings: dict[str, Any]) -> None:
             "0 (a group whose rewards are all alike has a signal where siblings are not the baseline)"
         )
     if scale == "group" and not compares_siblings:
-        raise InputError(
-            f"advantage_scale: got group, allowed with advantage_baseline {baseline}: batch | tokens | none"
-        )
+        others = "tokens | none" if baseline == "critic" else "batch | tokens | none"
+        raise InputError(f"advantage_scale: got group, allowed with advantage_baseline {baseline}: {others}")
     for key in ("clip_range", "clip_range_high", "dual_clip"):
         if settings[key] is not None and key not in CLIP_KEYS[surrogate]:
             owners = " | ".join(name for name, keys in CLIP_KEYS.items() if key in keys)

@@ -38,7 +38,7 @@ class Critic(nn.Module):
         `compute_logprobs`.
         """
         states = completion_states(self.trunk, prompt_ids, prompt_mask, completion_ids, completion_mask)  # (B, C, H)
-        with torch.autocast(states.device.type, enabled=False):  # values are few, and returns differ in small digits
+        with torch.autocast(states.device.type, enabled=False):  # bfloat16 would round small differences away
             values = self.head(states.to(self.head.weight.dtype)).squeeze(-1)  # (B, C)
         return torch.where(completion_mask.bool(), values, 0.0)
 

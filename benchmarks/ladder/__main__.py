@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         ladder.run([ROWS[name] for name in chosen.rows], ladder.plan.seeds)
     finally:
-        pack(list(ladder.results.parts), work, raw)
+        pack(ladder.results.parts, work, raw)
     failed = [name for name, part in ladder.results.parts.items() if "error" in part]
     if failed:
         print(f"failed: {', '.join(failed)}")

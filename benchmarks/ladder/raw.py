@@ -7,11 +7,12 @@ python -c "import json, lzma; print(list(json.load(lzma.open('benchmarks/results
 
 import json
 import lzma
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS
+from benchmarks.ladder.measure import fingerprint_of
 from grpo.records import read_jsonl
 
 RAW = RESULTS / "ladder_metrics.json.xz"
@@ -42,15 +43,22 @@ def read_raw(path: Path = RAW) -> dict[str, Columns]:
     return json.loads(lzma.decompress(path.read_bytes())) if path.is_file() else {}
 
 
-def pack(parts: Sequence[str], work: Path, path: Path = RAW) -> None:
-    """Put what lies in `work` of these parts into the file; of parts that do not lie there it keeps what it has."""
+def pack(parts: Mapping[str, Any], work: Path, path: Path = RAW) -> None:
+    """Put the metrics that these results come from into the file.
+
+    What lies in `work` counts only if it is the run of the result: a run that is being made again is not. Otherwise the
+    file keeps what it has. Of a run that failed nothing is kept.
+    """
     before = read_raw(path)
     packed = {}
-    for part in parts:
-        metrics = work / part.replace(" ", "-") / "metrics.jsonl"
-        if metrics.is_file():
-            packed[part] = columns_of(read_jsonl(metrics))
-        elif part in before:
-            packed[part] = before[part]
+    for name, part in parts.items():
+        if "metrics_sha256" not in part:
+            continue
+        metrics = work / name.replace(" ", "-") / "metrics.jsonl"
+        rows = read_jsonl(metrics) if metrics.is_file() else []
+        if fingerprint_of(rows) == part["metrics_sha256"]:
+            packed[name] = columns_of(rows)
+        elif name in before:
+            packed[name] = before[name]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(lzma.compress(json.dumps(packed, separators=(",", ":")).encode(), preset=9))

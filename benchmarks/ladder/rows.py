@@ -61,7 +61,7 @@ _ALGORITHMS = {
         Row("reinforce_pp", "--algorithm reinforce_pp", {"algorithm": "reinforce_pp"}),
         Row("gspo", "--algorithm gspo", {"algorithm": "gspo"}),
         Row("cispo", "--algorithm cispo", {"algorithm": "cispo"}),
-        Row("ppo", "a learned critic", {"algorithm": "ppo"}, script=PPO),
+        Row("ppo", "--algorithm ppo", {"algorithm": "ppo"}, script=PPO),
     ]
 }
 
@@ -86,7 +86,12 @@ _KL = [
     Row("kl_k2", "k2", {"kl_coeff": KL, "kl_estimator": "k2"}, after="clip"),
     Row("kl_k3", "k3", {"kl_coeff": KL, "kl_estimator": "k3"}, after="clip"),
     Row("kl_k3_corrected", "k3_corrected", {"kl_coeff": KL, "kl_estimator": "k3_corrected"}, after="clip"),
-    Row("kl_reward", "k1 in the reward", {"kl_coeff": KL, "kl_in": "reward"}, after="clip"),
+    # In the reward: where siblings earn the same, the KL is all they differ in, and scale group makes it large.
+    Row("unscaled", "no KL, not divided by the std", {"advantage_scale": "none"}, after="clip"),
+    Row("kl_reward", "k1 in the reward", {"kl_coeff": KL, "kl_in": "reward"}, after="unscaled"),
+    Row(
+        "kl_reward_scaled", "k1 in the reward, then divided by the std", {"advantage_scale": "group"}, after="kl_reward"
+    ),
 ]
 
 _AGGREGATIONS = [
@@ -165,8 +170,10 @@ COMPARISONS = (
     ("clip", "two_minibatches"),
     ("kl_k3_corrected", "clip"),
     ("kl_k1", "clip"),
-    ("kl_reward", "kl_k3_corrected"),
+    ("kl_reward", "unscaled"),
+    ("kl_reward_scaled", "kl_reward"),
     ("dapo", "dapo_without_resampling"),
+    ("ppo", "reinforce_pp"),
     ("ppo", "grpo"),
     ("max_for_min", "grpo_two_updates"),
     ("eos_masked", "grpo"),

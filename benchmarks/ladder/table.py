@@ -18,9 +18,13 @@ Runs = dict[int, dict[str, Any]]  # seed -> what was measured
 
 
 def runs_of(parts: Parts, row: Row) -> Runs:
-    """The row's runs that did not fail."""
+    """The row's runs at the rate that the grid says is best, those that did not fail."""
+    rate = chosen_rate(parts, row)
+    if rate is None:
+        return {}
     parts_of_row = {seed: parts.get(seed_part(row, seed), {"error": ""}) for seed in Plan.seeds}
-    return {seed: part for seed, part in parts_of_row.items() if "error" not in part}
+    asked = f"--learning_rate={rate:g}"
+    return {seed: part for seed, part in parts_of_row.items() if "error" not in part and asked in part["command"]}
 
 
 def errors_of(parts: Parts, row: Row) -> list[str]:

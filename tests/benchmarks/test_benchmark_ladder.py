@@ -93,7 +93,7 @@ def test_every_row_that_is_measured_has_its_sentence() -> None:
 
 
 def test_a_missing_sentence_would_be_noticed() -> None:
-    assert missing_sentences({"gspo seed 3": {}}, {"grpo": "It learns."}) == ["gspo"]
+    assert missing_sentences(measured([0.9], steps=[None], name="gspo"), {"grpo": "It learns."}) == ["gspo"]
     assert missing_sentences({"gspo seed 3": {}}, {"gspo": "It learns."}) == []
 
 
@@ -349,11 +349,15 @@ def test_raw_metrics_are_packed_and_kept_when_the_runs_are_gone(tmp_path: Path) 
     rows = curve({0: 0.2, 2: 0.123456}, 2)
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     file = tmp_path / "raw.json.xz"
-    pack(["grpo seed 0", "grpo seed 1"], tmp_path, file)
+    parts = {"grpo seed 0": {"metrics_sha256": fingerprint_of(rows)}, "grpo seed 1": {"error": "loss nan"}}
+    pack(parts, tmp_path, file)
     assert read_raw(file) == {"grpo seed 0": columns_of(rows)}
     assert read_raw(file)["grpo seed 0"]["eval/accuracy"] == [0.2, None, 0.1235]
+    (run / "metrics.jsonl").write_text(json.dumps(rows[0]) + "\n")  # the run is being made again
+    pack(parts, tmp_path, file)
+    assert read_raw(file) == {"grpo seed 0": columns_of(rows)}
     (run / "metrics.jsonl").unlink()
-    pack(["grpo seed 0"], tmp_path, file)
+    pack(parts, tmp_path, file)
     assert read_raw(file) == {"grpo seed 0": columns_of(rows)}
 
 
@@ -368,8 +372,10 @@ def test_what_goes_wrong_in_a_process_is_its_last_line(tmp_path: Path) -> None:
 
 
 def measured(accuracies: list[float], *, steps: list[int | None], name: str = "grpo") -> Parts:
-    return {
+    """Runs of the first seeds, at the rate that a grid of one finds best."""
+    return {grid_part(ROWS[name], 5e-4): {"held_out_last_third": 0.5, "commit": "0123456789", "seconds": 0.0}} | {
         seed_part(ROWS[name], seed): {
+            "command": ["train_grpo.py", "--learning_rate=0.0005"],
             "accuracy": accuracy,
             "mean_length": 16.0 + seed,
             "kl_per_answer": 1.25,
@@ -406,6 +412,8 @@ def test_intervals_stay_within_0_and_1_and_missing_seeds_are_counted() -> None:
     parts = measured([1.0, 1.0, 0.9], steps=[None] * 3)
     assert table.accuracy(parts, ROWS["grpo"]) == "0.967 [0.823, 1.000], 3 of 5 seeds"
     assert table.reached(table.runs_of(parts, ROWS["grpo"])) == ("0 of 3", "–")
+    parts["grpo seed 2"]["command"] = ["train_grpo.py", "--learning_rate=0.0015"]  # of an earlier grid
+    assert table.accuracy(parts, ROWS["grpo"]).endswith(", 2 of 5 seeds")
 
 
 def test_a_difference_is_paired_by_seed() -> None:
