@@ -142,8 +142,9 @@ def train(config: Config, run: RunFolder) -> None:
 
     def sample_groups(step: int, round: int, places: Sequence[int]) -> Groups:
         """Dynamic sampling: [1], [2] and [3] once more, for places whose groups are to be replaced."""
-        samples = [choose_samples(step=step, round=round)[place] for place in places]
-        return judged(samples, roll_out(samples, step, round, places))
+        samples = choose_samples(step=step, round=round)
+        chosen = [samples[place] for place in places]
+        return judged(chosen, roll_out(chosen, step, round, places))
 
     def logprobs(model: PreTrainedModel, rollout: Rollout, rows: Tensor) -> tuple[Tensor, Tensor]:
         """(b, C) log-probs and entropies of these rows, at the temperature they were sampled at."""
