@@ -84,16 +84,8 @@ def filled(settings: dict[str, Any]) -> dict[str, Any]:
 def table() -> list[list[str]]:
     """The rows as people read them; the first one is the heading."""
     heading = [
-        "algorithm",
-        "baseline",
-        "scale",
-        "surrogate",
-        "aggregation",
-        "clip low / high",
-        "KL",
-        "besides",
-        "paper",
-    ]
+        "algorithm", "baseline", "scale", "surrogate", "aggregation", "clip low / high", "KL", "besides", "paper",
+    ]  # fmt: skip
     return [heading, *([name, *_cells(row), PAPERS[name]] for name, row in ALGORITHMS.items())]
 
 

@@ -8,6 +8,8 @@ in them included:
                             two models' distributions over the vocabulary, averaged over answers that the final model
                             samples at temperature 1 to the prompts of data/math_tasks_eval.jsonl
     kl_per_token            the same sum over all answers, divided by their tokens
+    held_out_mean           accuracy on data/math_tasks_eval.jsonl averaged over the run, the area under its curve
+                            against completions divided by them; it tells runs apart that all end near 1
     reached                 the first evaluation on data/math_tasks_eval.jsonl with an accuracy of at least 0.95: its
                             step, the completions sampled and the seconds of training steps up to it
 """
@@ -15,7 +17,6 @@ in them included:
 import contextlib
 import hashlib
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -23,8 +24,8 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
@@ -121,7 +122,6 @@ def progress(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     {'step': 2, 'completions': 16, 'seconds': 5.0}
     """
     evaluations = [row for row in rows if "eval/accuracy" in row]
-    last_third = evaluations[-math.ceil(len(evaluations) / 3) :]
     first = next((row["step"] for row in evaluations if row["eval/accuracy"] >= TARGET), None)
     reached = None
     if first is not None:
@@ -133,13 +133,24 @@ def progress(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         }
     return {
         "held_out": rows[-1].get("eval/accuracy"),
-        "held_out_last_third": mean(row["eval/accuracy"] for row in last_third),
+        "held_out_mean": mean_over_run(evaluations),
         "reached": reached,
         "steps": rows[-1]["step"],
         "num_completions": rows[-1].get("num_completions", 0),
         "training_seconds": sum(row.get("step_time", 0.0) for row in rows),
         "metrics_sha256": fingerprint_of(rows),
     }
+
+
+def mean_over_run(evaluations: Sequence[dict[str, Any]]) -> float:
+    """Held-out accuracy averaged over the completions sampled, by the trapezoidal rule.
+
+    >>> mean_over_run([{"eval/accuracy": 0.2}, {"num_completions": 8, "eval/accuracy": 0.6}])
+    0.4
+    """
+    points = [(row.get("num_completions", 0), row["eval/accuracy"]) for row in evaluations]
+    area = sum((x1 - x0) * (y0 + y1) / 2 for (x0, y0), (x1, y1) in pairwise(points))
+    return area / points[-1][0] if points[-1][0] else points[-1][1]
 
 
 def fingerprint_of(rows: Sequence[dict[str, Any]]) -> str:

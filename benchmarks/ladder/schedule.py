@@ -61,13 +61,13 @@ def steps_part(row: Row) -> str:
 
 
 def chosen_rate(parts: Parts, row: Row, plan: Plan = Plan()) -> float | None:
-    """The rate of the grid that was best: mean held-out accuracy over the last third of the evaluations.
+    """The rate of the grid that was best: held-out accuracy averaged over the run (`held_out_mean`).
 
     Of equals the one nearest the middle of the grid, then the lower. None: every run of the grid failed.
     """
     if row.rate_of is not None:
         return chosen_rate(parts, ROWS[row.rate_of], plan)
-    scores = {rate: parts.get(grid_part(row, rate), {}).get("held_out_last_third") for rate in plan.rates}
+    scores = {rate: parts.get(grid_part(row, rate), {}).get("held_out_mean") for rate in plan.rates}
     measured = [rate for rate, score in scores.items() if score is not None]
     middle = plan.rates.index(plan.middle_rate)
     return min(measured, key=lambda rate: (-scores[rate], abs(plan.rates.index(rate) - middle), rate), default=None)

@@ -50,6 +50,14 @@ def accuracy(parts: Parts, row: Row) -> str:
     return ", ".join(cells) or "not measured"
 
 
+def over_the_run(runs: Runs) -> str:
+    """Held-out accuracy averaged over the run: mean and 95 % interval over the seeds."""
+    if not runs:
+        return NOTHING
+    middle, low, high = t_interval([run["held_out_mean"] for run in runs.values()])
+    return f"{middle:.3f} [{max(low, 0):.3f}, {min(high, 1):.3f}]"
+
+
 def reached(runs: Runs) -> tuple[str, str]:
     """To 0.95 on the held-out problems: completions in thousands, seconds. Medians over the seeds that got there."""
     arrived = [run["reached"] for run in runs.values() if run["reached"] is not None]
@@ -86,8 +94,8 @@ def markdown(heading: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 def block(parts: Parts, name: str) -> str:
     """The table of one block, and a sentence for each of its rows."""
     heading = [
-        "row", "one idea more", "than", "rate", "accuracy [95 %]", "1000 completions to 0.95", "seconds to 0.95",
-        "tokens", "KL", "1000 completions in all", "seconds in all",
+        "row", "one idea more", "than", "rate", "accuracy [95 %]", "over the run [95 %]", "1000 completions to 0.95",
+        "seconds to 0.95", "tokens", "KL", "1000 completions in all", "seconds in all",
     ]  # fmt: skip
     lines, sentences = [], []
     for row in (ROWS[name] for name in BLOCKS[name].rows):
@@ -99,6 +107,7 @@ def block(parts: Parts, name: str) -> str:
                 f"`{row.after}`" if row.after else NOTHING,
                 rate_of(parts, row),
                 accuracy(parts, row),
+                over_the_run(runs),
                 *reached(runs),
                 average(runs, "mean_length", ".1f"),
                 average(runs, "kl_per_answer", ".2f"),
@@ -127,13 +136,17 @@ def top(parts: Parts) -> str:
             f"`{row.name}`",
             row.idea,
             accuracy(parts, row),
+            over_the_run(runs_of(parts, row)),
             reached(runs_of(parts, row))[0],
             average(runs_of(parts, row), "kl_per_answer", ".2f"),
             SHOWS.get(row.name, NOTHING),
         ]
         for row in (ROWS[name] for name in TOP)
     ]
-    return markdown(["row", "what", "accuracy [95 %]", "1000 completions to 0.95", "KL", "what it shows"], lines)
+    return markdown(
+        ["row", "what", "accuracy [95 %]", "over the run [95 %]", "1000 completions to 0.95", "KL", "what it shows"],
+        lines,
+    )
 
 
 def grid(parts: Parts) -> str:
@@ -144,7 +157,7 @@ def grid(parts: Parts) -> str:
         cells = []
         for rate in Plan.rates if row.rate_of is None else ():
             part = parts.get(grid_part(row, rate), {})
-            score = part.get("held_out_last_third")
+            score = part.get("held_out_mean")
             cell = ("failed" if "error" in part else NOTHING) if score is None else f"{score:.3f}"
             cells.append(f"**{cell}**" if rate == chosen else cell)
         lines.append([f"`{row.name}`", *(cells or [f"as `{row.rate_of}`", "", ""])])
@@ -159,20 +172,23 @@ def grid(parts: Parts) -> str:
 
 
 def comparisons(parts: Parts) -> str:
-    """Differences of accuracy over the same seeds."""
+    """Differences over the same seeds: of the final accuracy, and of the accuracy over the run."""
     lines = []
     for first, second in COMPARISONS:
         ours, theirs = runs_of(parts, ROWS[first]), runs_of(parts, ROWS[second])
         both = sorted(ours.keys() & theirs.keys())
-        if both:
-            middle, low, high = paired_interval(*([runs[seed]["accuracy"] for seed in both] for runs in (ours, theirs)))
-            verdict = "no difference seen" if low <= 0 <= high else "more" if middle > 0 else "less"
-            interval = f"[{low:+.3f}, {high:+.3f}]" if math.isfinite(low) else NOTHING
-            cells = [f"{middle:+.3f} {interval}", f"{len(both)}", verdict]
-        else:
-            cells = [NOTHING, "0", NOTHING]
-        lines.append([f"`{first}`", f"`{second}`", *cells])
-    return markdown(["row", "less row", "accuracy, difference [95 %]", "seeds", ""], lines)
+        cells = [difference(ours, theirs, both, key) if both else NOTHING for key in ("accuracy", "held_out_mean")]
+        lines.append([f"`{first}`", f"`{second}`", *cells, f"{len(both)}"])
+    return markdown(["row", "less row", "accuracy [95 %]", "over the run [95 %]", "seeds"], lines)
+
+
+def difference(ours: Runs, theirs: Runs, seeds: Sequence[int], key: str) -> str:
+    """Mean of the paired differences and its interval, in bold where that leaves out 0."""
+    middle, low, high = paired_interval(*([runs[seed][key] for seed in seeds] for runs in (ours, theirs)))
+    if not math.isfinite(low):
+        return f"{middle:+.3f}"
+    text = f"{middle:+.3f} [{low:+.3f}, {high:+.3f}]"
+    return text if low <= 0 <= high else f"**{text}**"
 
 
 def provenance(parts: Parts) -> str:
