@@ -70,6 +70,7 @@ def moved(folder: Path, base: str) -> bool:
 # The command
 
 
+@pytest.mark.slow
 def test_the_command_runs_from_the_root_and_writes_what_train_grpo_does(small: dict[str, Any], tmp_path: Path) -> None:
     flags = [f"--{key}={value}" for key, value in (small | {"rewards": "[math]"}).items()]
     command = [sys.executable, "examples/train_ppo.py", *flags, f"--output_dir={tmp_path / 'run'}"]

@@ -303,6 +303,7 @@ def test_what_is_thrown_away_is_counted_and_what_stays_is_recorded(
     assert rows[3]["num_completions"] == sampled == num_completions > 3 * 16
 
 
+@pytest.mark.slow
 def test_a_place_gets_the_same_group_whichever_others_are_replaced(
     small: dict[str, Any], tmp_path: Path, calls: list[dict[str, Any]]
 ) -> None:

@@ -103,6 +103,7 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return AutoModelForCausalLM.from_pretrained(folder / "final").state_dict()
 
 
+@pytest.mark.slow
 def test_a_run_leaves_behind_what_the_readme_says(small: dict[str, Any], tmp_path: Path) -> None:
     result = run(small | {"rewards": "[math]"}, tmp_path / "run")
     assert result.returncode == 0, result.stderr
@@ -449,6 +450,7 @@ def test_every_algorithm_trains(small: dict[str, Any], tmp_path: Path, algorithm
     assert {key: settings[key] for key in row} == row  # what was null is on record as it was filled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

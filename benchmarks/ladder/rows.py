@@ -52,7 +52,7 @@ def group_of(size: int) -> Row:
 _ALGORITHMS = {
     row.name: row
     for row in [
-        Row("grpo", "the default run", {"algorithm": "grpo"}),
+        Row("grpo", "--algorithm grpo, the default", {"algorithm": "grpo"}),
         Row("dr_grpo", "--algorithm dr_grpo", {"algorithm": "dr_grpo"}),
         Row("dapo", "--algorithm dapo", {"algorithm": "dapo"}, fits_budget=True),
         Row("dapo_without_resampling", "dapo, no dynamic sampling", {"algorithm": "dapo", "max_resample_rounds": 0}),
