@@ -5,9 +5,9 @@
     python -m benchmarks.ladder --list                       the rows and their flags
     python -m benchmarks.ladder --smoke                      does every row run? Two steps each, results beside the runs
 
-Every row trains at three learning rates on seed 100, then on seeds 0 to 4 at the best of them; seed = base_seed. Two
-runs at a time, one thread each. A ladder that was stopped goes on; what was measured with other code or flags, and what
-failed, is run again. Results go to benchmarks/results/ladder.json and ladder_metrics.json.xz; then
+Every row trains at three learning rates on the seeds 100 and 101, then on seeds 0 to 4 at the best of them; seed =
+base_seed. Two runs at a time, one thread each. A ladder that was stopped goes on; what was measured with other code or
+flags, and what failed, is run again. Results go to benchmarks/results/ladder.json and ladder_metrics.json.xz; then
 `python -m benchmarks.ladder.picture` and `python -m benchmarks.readme` show them.
 """
 
@@ -31,7 +31,7 @@ def listing() -> str:
         same = measured_as(row)
         notes = [f"the same runs as {same.name}"] if same is not row else []
         notes += [f'in a copy of the project with the mutant "{row.mutant}"'] if row.mutant else []
-        notes += ["number of steps searched"] if row.fits_budget else []
+        notes += ["as many steps as the budget allows"] if row.fits_budget else []
         lines.append(f"{row.name:26} python {row.script} {flags}".rstrip() + f"  ({'; '.join(notes)})" * bool(notes))
     return "\n".join(lines)
 

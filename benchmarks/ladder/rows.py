@@ -27,7 +27,7 @@ class Row:
     mutant: str | None = None  # a name of tests/mutant_list.py: the run is made in a copy of the project, so broken
     rate_of: str | None = None  # learns at the learning rate of this row; None = at the best of its own grid
     equals: str | None = None  # the metrics of this row must be those of that one, bit for bit
-    fits_budget: bool = False  # samples more completions a step than others: its number of steps is searched
+    fits_budget: bool = False  # samples more completions a step than others: each run gets fewer steps
 
 
 def two(name: str) -> Row:

@@ -7,10 +7,12 @@ run that failed is.
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -21,7 +23,6 @@ from benchmarks.ladder import measure
 from benchmarks.ladder.broken import broken_project, mutant_named
 from benchmarks.ladder.measure import Job, build_base, perform
 from benchmarks.ladder.rows import ROWS, Row, all_flags, measured_as
-from grpo.records import read_jsonl
 
 NUM_COMPLETIONS = 38_400  # of every run: 150 steps of 256
 Parts = dict[str, Any]
@@ -32,7 +33,7 @@ class Plan:
     """What the rows have in common. The defaults are the experiment; others are for trying it out."""
 
     rates: tuple[float, ...] = (1.5e-4, 5e-4, 1.5e-3)
-    tuning_seed: int = 100
+    tuning_seeds: tuple[int, ...] = (100, 101)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     num_train_steps: int = 150
     num_completions: int = NUM_COMPLETIONS
@@ -44,7 +45,7 @@ class Plan:
 
 
 SMOKE = Plan(
-    rates=(5e-4,), tuning_seed=0, seeds=(1,), num_train_steps=2, num_completions=512, base_steps=20
+    rates=(5e-4,), tuning_seeds=(0,), seeds=(1,), num_train_steps=2, num_completions=512, base_steps=20
 )  # does every row run at all?
 
 
@@ -52,42 +53,67 @@ def seed_part(row: Row, seed: int) -> str:
     return f"{measured_as(row).name} seed {seed}"
 
 
-def grid_part(row: Row, rate: float) -> str:
-    return f"{measured_as(row).name} rate {rate:g}"
+def grid_part(row: Row, rate: float, seed: int) -> str:
+    return f"{measured_as(row).name} rate {rate:g} tuning {seed}"
 
 
-def steps_part(row: Row) -> str:
-    return f"{measured_as(row).name} steps"
+def grid_score(parts: Parts, row: Row, rate: float, plan: Plan) -> float | None:
+    """Held-out accuracy averaged over the run (`held_out_mean`) and over the tuning seeds; None where one failed."""
+    scores = [parts.get(grid_part(row, rate, seed), {}).get("held_out_mean") for seed in plan.tuning_seeds]
+    return None if None in scores else mean(scores)
 
 
 def chosen_rate(parts: Parts, row: Row, plan: Plan = Plan()) -> float | None:
-    """The rate of the grid that was best: held-out accuracy averaged over the run (`held_out_mean`).
+    """The rate of the grid with the best score.
 
     Of equals the one nearest the middle of the grid, then the lower. None: every run of the grid failed.
     """
     if row.rate_of is not None:
         return chosen_rate(parts, ROWS[row.rate_of], plan)
-    scores = {rate: parts.get(grid_part(row, rate), {}).get("held_out_mean") for rate in plan.rates}
-    measured = [rate for rate, score in scores.items() if score is not None]
+    graded = {rate: grid_score(parts, row, rate, plan) for rate in plan.rates}
+    scores = {rate: score for rate, score in graded.items() if score is not None}
     middle = plan.rates.index(plan.middle_rate)
-    return min(measured, key=lambda rate: (-scores[rate], abs(plan.rates.index(rate) - middle), rate), default=None)
+    return min(scores, key=lambda rate: (-scores[rate], abs(plan.rates.index(rate) - middle), rate), default=None)
 
 
-def steps_within_budget(run: Callable[[int], Sequence[int]], num_steps: int, budget: int) -> int:
-    """How many steps a row may take that samples more completions in some steps than in others.
+def perform_within(budget: int, job: Job, work: Path) -> dict[str, Any]:
+    """The run whose completions come closest to the budget from below, for a row that samples more in some steps.
 
-    `run(n)` trains for n steps, the learning rate falling to 0 at the last, and says how many completions had been
-    sampled after each. The first run takes `num_steps`; a run that exceeds the budget is made again, for as many steps
-    as fitted; the first whole run within the budget has the number.
+    How many a run samples is known when it is over, so it is made again, for as many more or fewer steps as it was off,
+    its learning rate falling to 0 at the last of them: until it is at most 5 % below, or six times.
     """
+    num_steps = num_steps_of(job)
+    tried: dict[int, int] = {}  # steps -> completions
     while True:
-        sampled = run(num_steps)
-        fitting = sum(completions <= budget for completions in sampled)
-        if fitting >= num_steps:
-            return num_steps
-        num_steps = max(fitting, 1)
-        if num_steps == 1:
-            return 1
+        result = perform(with_steps(job, num_steps), work)
+        if "error" in result:
+            return result | {"asked_for": job.command}
+        tried[num_steps] = result["num_completions"]
+        if 0.95 * budget <= tried[num_steps] <= budget or len(tried) == 6:
+            break
+        num_steps = max(num_steps * budget // tried[num_steps], 1)
+        if num_steps in tried:
+            break
+    fitting = [steps for steps, completions in tried.items() if completions <= budget] or [min(tried)]
+    if list(tried)[-1] != max(fitting):  # the last run is not the one to keep
+        result = perform(with_steps(job, max(fitting)), work)
+    return result | {"asked_for": job.command, "tried": [list(run) for run in tried.items()]}
+
+
+def num_steps_of(job: Job) -> int:
+    return next(int(flag.partition("=")[2]) for flag in job.flags if flag.startswith("num_train_steps="))
+
+
+def with_steps(job: Job, num_steps: int) -> Job:
+    """The same run, shorter or longer; it saves at its end."""
+    counts = {"num_train_steps": num_steps, "save_every": num_steps}
+    flags = (flag.partition("=")[0] for flag in job.flags)
+    return replace(
+        job,
+        flags=tuple(
+            f"{key}={counts[key]}" if key in counts else flag for key, flag in zip(flags, job.flags, strict=True)
+        ),
+    )
 
 
 class Ladder:
@@ -98,13 +124,9 @@ class Ladder:
         self.projects: dict[str, Path] = {}
         self.num_done, self.num_planned, self.start = 0, 0, 0.0
 
-    def job(self, row: Row, part: str, rate: float, seed: int, *, eval_every: int, num_steps: int | None = None) -> Job:
+    def job(self, row: Row, part: str, rate: float, seed: int, *, eval_every: int) -> Job:
         """A run of this row."""
-        row = measured_as(row)
-        if num_steps is None:
-            num_steps = self.plan.num_train_steps
-            if row.fits_budget:
-                num_steps = self.results.parts[steps_part(row)]["num_train_steps"]
+        row, num_steps = measured_as(row), self.plan.num_train_steps
         flags = all_flags(row) | {
             "learning_rate": f"{rate:g}",
             "num_train_steps": num_steps,
@@ -123,33 +145,31 @@ class Ladder:
         return replace(job, mutant=what, project=self.projects[mutant.name])
 
     def grid_jobs(self, row: Row) -> list[Job]:
-        """Of the tuning seed, evaluated half as often as the runs that are reported."""
-        if row.rate_of is not None or self.lacks_steps(row):
+        """Of the tuning seeds, evaluated half as often as the runs that are reported."""
+        if row.rate_of is not None:
             return []
-        seed = self.plan.tuning_seed
-        return [self.job(row, grid_part(row, rate), rate, seed, eval_every=10) for rate in self.plan.rates]
+        runs = [(rate, seed) for rate in self.plan.rates for seed in self.plan.tuning_seeds]
+        return [self.job(row, grid_part(row, rate, seed), rate, seed, eval_every=10) for rate, seed in runs]
 
     def seed_jobs(self, row: Row, seeds: Sequence[int]) -> list[Job]:
         """At the rate that was best; none where the whole grid failed."""
         rate = chosen_rate(self.results.parts, row, self.plan)
-        if rate is None or self.lacks_steps(row):
+        if rate is None:
             return []
         return [self.job(row, seed_part(row, seed), rate, seed, eval_every=5) for seed in seeds]
-
-    def lacks_steps(self, row: Row) -> bool:
-        """Whether the search for this row's number of steps failed."""
-        return row.fits_budget and "error" in self.results.parts[steps_part(row)]
 
     def is_measured(self, job: Job) -> bool:
         """By this code, with this request, and without failing."""
         part = self.results.parts.get(job.name, {})
+        part = part | {"command": part.get("asked_for", part.get("command"))}
         asked = all(part.get(key) == value for key, value in job.request().items())
         return self.results.has(job.name) and asked and "error" not in part
 
     def run(self, rows: Sequence[Row], seeds: Sequence[int]) -> None:
         """All of it, in order."""
         rows = list({measured_as(row).name: measured_as(row) for row in self.with_rates_of(rows)}.values())
-        self.num_planned = sum((len(self.plan.rates) if row.rate_of is None else 0) + len(seeds) for row in rows)
+        grid = len(self.plan.rates) * len(self.plan.tuning_seeds)
+        self.num_planned = sum((grid if row.rate_of is None else 0) + len(seeds) for row in rows)
         self.start = time.monotonic()
         os.environ["OMP_NUM_THREADS"] = "1"
         self.work.mkdir(parents=True, exist_ok=True)
@@ -157,14 +177,11 @@ class Ladder:
             2, mp_context=multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
         )
         try:
-            bases = [self.plan.tuning_seed, *seeds]
+            bases = [*self.plan.tuning_seeds, *seeds]
             print(f"base models of the seeds {bases}, where the cache does not have them", flush=True)
             list(pool.map(build_base, bases, [self.plan.base_steps] * len(bases)))
-            for row in rows:
-                if row.fits_budget:
-                    self.search_steps(row, pool)
-            self.perform_all((job for row in rows for job in self.grid_jobs(row)), pool)
-            self.perform_all((job for row in rows for job in self.seed_jobs(row, seeds)), pool)
+            self.perform_all([(row, job) for row in rows for job in self.grid_jobs(row)], pool)
+            self.perform_all([(row, job) for row in rows for job in self.seed_jobs(row, seeds)], pool)
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -173,42 +190,12 @@ class Ladder:
         """These rows, and those whose learning rate they take."""
         return [*(ROWS[row.rate_of] for row in rows if row.rate_of is not None), *rows]
 
-    def search_steps(self, row: Row, pool: ProcessPoolExecutor) -> None:
-        """How many steps of this row sample as many completions as others: one number, from the tuning seed."""
-        plan, name = self.plan, steps_part(row)
-
-        def job(num_steps: int) -> Job:
-            return self.job(row, name, plan.middle_rate, plan.tuning_seed, eval_every=10, num_steps=num_steps)
-
-        first = job(plan.num_train_steps)
-        if self.is_measured(first):
-            return
-        tried: list[list[int]] = []
-
-        def run(num_steps: int) -> list[int]:
-            result = pool.submit(perform, job(num_steps), self.work).result()
-            if "error" in result:
-                raise RuntimeError(result["error"])
-            metrics = read_jsonl(self.work / first.folder / "metrics.jsonl")
-            sampled = [metric["num_completions"] for metric in metrics if metric["step"] >= 1]
-            tried.append([num_steps, sampled[-1]])
-            print(f"{name}: {num_steps} steps sample {sampled[-1]:,} completions", flush=True)
-            return sampled
-
-        try:
-            num_steps = steps_within_budget(run, plan.num_train_steps, plan.num_completions)
-            found: dict[str, Any] = {"num_train_steps": num_steps, "tried": tried, "budget": plan.num_completions}
-        except RuntimeError as error:
-            found = {"error": str(error)}
-            print(f"{name}: FAILED: {error}", flush=True)
-        self.results.save(name, first.request() | found)
-
-    def perform_all(self, jobs: Iterable[Job], pool: ProcessPoolExecutor) -> None:
+    def perform_all(self, jobs: Sequence[tuple[Row, Job]], pool: ProcessPoolExecutor) -> None:
         """Two at a time, each result kept as soon as it is there."""
-        jobs = list(jobs)
-        missing = [job for job in jobs if not self.is_measured(job)]
+        missing = [(row, job) for row, job in jobs if not self.is_measured(job)]
         self.num_planned -= len(jobs) - len(missing)
-        futures = {pool.submit(perform, job, self.work): job for job in missing}
+        within = partial(perform_within, self.plan.num_completions)
+        futures = {pool.submit(within if row.fits_budget else perform, job, self.work): job for row, job in missing}
         for future in as_completed(futures):
             job, result = futures[future], future.result()
             self.results.save(job.name, result)

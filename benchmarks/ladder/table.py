@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.ladder.intervals import paired_interval, t_interval
 from benchmarks.ladder.rows import BLOCKS, COMPARISONS, ROWS, TOP, Row
-from benchmarks.ladder.schedule import Parts, Plan, chosen_rate, grid_part, seed_part, steps_part
+from benchmarks.ladder.schedule import Parts, Plan, chosen_rate, grid_part, grid_score, seed_part
 from benchmarks.ladder.shows import SHOWS
 
 NOTHING = "–"
@@ -31,7 +31,7 @@ def errors_of(parts: Parts, row: Row) -> list[str]:
     """What the failed ones died of: of the seeds, or of the grid where none of it survived."""
     failed = [parts[seed_part(row, seed)] for seed in Plan.seeds if "error" in parts.get(seed_part(row, seed), {})]
     if not failed and not runs_of(parts, row):
-        before = [steps_part(row), *(grid_part(row, rate) for rate in Plan.rates)]
+        before = [grid_part(row, rate, seed) for rate in Plan.rates for seed in Plan.tuning_seeds]
         failed = [parts[name] for name in before if "error" in parts.get(name, {})]
     return [part["error"] for part in failed]
 
@@ -150,25 +150,17 @@ def top(parts: Parts) -> str:
 
 
 def grid(parts: Parts) -> str:
-    """Every row's learning rates on the tuning seed, the chosen one in bold."""
+    """Every row's learning rates on the tuning seeds, the chosen one in bold."""
     lines = []
     for row in ROWS.values():
         chosen = chosen_rate(parts, row)
         cells = []
         for rate in Plan.rates if row.rate_of is None else ():
-            part = parts.get(grid_part(row, rate), {})
-            score = part.get("held_out_mean")
-            cell = ("failed" if "error" in part else NOTHING) if score is None else f"{score:.3f}"
+            score = grid_score(parts, row, rate, Plan())
+            cell = NOTHING if score is None else f"{score:.3f}"
             cells.append(f"**{cell}**" if rate == chosen else cell)
         lines.append([f"`{row.name}`", *(cells or [f"as `{row.rate_of}`", "", ""])])
-    searched = [
-        f"`{row.name}` takes {part['num_train_steps']} steps (tried: "
-        + ", ".join(f"{steps} steps = {sampled:,} completions" for steps, sampled in part["tried"])
-        + ")."
-        for row in ROWS.values()
-        if row.fits_budget and "tried" in (part := parts.get(steps_part(row), {}))
-    ]
-    return "\n\n".join([markdown(["row", *map(scientific, Plan.rates)], lines), *searched])
+    return markdown(["row", *map(scientific, Plan.rates)], lines)
 
 
 def comparisons(parts: Parts) -> str:

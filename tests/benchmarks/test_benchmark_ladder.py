@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,10 @@ from benchmarks.ladder.schedule import (
     Plan,
     chosen_rate,
     grid_part,
+    num_steps_of,
+    perform_within,
     results_in,
     seed_part,
-    steps_part,
-    steps_within_budget,
 )
 from benchmarks.ladder.shows import SHOWS
 from grpo.base_model import build_model, train_tokenizer
@@ -127,9 +128,11 @@ def test_a_mutant_that_is_gone_or_matches_no_longer_ends_the_ladder(tmp_path: Pa
 
 
 def graded(scores: dict[float, float | None], row: str = "grpo") -> Parts:
+    """A grid with these scores, as means of two tuning seeds."""
     return {
-        grid_part(ROWS[row], rate): {"error": "no"} if score is None else {"held_out_mean": score}
+        grid_part(ROWS[row], rate, seed): {"error": "no"} if score is None else {"held_out_mean": score + offset}
         for rate, score in scores.items()
+        for seed, offset in zip(Plan.tuning_seeds, (0.25, -0.25), strict=True)
     }
 
 
@@ -149,20 +152,40 @@ def test_the_best_rate_of_the_grid_is_chosen(scores: dict[float, float | None], 
     assert chosen_rate(graded(scores, "kl_k3_corrected"), ROWS["grpo_two_updates"]) == expected  # the same runs
 
 
-@pytest.mark.parametrize("extra", [0, 1, 3])
-def test_steps_are_as_many_as_fit_the_budget(extra: int) -> None:
-    """A row that samples 4 completions a step, and `extra` ones in every step after the first half."""
-    tried = []
+def test_a_rate_that_failed_on_one_tuning_seed_is_not_chosen() -> None:
+    parts = graded({1.5e-4: 0.8, 5e-4: 0.9, 1.5e-3: 0.95})
+    parts[grid_part(ROWS["grpo"], 1.5e-3, Plan.tuning_seeds[0])] = {"error": "loss nan"}
+    assert chosen_rate(parts, ROWS["grpo"]) == 5e-4
 
-    def run(num_steps: int) -> list[int]:
-        tried.append(num_steps)
-        sampled = [4 + (extra if step > num_steps / 2 else 0) for step in range(1, num_steps + 1)]
-        return [sum(sampled[: step + 1]) for step in range(num_steps)]
 
-    num_steps = steps_within_budget(run, num_steps=100, budget=400)
-    assert run(num_steps)[-1] <= 400
-    assert num_steps == {0: 100, 1: 88, 3: 72}[extra]
-    assert len(tried) <= 6
+@pytest.mark.parametrize(
+    ("sampled", "tried"),
+    [
+        (lambda steps: 256 * steps, [150]),  # it fits at once
+        (lambda steps: 512 * steps, [150, 75]),
+        (lambda steps: 256 * steps + 4 * steps**2, [150, 44, 88, 63, 75, 69]),  # more in every step, the longer it runs
+        (lambda steps: 40_000, [150, 144, 138, 132, 126, 120]),  # never
+    ],
+)
+def test_a_run_gets_as_many_steps_as_its_budget_allows(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sampled: Callable[[int], int], tried: list[int]
+) -> None:
+    made = []
+
+    def run(job: Job, work: Path) -> dict[str, Any]:
+        made.append(num_steps_of(job))
+        assert f"save_every={made[-1]}" in job.flags
+        return job.request() | {"num_completions": sampled(made[-1])}
+
+    monkeypatch.setattr(schedule, "perform", run)
+    job = Job("dapo seed 0", "train_grpo.py", ("algorithm=dapo", "num_train_steps=150", "save_every=150"), 0, 900)
+    result = perform_within(38_400, job, tmp_path)
+    assert [steps for steps, _ in result["tried"]] == tried
+    fitting = [steps for steps in tried if sampled(steps) <= 38_400] or [min(tried)]
+    assert result["num_completions"] == sampled(made[-1])
+    assert made[-1] == max(fitting)
+    assert made[: len(tried)] == tried
+    assert result["asked_for"] == job.command != ["", *result["command"]]
 
 
 def test_t_intervals_of_known_samples() -> None:
@@ -276,15 +299,19 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeRuns:
     return FakeRuns(monkeypatch, tmp_path)
 
 
-GRID = ["grpo rate 0.00015", "grpo rate 0.0005", "grpo rate 0.0015"]
+GRID = [f"grpo rate {rate} tuning {seed}" for rate in ("0.00015", "0.0005", "0.0015") for seed in (100, 101)]
 SEEDS = [f"grpo seed {seed}" for seed in range(5)]
+
+
+def grid_of(name: str) -> list[str]:
+    return [grid_part(ROWS[name], rate, seed) for rate in Plan.rates for seed in Plan.tuning_seeds]
 
 
 def test_a_row_is_tuned_on_its_grid_and_then_run_on_the_other_seeds(fake: FakeRuns) -> None:
     made, ladder = fake.run("grpo")
     assert made == GRID + SEEDS
-    assert {job.seed for job in fake.jobs[:3]} == {100}
-    assert all("--learning_rate=0.0015" in job.command and f"--seed={job.seed}" in job.command for job in fake.jobs[3:])
+    assert [job.seed for job in fake.jobs[:6]] == [100, 101] * 3
+    assert all("--learning_rate=0.0015" in job.command and f"--seed={job.seed}" in job.command for job in fake.jobs[6:])
     assert all(f"--base_seed={job.seed}" in job.command for job in fake.jobs)
     assert ladder.results.parts["grpo seed 4"]["accuracy"] == pytest.approx(0.94)
 
@@ -297,11 +324,13 @@ def test_a_stopped_ladder_goes_on_and_other_code_or_flags_are_measured_again(
     assert fake.run("grpo")[0] == []
 
     results = results_in(fake.folder)
-    del results.parts["grpo rate 0.0015"]  # then another rate of the grid may win, and the seeds are run at that one
-    fake.failing = {"grpo rate 0.0015"}
-    assert fake.run("grpo", results=results)[0] == ["grpo rate 0.0015", *SEEDS]
+    del results.parts[
+        "grpo rate 0.0015 tuning 100"
+    ]  # then another rate of the grid may win, and the seeds are run at that one
+    fake.failing = {"grpo rate 0.0015 tuning 100"}
+    assert fake.run("grpo", results=results)[0] == ["grpo rate 0.0015 tuning 100", *SEEDS]
     fake.failing = set()
-    assert fake.run("grpo")[0] == ["grpo rate 0.0015", *SEEDS]  # what failed is run again
+    assert fake.run("grpo")[0] == ["grpo rate 0.0015 tuning 100", *SEEDS]  # what failed is run again
 
     monkeypatch.setitem(ROWS, "grpo", dataclasses.replace(ROWS["grpo"], flags={"algorithm": "grpo", "kl_coeff": 0.1}))
     assert fake.run("grpo")[0] == GRID + SEEDS
@@ -310,19 +339,19 @@ def test_a_stopped_ladder_goes_on_and_other_code_or_flags_are_measured_again(
 
 
 def test_a_failed_run_is_kept_and_kills_no_other(fake: FakeRuns) -> None:
-    fake.failing = {"grpo seed 1", *(grid_part(ROWS["clip"], rate) for rate in Plan.rates)}
+    fake.failing = {"grpo seed 1", *grid_of("clip")}
     made, ladder = fake.run("clip", "grpo")
     assert [name for name in made if name.startswith("grpo")] == GRID + SEEDS
     assert not [name for name in made if name.startswith("clip seed")]  # no rate to run it at
     assert ladder.results.parts["grpo seed 1"]["error"] == "loss nan"
     parts = ladder.results.parts
     assert table.accuracy(parts, ROWS["grpo"]).endswith(", 1 failed: loss nan")
-    assert table.accuracy(parts, ROWS["clip"]) == "3 failed: loss nan"
+    assert table.accuracy(parts, ROWS["clip"]) == "6 failed: loss nan"
 
 
 def test_rows_that_coincide_or_take_anothers_rate_cost_no_run_of_their_own(fake: FakeRuns) -> None:
     made, _ = fake.run("kl_k3_corrected", "grpo_two_updates", plan=Plan(seeds=(0,)))
-    assert made == [*(grid_part(ROWS["kl_k3_corrected"], rate) for rate in Plan.rates), "kl_k3_corrected seed 0"]
+    assert made == [*grid_of("kl_k3_corrected"), "kl_k3_corrected seed 0"]
     made, ladder = fake.run("max_for_min_one_update", plan=Plan(seeds=(0,)))
     assert made == [*GRID, "grpo seed 0", "max_for_min_one_update seed 0"]
     mutant = ladder.results.parts["max_for_min_one_update seed 0"]["mutant"]
@@ -333,15 +362,16 @@ def test_rows_that_coincide_or_take_anothers_rate_cost_no_run_of_their_own(fake:
 
 def test_dynamic_sampling_gets_as_many_completions_not_as_many_steps(fake: FakeRuns) -> None:
     made, ladder = fake.run("dapo", plan=Plan(seeds=(0,)))
-    assert made[:2] == ["dapo steps"] * 2  # 150 steps are too many, 75 fit
-    assert ladder.results.parts["dapo steps"]["num_train_steps"] == 75
-    assert ladder.results.parts["dapo steps"]["tried"] == [[150, 76800], [75, 38400]]
-    assert ladder.results.parts["dapo seed 0"]["num_completions"] == 38400
+    assert made == [name for name in [*grid_of("dapo"), "dapo seed 0"] for _ in range(2)]  # 150 steps, then 75
+    for part in ladder.results.parts.values():
+        assert part["tried"] == [[150, 76800], [75, 38400]]
+        assert "--num_train_steps=75" in part["command"]
+        assert part["num_completions"] == 38400
     assert fake.run("dapo", plan=Plan(seeds=(0,)))[0] == []
-    fake.failing = {steps_part(ROWS["dapo"])}
+    fake.failing = set(grid_of("dapo"))
     made, ladder = fake.run("dapo", "grpo", plan=Plan(seeds=(0,)), results=results_in(fake.folder / "fresh"))
-    assert made == ["dapo steps", *GRID, "grpo seed 0"]
-    assert table.accuracy(ladder.results.parts, ROWS["dapo"]) == "1 failed: loss nan"
+    assert made == [*grid_of("dapo"), *GRID, "grpo seed 0"]
+    assert table.accuracy(ladder.results.parts, ROWS["dapo"]) == "6 failed: loss nan"
 
 
 def test_raw_metrics_are_packed_and_kept_when_the_runs_are_gone(tmp_path: Path) -> None:
@@ -374,7 +404,8 @@ def test_what_goes_wrong_in_a_process_is_its_last_line(tmp_path: Path) -> None:
 
 def measured(accuracies: list[float], *, steps: list[int | None], name: str = "grpo") -> Parts:
     """Runs of the first seeds, at the rate that a grid of one finds best."""
-    return {grid_part(ROWS[name], 5e-4): {"held_out_mean": 0.5, "commit": "0123456789", "seconds": 0.0}} | {
+    grid = {"held_out_mean": 0.5, "commit": "0123456789", "seconds": 0.0}
+    return {grid_part(ROWS[name], 5e-4, seed): grid for seed in Plan.tuning_seeds} | {
         seed_part(ROWS[name], seed): {
             "command": ["train_grpo.py", "--learning_rate=0.0005"],
             "accuracy": accuracy,
