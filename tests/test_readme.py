@@ -178,9 +178,9 @@ def test_its_picture_is_there_and_small() -> None:
     assert (ROOT / path).stat().st_size < 150_000
 
 
-def test_it_answers_the_eleven_questions() -> None:
+def test_it_answers_the_twelve_questions() -> None:
     questions = README.split("## Questions")[1].split("## Limits")[0]
-    assert re.findall(r"^(\d+)\. \*\*", questions, flags=re.MULTILINE) == [str(n) for n in range(1, 12)]
+    assert re.findall(r"^(\d+)\. \*\*", questions, flags=re.MULTILINE) == [str(n) for n in range(1, 13)]
 
 
 def test_every_file_it_names_exists() -> None:
