@@ -5,7 +5,6 @@ run that failed is.
 """
 
 import multiprocessing
-import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -171,7 +170,6 @@ class Ladder:
         grid = len(self.plan.rates) * len(self.plan.tuning_seeds)
         self.num_planned = sum((grid if row.rate_of is None else 0) + len(seeds) for row in rows)
         self.start = time.monotonic()
-        os.environ["OMP_NUM_THREADS"] = "1"
         self.work.mkdir(parents=True, exist_ok=True)
         pool = ProcessPoolExecutor(
             2, mp_context=multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)

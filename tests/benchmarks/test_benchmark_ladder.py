@@ -511,7 +511,7 @@ def test_one_row_from_end_to_end(
     command.main(["--smoke", "--rows", "max_for_min_one_update", "--work", str(tmp_path)])
     assert "[3/3]" in capsys.readouterr().out
     parts = json.loads((tmp_path / "smoke" / "ladder.json").read_text())["parts"]
-    names = ["grpo rate 0.0005", "grpo seed 1", "max_for_min_one_update seed 1"]
+    names = ["grpo rate 0.0005 tuning 0", "grpo seed 1", "max_for_min_one_update seed 1"]
     assert sorted(parts) == names
     for part in parts.values():
         assert (part["steps"], part["num_completions"], part["n"]) == (2, 512, 500)
