@@ -7,7 +7,8 @@ A reward function has TRL's signature: it takes all completions of a step at onc
     fn(prompts, completions, completion_ids=..., **columns) -> list[float | None]
 
 with the columns of the data set repeated per completion, and None for "does not apply here". The columns it needs are
-the parameters it names. `REWARDS` maps a name to a factory, `factory(**arguments) -> fn`; in the config:
+the parameters it names. Where a prompt is a list of messages, so is its completion: [{"role": "assistant", "content":
+...}]; `text_of` gives the text of either. `REWARDS` maps a name to a factory, `factory(**arguments) -> fn`; in the config:
 
     rewards: [math]
     rewards: [{name: math, weight: 1.0, correct_reward: 1.0}, {name: my_module:my_fn, weight: 0.5}]
@@ -21,6 +22,7 @@ A function may carry attributes that say more about it:
     check_sample(sample)       raises a ValueError for a row of the data that it cannot score, before any compute
 """
 
+import dataclasses
 import difflib
 import functools
 import importlib
@@ -29,7 +31,7 @@ import math
 import numbers
 import re
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -39,6 +41,7 @@ import torch
 from torch import Tensor
 
 from grpo.errors import InputError, RunError
+from grpo.sources import Source
 
 RewardValue = float | list[float] | None  # of one completion: as a whole, token by token, not applicable
 RewardFn = Callable[..., Sequence[RewardValue]]
@@ -114,8 +117,8 @@ def math_reward(correct_reward: float = 1.0, wrong_reward: float = 0.0) -> Rewar
     model = MathRewardModel(correct_reward, wrong_reward)
 
     def math_fn(prompts: list, completions: list, answer: list, **_: Any) -> list[RewardValue]:
-        rows = zip(prompts, answer, completions, strict=True)
-        return [model.compute_reward({"prompt": p, "answer": a}, completion) for p, a, completion in rows]
+        rows = zip(prompts, answer, map(text_of, completions), strict=True)
+        return [model.compute_reward({"prompt": p, "answer": a}, text) for p, a, text in rows]
 
     math_fn.full_mark = correct_reward  # type: ignore[attr-defined]
     math_fn.has_answer = lambda completion: last_integer(completion) is not None  # type: ignore[attr-defined]
@@ -213,6 +216,11 @@ class Scores:
             has_answer=torch.cat([part.has_answer for part in parts]),
         )
 
+    def with_names(self, names: Iterable[str]) -> Self:
+        """The same with NaN for the rewards among `names` that it has not got: they do not apply."""
+        nothing = torch.full_like(self.combined, torch.nan)
+        return dataclasses.replace(self, by_name={name: self.by_name.get(name, nothing) for name in names})
+
     def metrics(self) -> dict[str, float]:
         """Means and unbiased standard deviations over the batch, of the combined reward and of each one."""
         row = {"reward": self.combined.nanmean().item(), "reward_std": nan_std(self.combined)}
@@ -289,6 +297,61 @@ def required_columns(reward: Reward) -> set[str]:
     return _named_parameters(reward.fn, without_default=True) - GIVEN
 
 
+def load_rewards_of(sources: Sequence[Source]) -> dict[str | None, list[Reward]]:
+    """The rewards of every data set, by its name; None where there is only one."""
+    rewards = {}
+    for source in sources:
+        try:
+            rewards[source.name] = load_rewards(source.rewards)
+        except InputError as error:
+            raise InputError(str(error) if source.name is None else f"datasets: {source.name}: {error}") from error
+    return rewards
+
+
+def check_mixture(
+    rewards: Mapping[str | None, Sequence[Reward]], samples: Sequence[dict[str, Any]], place: Callable[[int], str]
+) -> None:
+    """`check_samples` for samples each of which has the rewards of its own data set."""
+    for name, rows in _rows_by_dataset(samples).items():
+        check_samples(rewards[name], [samples[row] for row in rows], lambda index, rows=rows: place(rows[index]))
+
+
+def score_mixture(
+    rewards: Mapping[str | None, Sequence[Reward]],
+    samples: Sequence[dict[str, Any]],
+    completions: Sequence[str],
+    completion_ids: Sequence[Sequence[int]],
+    *,
+    per_token: bool = False,
+) -> Scores:
+    """`score_completions` for samples each of which is judged by the rewards of its own data set, and by no other's."""
+    parts = [
+        (
+            rows,
+            score_completions(
+                rewards[name],
+                [samples[row] for row in rows],
+                [completions[row] for row in rows],
+                [completion_ids[row] for row in rows],
+                per_token=per_token,
+            ),
+        )
+        for name, rows in _rows_by_dataset(samples).items()
+    ]
+    if len(rewards) == 1:
+        return parts[0][1]
+    names = dict.fromkeys(reward.name for own in rewards.values() for reward in own)  # also of data sets not drawn from
+    order = torch.tensor([row for rows, _ in parts for row in rows]).argsort()
+    return Scores.cat([scores.with_names(names) for _, scores in parts]).select(order)
+
+
+def _rows_by_dataset(samples: Sequence[dict[str, Any]]) -> dict[str | None, list[int]]:
+    rows: dict[str | None, list[int]] = {}
+    for row, sample in enumerate(samples):
+        rows.setdefault(sample.get("dataset"), []).append(row)
+    return rows
+
+
 def check_samples(rewards: Sequence[Reward], samples: Sequence[dict[str, Any]], place: Callable[[int], str]) -> None:
     """Every sample must be one that the rewards can score; `place(i)` says where sample i stands."""
     for reward in rewards:
@@ -321,10 +384,11 @@ def score_completions(
             of values, or a value that is neither a finite number nor None (the sample is named too), or a list of
             values where `per_token` is false or which is not as long as the completion.
     """
-    keys = {key for sample in samples for key in sample} - {"prompt"}  # the union: rows of a mixture differ
+    keys = {key for sample in samples for key in sample} - {"prompt", "prompt_ids"}  # the union: rows may differ
     columns = {key: [sample.get(key) for sample in samples] for key in sorted(keys)}
     prompts = [sample["prompt"] for sample in samples]
-    given = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
+    answers = [_like(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
+    given = {"prompts": prompts, "completions": answers, "completion_ids": completion_ids, **columns}
     lengths = [len(ids) for ids in completion_ids]  # B of them, in tokens
     returned: dict[str, list[RewardValue]] = {}
     for reward in rewards:
@@ -360,6 +424,16 @@ def score_completions(
         if per_token
         else None,
     )
+
+
+def text_of(completion: str | list[dict[str, str]]) -> str:
+    """What the model wrote, be it given as text or as a message."""
+    return completion if isinstance(completion, str) else "".join(message["content"] for message in completion)
+
+
+def _like(prompt: Any, completion: str) -> Any:
+    """The completion in the form of its prompt: a text, or a list with the assistant's message."""
+    return completion if isinstance(prompt, str) else [{"role": "assistant", "content": completion}]
 
 
 def _total(value: RewardValue) -> float:

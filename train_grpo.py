@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import chain
+from typing import Any
 
 from grpo.config import Config, Options, parse_command_line, warn
 from grpo.errors import errors_explained
@@ -36,29 +37,36 @@ from transformers import PreTrainedModel
 from grpo.advantages import groups_without_spread, penalized_advantages
 from grpo.algorithms import CLIP_KEYS
 from grpo.checkpoint import load_checkpoint, rescue, save_checkpoint, save_model, weights_sha256
-from grpo.data import JSONLinesDataset, Sample, samples_for_step
+from grpo.data import Sample, samples_for_step
 from grpo.dry_run import describe, opening_line
 from grpo.evaluation import Evaluation, evaluate_greedy, outcome_shares, pick_examples, preflight
 from grpo.logprobs import compute_logprobs
+from grpo.lora import adapter_off
 from grpo.loss import SURROGATES, kl_divergence, loss_weights
+from grpo.merge_lora import save_merged
+from grpo.mixture import load_datasets
 from grpo.policy import (
     check_compile,
     check_lengths,
     choose_device,
     compile_trunks,
-    frozen_copy,
     load_policy,
     load_skeleton,
+    loading_settings,
     make_autocast,
     make_optimizer,
+    make_reference,
+    make_trainable,
     set_learning_rate,
     uncompiled,
+    with_num_steps,
 )
 from grpo.records import TokenMeans, check_finite, sample_rows
 from grpo.resample import Groups, check_rewards_vary, replace_idle_groups
 from grpo.rollout import Rollout, generate_completions, step_seed
 from grpo.run_folder import RunFolder, open_run
-from reward_model import Scores, check_samples, load_rewards, score_completions
+from grpo.sources import sources_of
+from reward_model import Scores, check_mixture, load_rewards_of, score_mixture
 
 
 def main(config: Config, options: Options = Options()) -> None:
@@ -75,20 +83,20 @@ def train(config: Config, run: RunFolder) -> None:
     check_compile(config, device)
     autocast = make_autocast(config.dtype, device)
     eager = uncompiled if config.compile else nullcontext  # where the shapes change with every token
-    rewards = load_rewards(config.rewards)
-    train_set, eval_set = JSONLinesDataset(config.train_file), JSONLinesDataset(config.eval_file)
-    skeleton, tokenizer = load_skeleton(config.model_name)
+    rewards = load_rewards_of(sources_of(vars(config)))
+    skeleton, tokenizer = load_skeleton(config.model_name, chat_template=config.chat_template)
+    train_set, eval_set = load_datasets(config, tokenizer)
     for dataset in (train_set, eval_set):
-        check_samples(rewards, dataset, dataset.place)
-        check_lengths(dataset, skeleton, tokenizer, config)
+        check_mixture(rewards, dataset, dataset.place)
+        check_lengths(dataset, skeleton, config)
+    run.config = config = with_num_steps(config, train_set.epoch_size)
     if run.options.dry_run:
         print(describe(config, skeleton, tokenizer, train_set))
         return
     print(opening_line(config, device, writes=not run.options.preflight))
-    policy, tokenizer = load_policy(
-        config.model_name, base_seed=config.base_seed, base_steps=config.base_steps, device=device
-    )
-    reference = frozen_copy(policy) if config.kl_coeff > 0 else None
+    policy, tokenizer = load_policy(config.model_name, **loading_settings(config), device=device)
+    make_trainable(policy, config)
+    reference = make_reference(policy) if config.kl_coeff > 0 else None
     if config.compile:
         compile_trunks(policy, reference)
     optimizer = make_optimizer(policy, config)
@@ -99,6 +107,7 @@ def train(config: Config, run: RunFolder) -> None:
     clip = {key: getattr(config, key) for key in CLIP_KEYS[config.surrogate]}
     surrogate = partial(SURROGATES[config.surrogate].loss, **clip)
     where_clipped = partial(SURROGATES[config.surrogate].clipped, **clip)
+    limits: dict[str, Any] = {key: getattr(config, key) for key in ("max_completion_length", "stop_strings")}
     length = config.max_completion_length
     weigh = partial(loss_weights, aggregation=config.loss_aggregation, max_completion_length=length)
     kl_to_reference = partial(kl_divergence, estimator=config.kl_estimator)
@@ -121,9 +130,9 @@ def train(config: Config, run: RunFolder) -> None:
             return generate_completions(
                 policy,
                 tokenizer,
-                [sample["prompt"] for sample in samples],
+                [sample["prompt_ids"] for sample in samples],
                 group_size=config.group_size,
-                max_completion_length=length,
+                **limits,
                 temperature=config.temperature,
                 top_p=config.top_p,
                 top_k=config.top_k,
@@ -133,7 +142,7 @@ def train(config: Config, run: RunFolder) -> None:
 
     def score(samples: Sequence[Sample], rollout: Rollout) -> Scores:
         """What each completion is worth; one sample a completion."""
-        return score_completions(rewards, samples, rollout.completions, rollout.token_lists())
+        return score_mixture(rewards, samples, rollout.completions, rollout.token_lists())
 
     def judged(samples: Sequence[Sample], rollout: Rollout) -> Groups:
         """The groups of these prompts with what they are worth; row p * G + g belongs to prompt p."""
@@ -165,6 +174,12 @@ def train(config: Config, run: RunFolder) -> None:
         parts = [logprobs(model, rollout, batch)[0] for batch in chain.from_iterable(micro_batches)]
         return parts[0].new_full((num_rows, parts[0].shape[1]), torch.nan).index_copy(0, rows, torch.cat(parts))
 
+    def reference_logps(rollout: Rollout, micro_batches: Sequence[Sequence[Tensor]]) -> Tensor:
+        """(B, C) of the frozen reference, which with LoRA is the policy without its adapter."""
+        assert reference is not None
+        with adapter_off(reference):
+            return fixed_logps(reference, rollout, micro_batches)
+
     def batches_to_score(rollout: Rollout, is_idle: Tensor) -> list[list[Tensor]]:
         """For each minibatch the row numbers of its forward passes, (b,) each."""
         limits = {"max_rows": config.micro_batch_size, "max_tokens": config.micro_batch_tokens}
@@ -174,9 +189,7 @@ def train(config: Config, run: RunFolder) -> None:
     def evaluate() -> Evaluation:
         """Greedy answers to the held-out problems."""
         with autocast(), eager():
-            return evaluate_greedy(
-                policy, tokenizer, eval_set, score, max_completion_length=length, batch_rows=num_rows
-            )
+            return evaluate_greedy(policy, tokenizer, eval_set, score, **limits, batch_rows=num_rows)
 
     def is_due(step: int) -> bool:
         return step % config.eval_every == 0 or step == last_step
@@ -246,7 +259,7 @@ def train(config: Config, run: RunFolder) -> None:
         # batches of the update. With one optimizer step the latter are its own, detached: the ratio is exactly 1.
         update_start = time.perf_counter()
         micro_batches = batches_to_score(rollout, is_idle)
-        ref_logps = fixed_logps(reference, rollout, micro_batches) if reference is not None else None  # (B, C)
+        ref_logps = reference_logps(rollout, micro_batches) if reference is not None else None  # (B, C)
         all_old_logps = fixed_logps(policy, rollout, micro_batches) if needs_old_logps else None  # (B, C)
 
         # [5] Advantages: how much better than its siblings; a KL in the reward is charged before they are compared.
@@ -331,6 +344,8 @@ def train(config: Config, run: RunFolder) -> None:
         progress.set_postfix(run.status())
 
     save_model(policy, tokenizer, run.folder / "final")
+    if config.save_merged:
+        save_merged(run.folder / "final", run.folder / "final-merged")
     run.finish(evaluation or evaluate(), eval_set)
 
 

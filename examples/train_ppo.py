@@ -51,12 +51,13 @@ from transformers import PreTrainedModel
 from grpo.advantages import whitened
 from grpo.checkpoint import load_checkpoint, rescue, save_checkpoint, save_model, weights_sha256
 from grpo.critic import Critic, clipped_value_loss, clipped_values, explained_variance
-from grpo.data import JSONLinesDataset, Sample, samples_for_step
+from grpo.data import Sample, samples_for_step
 from grpo.dry_run import describe, opening_line
 from grpo.evaluation import Evaluation, evaluate_greedy, outcome_shares, pick_examples, preflight
 from grpo.gae import generalized_advantages
 from grpo.logprobs import compute_logprobs
 from grpo.loss import clipped_surrogate, clipped_tokens, kl_divergence, loss_weights
+from grpo.mixture import load_datasets
 from grpo.policy import (
     check_compile,
     check_lengths,
@@ -66,10 +67,12 @@ from grpo.policy import (
     learning_rate_at,
     load_policy,
     load_skeleton,
+    loading_settings,
     make_autocast,
     make_optimizer,
     set_learning_rate,
     uncompiled,
+    with_num_steps,
 )
 from grpo.records import TokenMeans, check_finite, sample_rows
 from grpo.rollout import Rollout, generate_completions, step_seed
@@ -91,6 +94,9 @@ def check_settings(config: Config) -> None:
         "advantage_scale": ("tokens", "none"),
         "surrogate": ("clipped",),
         "kl_in": ("reward",) if config.kl_coeff > 0 else ("reward", "loss"),  # where there is no KL, it is nowhere
+        "datasets": (None,),
+        "lora_rank": (0,),  # the critic has a trunk of its own, all of which is trained
+        "gradient_checkpointing": (False,),
     }
     for key, values in allowed.items():
         if getattr(config, key) not in values:
@@ -107,18 +113,17 @@ def train(config: Config, run: RunFolder) -> None:
     autocast = make_autocast(config.dtype, device)
     eager = uncompiled if config.compile else nullcontext  # where the shapes change with every token
     rewards = load_rewards(config.rewards)
-    train_set, eval_set = JSONLinesDataset(config.train_file), JSONLinesDataset(config.eval_file)
-    skeleton, tokenizer = load_skeleton(config.model_name)
+    skeleton, tokenizer = load_skeleton(config.model_name, chat_template=config.chat_template)
+    train_set, eval_set = load_datasets(config, tokenizer)
     for dataset in (train_set, eval_set):
         check_samples(rewards, dataset, dataset.place)
-        check_lengths(dataset, skeleton, tokenizer, config)
+        check_lengths(dataset, skeleton, config)
+    run.config = config = with_num_steps(config, train_set.epoch_size)
     if run.options.dry_run:
         print(describe(config, skeleton, tokenizer, train_set))
         return
     print(opening_line(config, device, writes=not run.options.preflight))
-    policy, tokenizer = load_policy(
-        config.model_name, base_seed=config.base_seed, base_steps=config.base_steps, device=device
-    )
+    policy, tokenizer = load_policy(config.model_name, **loading_settings(config), device=device)
     reference = frozen_copy(policy) if config.kl_coeff > 0 else None
     critic = Critic(policy)
     if config.compile:
@@ -146,13 +151,14 @@ def train(config: Config, run: RunFolder) -> None:
             return generate_completions(
                 policy,
                 tokenizer,
-                [sample["prompt"] for sample in samples],
+                [sample["prompt_ids"] for sample in samples],
                 group_size=config.group_size,
                 max_completion_length=config.max_completion_length,
                 temperature=config.temperature,
                 top_p=config.top_p,
                 top_k=config.top_k,
                 seed=step_seed(config.seed, step),
+                stop_strings=config.stop_strings,
             )
 
     def score(samples: Sequence[Sample], rollout: Rollout) -> Scores:
@@ -184,11 +190,9 @@ def train(config: Config, run: RunFolder) -> None:
 
     def evaluate() -> Evaluation:
         """Greedy answers to the held-out problems."""
-        length = config.max_completion_length
+        limits: dict[str, Any] = {key: getattr(config, key) for key in ("max_completion_length", "stop_strings")}
         with autocast(), eager():
-            return evaluate_greedy(
-                policy, tokenizer, eval_set, score, max_completion_length=length, batch_rows=num_rows
-            )
+            return evaluate_greedy(policy, tokenizer, eval_set, score, **limits, batch_rows=num_rows)
 
     def is_due(step: int) -> bool:
         return step % config.eval_every == 0 or step == last_step

@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.utils.logging import disable_progress_bar
 
 from grpo.errors import InputError, RunError
+from grpo.lora import has_adapter, load_adapter
 
 COUNTS = ("num_tokens", "num_completions")  # of the whole run so far
 STATE = ("step", "samples_size", *COUNTS)  # what state.json holds
@@ -113,10 +114,11 @@ def load_checkpoint(
             f"(run.json: sha256 {base_sha256[:12]}…), so it cannot be the reference of the KL"
         )
     with _loading(folder):
-        saved = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-        )
-        policy.load_state_dict(saved.state_dict())
+        if has_adapter(policy):
+            load_adapter(policy, folder)
+        else:
+            how = {"dtype": torch.float32, "local_files_only": True, "trust_remote_code": False}
+            policy.load_state_dict(AutoModelForCausalLM.from_pretrained(folder, **how).state_dict())
         optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
         for name, module in modules.items():
             if not (folder / f"{name}.safetensors").is_file():
@@ -167,8 +169,10 @@ def _damage(folder: Path) -> str | None:
         hashes = dict(json.loads((folder / "checksums.json").read_text()))
     except (OSError, ValueError, TypeError, RecursionError):
         return "checksums.json cannot be read"
-    if missing := {"state.json", "optimizer.pt", "model.safetensors"} - set(hashes):
+    if missing := {"state.json", "optimizer.pt"} - set(hashes):
         return f"checksums.json does not name {sorted(missing)[0]}"
+    if not any(name.endswith(".safetensors") and "model" in name for name in hashes):
+        return "checksums.json does not name model.safetensors"
     for name, expected in hashes.items():
         if not (folder / name).is_file():
             return f"{name} is missing"
@@ -195,9 +199,12 @@ def sha256(path: Path) -> str:
 
 
 def weights_sha256(model: PreTrainedModel) -> str:
-    """Of names, shapes and values of all weights, wherever they lie."""
+    """Of names, shapes and values of all weights, wherever they lie; an adapter's do not count, they are not the base."""
     digest = hashlib.sha256()
-    for name, weight in sorted(model.state_dict().items()):
+    weights = {
+        name.replace(".base_layer.", "."): value for name, value in model.state_dict().items() if ".lora_" not in name
+    }
+    for name, weight in sorted(weights.items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

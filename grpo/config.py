@@ -27,6 +27,7 @@ import yaml
 
 from grpo.algorithms import ALGORITHMS, CLIP_KEYS, CRITIC_SCRIPT, ROW_KEYS, filled, plain_table
 from grpo.errors import InputError, exit_with, unreadable
+from grpo.sources import sources_of
 
 DEFAULTS_FILE = Path(__file__).resolve().parent.parent / "config.yaml"
 
@@ -40,8 +41,25 @@ class Config:
     base_steps: int
     train_file: str
     eval_file: str
+    datasets: list[Any] | None
+    total_rows: int | None
+    prompt_column: str
+    answer_column: str
+    single_turn_ratio: float
+    force_single_turn: bool
     rewards: list[Any]
+    chat_template: str
+    system_prompt: str | None
     max_prompt_length: int
+    long_prompts: Literal["error", "drop"]
+
+    lora_rank: int
+    lora_alpha: float
+    lora_target_modules: str
+    save_merged: bool
+    quantization: Literal["none", "4bit", "8bit"]
+    gradient_checkpointing: bool
+    attn_implementation: str | None
 
     batch_size: int
     group_size: int
@@ -49,6 +67,7 @@ class Config:
     temperature: float
     top_p: float
     top_k: int
+    stop_strings: list[Any]
 
     algorithm: Literal["grpo", "dr_grpo", "dapo", "rloo", "reinforce", "reinforce_pp", "gspo", "cispo", "ppo"]
     advantage_baseline: Literal["group", "leave_one_out", "batch", "none", "critic"]
@@ -72,6 +91,7 @@ class Config:
     critic_learning_rate: float | None
 
     num_train_steps: int
+    num_train_epochs: float | None
     num_iterations: int
     num_minibatches: int
     micro_batch_size: int
@@ -135,7 +155,17 @@ RULES: dict[str, Rule] = {
     "base_steps": _AT_LEAST_0,
     "train_file": _FILE_NAME,
     "eval_file": _FILE_NAME,
+    "datasets": (lambda value: len(value) > 0 and _is_json(value), "a list of at least one data set, as JSON has it"),
+    "total_rows": _AT_LEAST_1,
+    "single_turn_ratio": (lambda value: 0 <= value <= 1, "in [0, 1]"),
     "rewards": (lambda value: len(value) > 0 and _is_json(value), "a list of at least one reward, as JSON has it"),
+    "lora_rank": _AT_LEAST_0,
+    "lora_alpha": _POSITIVE,
+    "stop_strings": (
+        lambda value: all(isinstance(item, str) and item for item in value),
+        "a list of texts that are not empty",
+    ),
+    "num_train_epochs": _POSITIVE,
     "max_prompt_length": _AT_LEAST_1,
     "batch_size": _AT_LEAST_1,
     "group_size": _AT_LEAST_1,
@@ -205,6 +235,7 @@ def load_config(
     asked_for = {key: _checked(key, settings[key]) for key in TYPES}
     values = filled(asked_for)
     _check_contradictions(values)
+    _check_data_and_model(values)
     return Config(**values)
 
 
@@ -262,7 +293,8 @@ def _asked_for(path: str | Path | None, overrides: Iterable[str]) -> dict[str, A
         if not separator:
             raise InputError(f"override {override!r}: expected key=value")
         # A folder may be called 2024 or "a #1": a text is taken as it stands, unless it is quoted.
-        is_plain_text = TYPES.get(key) is str and not text.startswith(("'", '"'))
+        is_text = TYPES.get(key) is str or (str in typing.get_args(TYPES.get(key)) and text not in ("", "null", "~"))
+        is_plain_text = is_text and not text.startswith(("'", '"'))
         value = text if is_plain_text else _parse_yaml(text, where=key)
         if not text.strip() and not is_plain_text and key in TYPES:  # an empty variable of a shell script
             raise InputError(f"{key}: got nothing; null is written out")
@@ -537,5 +569,26 @@ def _check_contradictions(settings: dict[str, Any]) -> None:
         )
 
 
+def _check_data_and_model(settings: dict[str, Any]) -> None:
+    """Contradictions among what is trained, and on what."""
+    sources_of(settings)
+    if settings["total_rows"] is not None and settings["datasets"] is None:
+        raise InputError(f"total_rows: got {settings['total_rows']} without datasets, allowed there: null")
+    if settings["lora_rank"] > 0 and settings["ref_update_every"] > 0:
+        raise InputError(
+            f"ref_update_every: got {settings['ref_update_every']} with lora_rank {settings['lora_rank']}, allowed there: "
+            "0 (the reference is the base without the adapter, which never moves)"
+        )
+    for key, off in (("save_merged", False), ("quantization", "none")):
+        if settings[key] != off and settings["lora_rank"] == 0:
+            raise InputError(f"{key}: got {_as_yaml(settings[key])} with lora_rank 0, allowed there: {_as_yaml(off)}")
+    if settings["system_prompt"] is not None and settings["chat_template"] == "none":
+        raise InputError("system_prompt: needs a chat template, but chat_template is none; allowed with it: null")
+    if settings["force_single_turn"] and settings["single_turn_ratio"] > 0:
+        raise InputError(
+            f"single_turn_ratio: got {settings['single_turn_ratio']} with force_single_turn true, allowed there: 0"
+        )
+
+
 def _as_yaml(value: Any) -> str:
-    return "null" if value is None else str(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

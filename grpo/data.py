@@ -5,57 +5,29 @@ Reading order: config.yaml -> train_grpo.py -> [grpo/data.py] -> grpo/rollout.py
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from grpo.errors import InputError, unreadable
 
-Sample = dict[str, Any]
+Sample = dict[str, Any]  # "prompt" and the columns of its data set; also "prompt_ids" where it has met a tokenizer
+Prompt = str | list[dict[str, str]]  # a text, or messages: [{"role": "user", "content": ...}, ...]
 
 
-class JSONLinesDataset(Sequence[Sample]):
-    """A file with one JSON object a line, as a sequence of dicts.
+class Dataset(Sequence[Sample]):
+    """Samples, and where each stands."""
 
-    Only "prompt" is required; what else a line must have is up to the rewards, which name the columns they need.
-    Blank lines are passed over. Wrong input is an InputError that names the file and the line.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.samples: list[Sample] = []
-        self.line_numbers: list[int] = []  # of each sample, for error messages
-        try:
-            text = self.path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise unreadable(path, error) from error
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                self.samples.append(self._parse(line, number))
-                self.line_numbers.append(number)
-        if not self.samples:
-            raise InputError(f"{path}: has no samples, expected one JSON object a line")
-
-    def _parse(self, line: str, number: int) -> Sample:
-        try:
-            sample = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{self.path}, line {number}: not JSON: {error.msg} (column {error.colno})") from error
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
-            raise InputError(f"{self.path}, line {number}: not JSON: {error}") from error
-        if not isinstance(sample, dict):
-            raise InputError(f"{self.path}, line {number}: got {type(sample).__name__}, expected a JSON object")
-        if "prompt" not in sample:
-            raise InputError(f'{self.path}, line {number}: has no "prompt"; it has {", ".join(sample) or "nothing"}')
-        if not isinstance(sample["prompt"], str) or not sample["prompt"]:
-            raise InputError(f'{self.path}, line {number}: "prompt" must be a text that is not empty')
-        if re.search("[\ud800-\udfff]", sample["prompt"]):
-            raise InputError(f'{self.path}, line {number}: "prompt" has half a surrogate pair: no tokenizer takes it')
-        return sample
+    def __init__(self, path: str | Path, rows: Iterable[tuple[str, Sample]]) -> None:
+        """`rows`: (place, sample) pairs; a place such as "data/x.jsonl, line 7" is for error messages."""
+        self.path = str(path)
+        pairs = list(rows)
+        if not pairs:
+            raise InputError(f"{path}: has no samples")
+        self.places, self.samples = [place for place, _ in pairs], [sample for _, sample in pairs]
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -64,30 +36,111 @@ class JSONLinesDataset(Sequence[Sample]):
         return self.samples[index]
 
     def place(self, index: int) -> str:
-        """Where sample `index` stands, for error messages: "data/x.jsonl, line 7"."""
-        return f"{self.path}, line {self.line_numbers[index]}"
+        """Where sample `index` stands, for error messages."""
+        return self.places[index]
+
+    @property
+    def epoch_size(self) -> int:
+        """Samples drawn in one epoch."""
+        return len(self)
+
+    def at(self, place: int, epoch: int, seed: int) -> Sample:
+        """What stands at `place` of 0 ... epoch_size - 1: the same in every epoch, unless data sets are mixed."""
+        return self[place]
+
+    def draw(self, n: int, seed: int) -> Sample:
+        """Sample n (0, 1, ...) of an endless stream: epochs, each in an order of its own by (seed, epoch)."""
+        epoch, index = divmod(n, self.epoch_size)
+        return self.at(_epoch_order(seed, epoch, self.epoch_size)[index], epoch, seed)
 
 
-def check_prompt_lengths(dataset: JSONLinesDataset, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int) -> int:
-    """Every prompt must fit before the run starts: cutting it silently would ask another question.
+class JSONLinesDataset(Dataset):
+    """A file with one JSON object a line.
 
-    Returns the length of the longest one, in tokens.
+    Only "prompt" is required, a text or a list of messages; what else a line must have is up to the rewards, which name
+    the columns they need. Blank lines are passed over. Wrong input is an InputError that names the file and the line.
     """
-    lengths = [len(ids) for ids in tokenizer([sample["prompt"] for sample in dataset])["input_ids"]]
-    shortest, longest = int(np.argmin(lengths)), int(np.argmax(lengths))
-    if lengths[shortest] == 0:
-        raise InputError(f"{dataset.place(shortest)}: the prompt has no tokens")
-    if lengths[longest] > max_prompt_length:
-        raise InputError(
-            f"{dataset.place(longest)}: the longest prompt has {lengths[longest]} tokens, "
-            f"max_prompt_length allows {max_prompt_length}"
-        )
-    return lengths[longest]
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(path, ((place, with_prompt(sample, place)) for place, sample in json_lines(path)))
 
 
-def samples_for_step(
-    dataset: Sequence[Sample], *, step: int, batch_size: int, seed: int, round: int = 0
-) -> list[Sample]:
+def json_lines(path: str | Path) -> Iterator[tuple[str, Sample]]:
+    """(place, sample) of every line that is not blank."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise unreadable(path, error) from error
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            place = f"{path}, line {number}"
+            yield place, as_sample(parse_json(line, place), place)
+
+
+def parse_json(text: str, place: str) -> Any:
+    """What a JSON text says; an InputError that names the place if it is none."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
+        raise InputError(f"{place}: not JSON: {error.msg} ({where})") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise InputError(f"{place}: not JSON: {error}") from error
+
+
+def as_sample(value: Any, place: str) -> Sample:
+    """A JSON value that must be an object."""
+    if not isinstance(value, dict):
+        raise InputError(f"{place}: got {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def with_prompt(sample: Sample, place: str) -> Sample:
+    """The sample, which must have a "prompt" that a model can be asked."""
+    if "prompt" not in sample:
+        raise InputError(f'{place}: has no "prompt"; it has {", ".join(sample) or "nothing"}')
+    prompt = sample["prompt"]
+    texts = [prompt]
+    if isinstance(prompt, list):
+        check_messages(prompt, place)
+        texts = [message["content"] for message in prompt]
+    elif not isinstance(prompt, str) or not prompt:
+        raise InputError(f'{place}: "prompt" must be a text that is not empty, or a list of messages')
+    if any(re.search("[\ud800-\udfff]", text) for text in texts):
+        raise InputError(f'{place}: "prompt" has half a surrogate pair: no tokenizer takes it')
+    return sample
+
+
+ROLES = ("system", "user", "assistant")
+
+
+def check_messages(messages: list[Any], place: str) -> None:
+    """[{"role": ..., "content": ...}, ...], a user's message last: what is to be written is the answer to it."""
+    for message in messages:
+        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+            raise InputError(f'{place}: "prompt": got {message!r}, expected {{"role": …, "content": …}}')
+        if message["role"] not in ROLES:
+            raise InputError(f'{place}: "prompt": unknown role {message["role"]!r}, allowed: {", ".join(ROLES)}')
+        if not isinstance(message["content"], str):
+            raise InputError(f'{place}: "prompt": content: got {type(message["content"]).__name__}, expected a text')
+    if not messages or messages[-1]["role"] != "user":
+        raise InputError(f'{place}: "prompt" must end with a message of the user')
+
+
+def model_input(sample: Sample) -> str | list[int]:
+    """What the sampler is given: the token ids where the sample has met a tokenizer, else its text."""
+    ids: list[int] | None = sample.get("prompt_ids")
+    return sample["prompt"] if ids is None else ids
+
+
+def text_of(prompt: Prompt) -> str:
+    """A prompt as people read it: messages one after another, each behind its role."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def samples_for_step(dataset: Dataset, *, step: int, batch_size: int, seed: int, round: int = 0) -> list[Sample]:
     """The `batch_size` samples of training step `step` (1, 2, ...).
 
     The data is read in epochs, each a fresh permutation by (seed, epoch); a step may span two of them. Nothing is
@@ -96,16 +149,15 @@ def samples_for_step(
     """
     if round > 0:
         return _samples_for_round(dataset, step, batch_size, seed, round)
-    places = range((step - 1) * batch_size, step * batch_size)
-    return [dataset[_epoch_order(seed, place // len(dataset), len(dataset))[place % len(dataset)]] for place in places]
+    return [dataset.draw(n, seed) for n in range((step - 1) * batch_size, step * batch_size)]
 
 
-def _samples_for_round(dataset: Sequence[Sample], step: int, batch_size: int, seed: int, round: int) -> list[Sample]:
+def _samples_for_round(dataset: Dataset, step: int, batch_size: int, seed: int, round: int) -> list[Sample]:
     """Drawn without repetition, as far as the data set goes."""
-    order = np.random.default_rng([seed, step, round]).permutation(len(dataset)).tolist()
-    return [dataset[order[place % len(order)]] for place in range(batch_size)]
+    order = np.random.default_rng([seed, step, round]).permutation(dataset.epoch_size).tolist()
+    return [dataset.at(order[place % len(order)], step, seed) for place in range(batch_size)]
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=32)  # this epoch and the last, of each data set of a mixture
 def _epoch_order(seed: int, epoch: int, size: int) -> list[int]:
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(size).tolist()

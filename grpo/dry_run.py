@@ -4,7 +4,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.config import Config
-from grpo.data import JSONLinesDataset, check_prompt_lengths
+from grpo.data import Dataset
 from grpo.lm_head import CHUNK
 
 BYTES = 4  # of a float32
@@ -18,15 +18,13 @@ def opening_line(config: Config, device: torch.device, *, writes: bool) -> str:
     )
 
 
-def describe(
-    config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: JSONLinesDataset
-) -> str:
-    """The text of --dry_run."""
-    longest = check_prompt_lengths(dataset, tokenizer, config.max_prompt_length)
+def describe(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset) -> str:
+    """The text of --dry_run; the samples of `dataset` have their token ids."""
+    longest = max(len(sample["prompt_ids"]) for sample in dataset)
     completions = config.batch_size * config.group_size
     updates = config.num_iterations * config.num_minibatches
     rounds = config.max_resample_rounds
-    prompt_ids = tokenizer(dataset[0]["prompt"])["input_ids"]
+    prompt_ids = dataset[0]["prompt_ids"]
     tokens = completions * (longest + config.max_completion_length)
     memory = estimate_memory(config, model, longest)
     parts = ", ".join(f"{name} {_size(value)}" for name, value in memory.items())

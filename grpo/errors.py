@@ -36,6 +36,11 @@ def unreadable(path: str | Path, error: OSError | UnicodeDecodeError) -> InputEr
     return InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}")
 
 
+def missing_package(package: str, what: str) -> InputError:
+    """The InputError for an optional package that is not installed; `what` needs it: "lora_rank: LoRA"."""
+    return InputError(f"{what} need the package {package}: pip install {package}")
+
+
 @contextlib.contextmanager
 def errors_explained() -> Iterator[None]:
     """What is not a bug of ours ends in one line: wrong input with status 2, a failed run with 1, Ctrl-C with 130."""

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.advantages import groups_without_spread
-from grpo.data import Sample
+from grpo.data import Sample, model_input, text_of
 from grpo.errors import InputError
 from grpo.rollout import Rollout, generate_completions
 
@@ -119,6 +119,7 @@ def evaluate_greedy(
     *,
     max_completion_length: int,
     batch_rows: int,
+    stop_strings: Sequence[str] = (),
     progress: str | None = None,
 ) -> Evaluation:
     """One greedy completion for every sample, `batch_rows` at a time; `progress` names a bar.
@@ -133,10 +134,11 @@ def evaluate_greedy(
         rollout = generate_completions(
             model,
             tokenizer,
-            [sample["prompt"] for sample in batch],
+            [model_input(sample) for sample in batch],
             group_size=1,
             max_completion_length=max_completion_length,
             temperature=0.0,
+            stop_strings=stop_strings,
         )
         rollouts.append(rollout)
         scored.append(score_fn(batch, rollout))
@@ -164,6 +166,7 @@ def count_right(
     max_completion_length: int,
     batch_rows: int,
     seed: int,
+    stop_strings: Sequence[str] = (),
     progress: str | None = None,
 ) -> list[int | None]:
     """How many of k completions sampled at temperature 1 are right, for every sample; None where not all are scored.
@@ -177,8 +180,9 @@ def count_right(
         rollout = generate_completions(
             model,
             tokenizer,
-            [sample["prompt"] for sample in batch],
+            [model_input(sample) for sample in batch],
             group_size=k,
+            stop_strings=stop_strings,
             max_completion_length=max_completion_length,
             seed=seed,
             completion_indices=range(start * k, (start + len(batch)) * k),
@@ -273,7 +277,7 @@ def side_by_side(sample: Sample, completions: dict[str, str]) -> str:
     width = max(map(len, completions))
     expected = f"   (answer: {sample['answer']})" if "answer" in sample else ""
     lines = [f"    {name:{width}}  {_one_line(text)}" for name, text in completions.items()]
-    return "\n".join([f"  {_one_line(sample['prompt'])}{expected}", *lines])
+    return "\n".join([f"  {_one_line(text_of(sample['prompt']))}{expected}", *lines])
 
 
 def _one_line(text: str, limit: int = 300) -> str:

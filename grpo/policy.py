@@ -1,11 +1,13 @@
 """Load policy and tokenizer, copy the frozen reference, make the optimizer, the learning rate of each of its steps."""
 
 import copy
+import dataclasses
+import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import huggingface_hub
 import torch
@@ -15,50 +17,109 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from grpo.base_model import NUM_STEPS, TRAIN_FILE, build_model, tiny_base_model, train_tokenizer
+from grpo.chat import set_chat_template
 from grpo.config import Config
-from grpo.data import JSONLinesDataset, check_prompt_lengths
-from grpo.errors import InputError
+from grpo.data import Dataset, JSONLinesDataset
+from grpo.errors import InputError, missing_package
 from grpo.logprobs import find_head
+from grpo.lora import add_adapter, base_of, has_adapter, is_adapter_folder, merge
 from grpo.rollout import stop_token_ids
 
 
 def load_policy(
-    model_name: str, *, base_seed: int, base_steps: int = NUM_STEPS, device: torch.device
+    model_name: str,
+    *,
+    base_seed: int,
+    base_steps: int = NUM_STEPS,
+    device: torch.device,
+    chat_template: str = "auto",
+    attn_implementation: str | None = None,
+    quantization: str = "none",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model in float32 with dropout off, and its tokenizer. `tiny` is built here, anything else is loaded.
 
-    float32 is asked for explicitly: transformers 5 loads the file's dtype, often bfloat16, in which a step of 1e-6
-    rounds to nothing.
+    A folder that holds an adapter stands for its base with the adapter merged into it. float32 is asked for explicitly:
+    transformers 5 loads the file's dtype, often bfloat16, in which a step of 1e-6 rounds to nothing.
     """
     source = tiny_base_model(base_seed, base_steps) if model_name == "tiny" else find_model(model_name)
+    base = find_model(base_of(source)) if _is_adapter(source) else source
+    how = {"dtype": torch.float32, "attn_implementation": attn_implementation, **_quantized(quantization, device)}
     with _foreign_files(model_name):
-        tokenizer = AutoTokenizer.from_pretrained(source, **_options(source))
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **_options(source))
+        tokenizer = _load_tokenizer(source, base, chat_template)
+        model = AutoModelForCausalLM.from_pretrained(base, **how, **_options(base))
+        if base is not source:
+            model = merge(model, Path(source))
     _check_eos(model_name, tokenizer)
     disable_dropout(model)
     _set_special_tokens(model, tokenizer)
-    model.to(device)  # type: ignore[arg-type]  # transformers wraps nn.Module.to
+    if quantization == "none":
+        model.to(device)  # type: ignore[arg-type]  # transformers wraps nn.Module.to
     return model, tokenizer
 
 
-def load_skeleton(model_name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_skeleton(model_name: str, *, chat_template: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The architecture without weights worth having, and the tokenizer: enough to check the input with."""
     if model_name == "tiny":
         tiny_tokenizer = train_tokenizer([sample["prompt"] for sample in JSONLinesDataset(TRAIN_FILE)])
+        set_chat_template(tiny_tokenizer, chat_template)
         return build_model(tiny_tokenizer, base_seed=0), tiny_tokenizer
     source = find_model(model_name)
+    base = find_model(base_of(source)) if _is_adapter(source) else source
     with _foreign_files(model_name):
-        tokenizer = AutoTokenizer.from_pretrained(source, **_options(source))
+        tokenizer = _load_tokenizer(source, base, chat_template)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, **_options(source)))
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base, **_options(base)))
     _check_eos(model_name, tokenizer)
     return model, tokenizer
+
+
+def _is_adapter(source: str | Path) -> TypeGuard[Path]:
+    return isinstance(source, Path) and is_adapter_folder(source)
+
+
+def _load_tokenizer(source: str | Path, base: str | Path, chat_template: str) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the weights; an adapter without one has its base's."""
+    has_own = not _is_adapter(source) or (source / "tokenizer_config.json").is_file()
+    chosen = source if has_own else base
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(chosen, **_options(chosen))
+    set_chat_template(tokenizer, chat_template)
+    return tokenizer
+
+
+def _quantized(quantization: str, device: torch.device) -> dict[str, Any]:
+    """How to load weights of 4 or 8 bits: QLoRA's NF4 ("QLoRA", 2305.14314), LLM.int8() (2208.07339)."""
+    if quantization == "none":
+        return {}
+    if device.type != "cuda":
+        raise InputError(f"quantization: got {quantization} on {device.type}, allowed there: none (it needs CUDA)")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise missing_package("bitsandbytes", f"quantization: {quantization}: quantized weights")
+    compute = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": compute}
+    settings = BitsAndBytesConfig(**(four if quantization == "4bit" else {"load_in_8bit": True}))
+    return {"quantization_config": settings, "device_map": {"": device}}
+
+
+def loading_settings(config: Config) -> dict[str, Any]:
+    """What `load_policy` takes from a config, beside the model's name."""
+    keys = ("base_seed", "base_steps", "chat_template", "attn_implementation", "quantization")
+    return {key: getattr(config, key) for key in keys}
+
+
+def make_trainable(model: PreTrainedModel, config: Config) -> None:
+    """What is trained, and how its activations are kept: an adapter if there is a lora_rank, else all weights."""
+    if config.gradient_checkpointing:  # in train mode alone: rollouts run in eval mode, with their cache
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.lora_rank > 0:
+        alpha, modules = config.lora_alpha, config.lora_target_modules
+        add_adapter(model, rank=config.lora_rank, alpha=alpha, target_modules=modules, seed=config.seed)
 
 
 @contextmanager
@@ -110,21 +171,21 @@ def find_model(model_name: str) -> str | Path:
 
 def _check_model_folder(folder: Path) -> None:
     needed = {
-        "configuration (config.json)": ["config.json"],
+        "configuration (config.json)": ["config.json", "adapter_config.json"],
         "weights (*.safetensors)": ["*.safetensors", "pytorch_model*.bin"],
         "tokenizer (tokenizer.json)": ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.*"],
     }
+    if is_adapter_folder(folder):
+        del needed["tokenizer (tokenizer.json)"]  # its base has one
     for what, patterns in needed.items():
         if not any(any(folder.glob(pattern)) for pattern in patterns):
             hint = f"; did you mean {folder / 'final'}?" if (folder / "final").is_dir() else ""
             raise InputError(f"model_name: {folder} is no model folder: it has no {what}{hint}")
 
 
-def check_lengths(
-    dataset: JSONLinesDataset, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config
-) -> None:
-    """Prompts must fit max_prompt_length, and a prompt with its completion the model's positions."""
-    longest = check_prompt_lengths(dataset, tokenizer, config.max_prompt_length)
+def check_lengths(dataset: Dataset, model: PreTrainedModel, config: Config) -> None:
+    """The longest prompt with its completion must fit the model's positions."""
+    longest = max(len(sample["prompt_ids"]) for sample in dataset)
     check_positions(model, longest, config.max_completion_length, what=f"the longest prompt of {dataset.path}")
 
 
@@ -166,8 +227,13 @@ def disable_dropout(model: PreTrainedModel) -> None:
                 setattr(holder, name, 0.0)
 
 
+def make_reference(model: PreTrainedModel) -> PreTrainedModel:
+    """The reference of the KL, to be scored with its `adapter_off`: the model itself if it has one, else a copy."""
+    return model if has_adapter(model) else frozen_copy(model)
+
+
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """The reference of the KL: the same weights, never trained."""
+    """The same weights, never trained."""
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
@@ -183,6 +249,14 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
         betas=(config.adam_beta1, config.adam_beta2),
         fused=True,
     )
+
+
+def with_num_steps(config: Config, epoch_size: int) -> Config:
+    """num_train_epochs in steps: as many as show every one of `epoch_size` samples so often."""
+    if config.num_train_epochs is None:
+        return config
+    num_steps = math.ceil(config.num_train_epochs * epoch_size / config.batch_size)
+    return dataclasses.replace(config, num_train_steps=num_steps)
 
 
 # Factor on the learning rate against progress in [0, 1] after the warm-up; cosine and linear reach 0 at the end.

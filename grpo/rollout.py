@@ -36,8 +36,8 @@ class Rollout:
     completion_ids: Tensor  # (B, C) right-padded, the stop token included
     completion_mask: Tensor  # (B, C)
     sampling_logps: Tensor  # (B, C) nats, of the distribution sampled from: after temperature, top-k and top-p
-    is_truncated: Tensor  # (B,) ran into max_completion_length without a stop token
-    completions: list[str]  # B texts without their stop token
+    is_truncated: Tensor  # (B,) ran into max_completion_length without a stop token or string
+    completions: list[str]  # B texts without their stop token; a stop string stays in
 
     def metrics(self) -> dict[str, float]:
         """Length in tokens, the stop token included, and the share that was cut off."""
@@ -131,6 +131,7 @@ def generate_completions(
     top_k: int = 0,
     seed: int = 0,
     completion_indices: Sequence[int] | None = None,
+    stop_strings: Sequence[str] = (),
 ) -> Rollout:
     """Sample `group_size` completions for every prompt.
 
@@ -144,6 +145,7 @@ def generate_completions(
             1.0 and 0 = off. Anything else makes the sampler's distribution differ from the scorer's.
         seed: >= 0; the caller mixes the training step into it (`step_seed`).
         completion_indices: B indices >= 0 that choose the noise of each row; None = 0 ... B - 1.
+        stop_strings: texts that end a completion beside the stop tokens, with the token that completes one of them.
 
     Returns:
         a Rollout whose row p * G + g is completion g of prompt p.
@@ -174,25 +176,24 @@ def generate_completions(
     model.eval()  # training mode would switch the cache off under gradient checkpointing, and dropout on
     try:
         draw = partial(sample_tokens, temperature=temperature, top_p=top_p, top_k=top_k)
-        sampled_ids, sampled_logps = _decode(model, prompt_ids, prompt_mask, stop_ids, uniforms, group_size, draw)
+        ends = partial(_ends, tokenizer, stop_ids, stop_strings)
+        sampled_ids, sampled_logps, is_end = _decode(model, prompt_ids, prompt_mask, uniforms, group_size, draw, ends)
     finally:
         model.train(was_training)
 
-    # A row ends with its first stop token: keep what has no stop token before it.
-    is_stop = torch.isin(sampled_ids, stop_ids)  # (B, C)
-    mask = is_stop.int().cumsum(1) - is_stop.int() == 0  # (B, C)
+    mask = is_end.int().cumsum(1) - is_end.int() == 0  # (B, C) all up to a row's end, which is its last token
     length = int(mask.sum(1).max())
     mask = mask[:, :length]
     completion_ids = torch.where(mask, sampled_ids[:, :length], pad_id)
-    ends = mask & ~is_stop[:, :length]  # the text leaves the stop token out, whichever of the stop ids it is
+    is_text = mask & ~torch.isin(completion_ids, stop_ids)  # the stop token, whichever it is, is left out
     return Rollout(
         prompt_ids=prompt_ids.repeat_interleave(group_size, dim=0),
         prompt_mask=prompt_mask.repeat_interleave(group_size, dim=0),
         completion_ids=completion_ids,
         completion_mask=mask,
         sampling_logps=torch.where(mask, sampled_logps[:, :length], 0.0),
-        is_truncated=~is_stop.any(1),
-        completions=_decode_texts(tokenizer, _unpadded(completion_ids, ends)),
+        is_truncated=~is_end.any(1),
+        completions=_decode_texts(tokenizer, _unpadded(completion_ids, is_text)),
     )
 
 
@@ -200,12 +201,14 @@ def _decode(
     model: PreTrainedModel,
     prompt_ids: Tensor,
     prompt_mask: Tensor,
-    stop_ids: Tensor,
     uniforms: Tensor,
     group_size: int,
     draw: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
-) -> tuple[Tensor, Tensor]:
-    """The loop: (B, max_completion_length) sampled ids and their log-probs. What follows a stop token is arbitrary.
+    ends: Callable[[Tensor, Tensor], Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loop: (B, max_completion_length) sampled ids, their log-probs, and which of them end their completion.
+
+    What follows an end is arbitrary.
 
     Completions that have written the same so far stand in one row of the model's batch: at first all of a group, in the
     end each by itself, or still together where they are the same. n rows carry w unfinished completions.
@@ -214,6 +217,7 @@ def _decode(
     device, prompt_length = uniforms.device, prompt_ids.shape[1]  # L
     sampled_ids = torch.zeros(num_completions, max_length, dtype=torch.long, device=device)
     sampled_logps = torch.zeros(num_completions, max_length, dtype=torch.float32, device=device)
+    is_end = torch.zeros(num_completions, max_length, dtype=torch.bool, device=device)
 
     # Prefill: each prompt once. Its last position predicts the first token.
     output = model(
@@ -234,7 +238,9 @@ def _decode(
         tokens, logps = draw(logits, uniforms[writing, t], rows)  # (w,)
         sampled_ids[writing, t] = tokens
         sampled_logps[writing, t] = logps
-        going_on = torch.isin(tokens, stop_ids, invert=True).nonzero().squeeze(1)
+        has_ended = ends(sampled_ids[:, : t + 1], writing)  # (w,)
+        is_end[writing, t] = has_ended
+        going_on = (~has_ended).nonzero().squeeze(1)
         if t + 1 == max_length or len(going_on) == 0:
             break
         writing, rows, tokens = writing[going_on], rows[going_on], tokens[going_on]
@@ -256,7 +262,24 @@ def _decode(
         )
         logits = output.logits[:, -1]  # (n, V)
         positions = positions + 1
-    return sampled_ids, sampled_logps
+    return sampled_ids, sampled_logps, is_end
+
+
+def _ends(
+    tokenizer: PreTrainedTokenizerBase, stop_ids: Tensor, stop_strings: Sequence[str], ids: Tensor, rows: Tensor
+) -> Tensor:
+    """(B, t) sampled so far, (w,) rows of it -> (w,) bool: the last token is a stop token, or completes a stop string.
+
+    Of a long text only the end is looked at: a token is at least a byte, and a character at most four. A window may
+    begin within a character; that spoils its first, and there are some more than needed.
+    """
+    is_end = torch.isin(ids[rows, -1], stop_ids)
+    if stop_strings:
+        window = ids[rows, -(4 * max(map(len, stop_strings)) + 8) :].tolist()
+        texts = _decode_texts(tokenizer, window)
+        found = [any(string in text for string in stop_strings) for text in texts]
+        is_end = is_end | torch.tensor(found, device=ids.device)
+    return is_end
 
 
 def sample_tokens(

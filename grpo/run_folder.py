@@ -28,15 +28,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.checkpoint import check_integrity, checkpoints, remove_folder, save_model, sha256, step_of, write_atomically
 from grpo.config import Config, Options, documented_defaults, load_config, read_run_json
-from grpo.data import JSONLinesDataset
+from grpo.data import Dataset
 from grpo.errors import InputError, NotFiniteError, RunError
 from grpo.evaluation import Evaluation, side_by_side
 from grpo.plots import draw_curves
 from grpo.policy import learning_rate_at
 from grpo.process import acquire_lock, origin, signals_ask
 from grpo.records import append_jsonl, read_jsonl, to_jsonl
-
-DATA_FILES = ("train_file", "eval_file")  # settings whose files a resumed run must find unchanged
+from grpo.sources import sources_of
 
 # What a run leaves behind; the only names that --overwrite deletes.
 RUN_FILES = re.compile(
@@ -90,7 +89,7 @@ class RunFolder:
             _remove_unfinished(self.folder)
         except OSError as error:
             raise InputError(f"output_dir: {self.folder} cannot be used: {error.strerror}") from error
-        data = {key: sha256(Path(getattr(self.config, key))) for key in DATA_FILES}
+        data = {path: sha256(Path(path)) for path in data_files(self.config)}
         self._write_facts(
             {"started": _now(), "finished": None, **origin(), "data_sha256": data, **facts, "resumed": []}
         )
@@ -148,7 +147,7 @@ class RunFolder:
         newest = {name: (self._newest(metric), form) for name, (metric, form) in shown.items()}
         return {name: f"{value:{form}}" for name, (value, form) in newest.items() if value is not None}
 
-    def finish(self, evaluation: Evaluation, eval_set: JSONLinesDataset) -> None:
+    def finish(self, evaluation: Evaluation, eval_set: Dataset) -> None:
         """The run is whole, the next one may move it aside; the last words."""
         self._write_facts(self.facts | {"finished": _now()})
         before, after = self.rows[0], evaluation.metrics()
@@ -311,10 +310,9 @@ def _check_folder(run: RunFolder) -> None:
             raise InputError(f"--resume: {run.folder} holds a finished run, but no step-… folder to go on from")
         if run.checkpoint and not isinstance(run.facts.get("base_sha256"), str):
             raise InputError(f'--resume: {run.folder / "run.json"} has no "base_sha256": damaged')
-        for key, expected in run.facts.get("data_sha256", {}).items():
-            path = Path(getattr(run.config, key))
-            if path.is_file() and sha256(path) != expected:
-                raise InputError(f"--resume: {key}: {path} is no longer the file that this run started with")
+        for path, expected in run.facts.get("data_sha256", {}).items():
+            if Path(path).is_file() and sha256(Path(path)) != expected:
+                raise InputError(f"--resume: {path} is no longer the file that this run started with")
         step, num_train_steps = step_of(run.checkpoint) if run.checkpoint else 0, run.config.num_train_steps
         if step > num_train_steps or (step == num_train_steps and run.is_finished):
             print(f"{run.folder} is already at step {step}; --num_train_steps {num_train_steps} asks for no more")
@@ -324,6 +322,12 @@ def _check_folder(run: RunFolder) -> None:
             f"output_dir: {run.folder} holds an unfinished run; --resume goes on with it, --overwrite deletes it, "
             "another --output_dir leaves it alone"
         )
+
+
+def data_files(config: Config) -> list[str]:
+    """The files that a resumed run must find unchanged; what comes from the Hub is not among them."""
+    paths = [path for source in sources_of(vars(config)) for path in (source.path, source.eval_path)]
+    return [path for path in dict.fromkeys(paths) if path is not None and Path(path).is_file()]
 
 
 def _remove_unfinished(folder: Path) -> None:

@@ -1,0 +1,119 @@
+"""LoRA: the base stays as it is, and a low-rank adapter beside its matrices is trained. Adapters are peft's.
+
+    W x  ->  W x + (lora_alpha / lora_rank) * B A x        A: (rank, in), random; B: (out, rank), 0 at first
+
+Differs from training all weights:
+  - the reference of the KL is the policy with its adapter off: there is no second copy
+  - step-N/, best/ and final/ hold the adapter alone, and name its base; final-merged/ is a whole model
+
+Paper: "LoRA" (2106.09685) eq. 3.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from grpo.errors import InputError, missing_package
+
+ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."  # of every name in ADAPTER_FILE
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise missing_package("peft", "lora_rank: LoRA adapters") from error
+    return peft
+
+
+def add_adapter(model: PreTrainedModel, *, rank: int, alpha: float, target_modules: str, seed: int) -> None:
+    """Give `model` an adapter, which from now on is all of it that is trained.
+
+    Args:
+        target_modules: all-linear (every linear layer but the LM head), or the ends of layers' names, with commas between.
+        seed: of A's random values.
+
+    Raises:
+        InputError: peft is not installed, or no layer has such a name.
+    """
+    peft = _peft()
+    names = [name.strip() for name in target_modules.split(",")]
+    settings = peft.LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=target_modules if names == ["all-linear"] else names,
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+    )
+    linear = {name.rpartition(".")[2] for name, module in model.named_modules() if type(module) is nn.Linear}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            model.add_adapter(settings)
+        except ValueError as error:
+            raise InputError(
+                f"lora_target_modules: got {target_modules}, which fits no layer of {type(model).__name__} that can have "
+                f"an adapter; allowed: all-linear, or some of {', '.join(sorted(linear))}"
+            ) from error
+    folder = Path(model.name_or_path)
+    model.peft_config["default"].base_model_name_or_path = str(folder.resolve() if folder.is_dir() else folder)
+
+
+def has_adapter(model: nn.Module) -> bool:
+    """Whether only an adapter of it is trained."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+@contextmanager
+def adapter_off(model: PreTrainedModel) -> Iterator[None]:
+    """Here a model is the base that its adapter was added to. A model without an adapter is what it is."""
+    if not has_adapter(model):
+        yield
+        return
+    model.disable_adapters()
+    try:
+        yield
+    finally:
+        model.enable_adapters()
+
+
+def load_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Put the adapter that was saved in `folder` in place of the model's own, which has the same shape."""
+    saved = {name.removeprefix(PREFIX): weight for name, weight in load_file(folder / ADAPTER_FILE).items()}
+    own = _peft().get_peft_model_state_dict(model, adapter_name="default")
+    if {name: weight.shape for name, weight in saved.items()} != {name: weight.shape for name, weight in own.items()}:
+        raise ValueError(f"{ADAPTER_FILE} is not an adapter of these layers and this rank")
+    _peft().set_peft_model_state_dict(model, saved, adapter_name="default")
+
+
+def is_adapter_folder(folder: Path) -> bool:
+    """Whether it holds an adapter, and no model."""
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def base_of(folder: Path) -> str:
+    """The model that an adapter was trained on: a folder or a Hub name."""
+    try:
+        base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{folder / ADAPTER_CONFIG}: does not name the base model") from error
+    if not isinstance(base, str):
+        raise InputError(f"{folder / ADAPTER_CONFIG}: base_model_name_or_path: got {base!r}, expected a text")
+    return base
+
+
+def merge(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """`base` with the adapter of `folder` added to its weights: W + (alpha / rank) B A. `base` itself is used up.
+
+    In float32, whatever the file's dtype: in bfloat16 a sixth of the weights change in a single merge and its undoing.
+    """
+    model: PreTrainedModel = _peft().PeftModel.from_pretrained(base.float(), folder).merge_and_unload()
+    return model

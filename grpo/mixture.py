@@ -1,0 +1,93 @@
+"""The data of a run, ready to be sampled from: one data set, or several mixed by weight, deterministically.
+
+An epoch of a mixture has a fixed number of places, divided among the data sets by weight. They are drawn in an order of
+their own for every epoch (grpo/data.py), and the places of a data set go on through its own epochs: so the shares are
+exact, every row of a data set comes as often as any other of it, and sample n is a function of (seed, n).
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import accumulate
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from grpo.chat import PromptFormat, tokenized
+from grpo.config import Config
+from grpo.data import Dataset, Sample
+from grpo.errors import InputError
+from grpo.formats import Columns, load_dataset
+from grpo.sources import Source, sources_of
+
+
+class Mixture(Dataset):
+    """Several data sets: as a sequence one after another, drawn by their shares."""
+
+    def __init__(self, parts: Sequence[Dataset], sizes: Sequence[int]) -> None:
+        """`sizes`: how many samples of an epoch each part gives; they may be more than it has."""
+        super().__init__(
+            " + ".join(part.path for part in parts),
+            [(part.place(index), part[index]) for part in parts for index in range(len(part))],
+        )
+        self.parts, self.sizes = list(parts), list(sizes)
+        self.starts = [0, *accumulate(sizes)]
+
+    @property
+    def epoch_size(self) -> int:
+        return self.starts[-1]
+
+    def at(self, place: int, epoch: int, seed: int) -> Sample:
+        number = next(number for number, end in enumerate(self.starts[1:]) if place < end)
+        own_seed = int(
+            np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0]
+        )  # not in step with others
+        n = epoch * self.sizes[number] + place - self.starts[number]
+        return self.parts[number].draw(n, own_seed)
+
+
+def divide(total: int, weights: Sequence[float]) -> list[int]:
+    """`total` places by weight, in whole numbers: what rounding leaves over goes to the largest remainders.
+
+    >>> divide(10, [1.0, 1.0, 1.0])
+    [4, 3, 3]
+    """
+    exact = [total * weight / math.fsum(weights) for weight in weights]
+    sizes = [math.floor(size) for size in exact]
+    order = sorted(range(len(exact)), key=lambda index: sizes[index] - exact[index])
+    for index in order[: total - sum(sizes)]:
+        sizes[index] += 1
+    return sizes
+
+
+def load_datasets(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset]:
+    """What to train on and what to evaluate on, with "prompt_ids"; in a mixture each sample also has its "dataset"."""
+    sources = sources_of(vars(config))
+    train_sets = [_load(source.path, source, config, tokenizer) for source in sources]
+    eval_sets = [
+        _load(source.eval_path, source, config, tokenizer) for source in sources if source.eval_path is not None
+    ]
+    if config.datasets is None:
+        return train_sets[0], eval_sets[0]
+    sizes = divide(config.total_rows or sum(map(len, train_sets)), [source.weight for source in sources])
+    for source, size in zip(sources, sizes, strict=True):
+        if size == 0:
+            raise InputError(
+                f"datasets: {source.name}: its share of an epoch of {sum(sizes)} rows is less than one row"
+            )
+    return Mixture(train_sets, sizes), Mixture(eval_sets, [len(part) for part in eval_sets])
+
+
+def load_eval_set(path: str, config: Config, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """A file beside those of the config, read as the first of them."""
+    return _load(path, sources_of(vars(config))[0], config, tokenizer)
+
+
+def _load(path: str, source: Source, config: Config, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    ratio = 1.0 if config.force_single_turn else config.single_turn_ratio
+    columns = Columns(source.prompt_column, source.answer_column, ratio, config.seed)
+    dataset = load_dataset(path, columns)
+    usual = {} if source.system_prompt is None else {"system_prompt": source.system_prompt}  # a row may have its own
+    mark = {} if source.name is None else {"dataset": source.name}
+    dataset = Dataset(path, [(dataset.place(index), usual | sample | mark) for index, sample in enumerate(dataset)])
+    form = PromptFormat(tokenizer, config.chat_template)
+    return tokenized(dataset, form, max_prompt_length=config.max_prompt_length, drop_long=config.long_prompts == "drop")
