@@ -8,7 +8,9 @@ A reward function has TRL's signature: it takes all completions of a step at onc
 
 with the columns of the data set repeated per completion, and None for "does not apply here". The columns it needs are
 the parameters it names. Where a prompt is a list of messages, so is its completion: [{"role": "assistant", "content":
-...}]; `text_of` gives the text of either. `REWARDS` maps a name to a factory, `factory(**arguments) -> fn`; in the config:
+...}]; `text_of` gives the text of either.
+
+`REWARDS` maps a name to a factory, `factory(**arguments) -> fn`; in the config:
 
     rewards: [math]
     rewards: [{name: math, weight: 1.0, correct_reward: 1.0}, {name: my_module:my_fn, weight: 0.5}]
@@ -20,6 +22,7 @@ A function may carry attributes that say more about it:
     full_mark                  what it gives a right completion (1.0 where it does not say); None: it calls none right
     has_answer(completion)     is there anything to judge? (any text at all where it does not say); only for statistics
     check_sample(sample)       raises a ValueError for a row of the data that it cannot score, before any compute
+    is_right_leniently(sample, completion)   right, be it not in the form that was asked for; only for evaluations
 """
 
 import dataclasses
@@ -41,6 +44,7 @@ import torch
 from torch import Tensor
 
 from grpo.errors import InputError, RunError
+from grpo.rewards.answers import after_mark, between_tags, boxed, in_tags
 from grpo.sources import Source
 
 RewardValue = float | list[float] | None  # of one completion: as a whole, token by token, not applicable
@@ -160,10 +164,60 @@ def overlong_reward(max_length: int, cache: int) -> RewardFn:
     return overlong_fn
 
 
+def _exact_reward(find: Callable[[str], str | None], correct_reward: float, wrong_reward: float) -> RewardFn:
+    """An integer that must stand where it was asked for: `find` looks there. Leniently, it may stand anywhere."""
+    model = MathRewardModel(correct_reward, wrong_reward)
+
+    def exact_fn(prompts: list, completions: list, answer: list, **_: Any) -> list[RewardValue]:
+        rows = zip(prompts, answer, map(text_of, completions), strict=True)
+        return [model.compute_reward({"prompt": p, "answer": a}, find(text) or "") for p, a, text in rows]
+
+    exact_fn.full_mark = correct_reward  # type: ignore[attr-defined]
+    exact_fn.has_answer = lambda completion: find(completion) is not None  # type: ignore[attr-defined]
+    exact_fn.check_sample = model.expected_integer  # type: ignore[attr-defined]
+    exact_fn.is_right_leniently = (  # type: ignore[attr-defined]
+        lambda sample, completion: last_integer(completion) == model.expected_integer(sample)
+    )
+    return exact_fn
+
+
+def gsm8k_reward(correct_reward: float = 1.0, wrong_reward: float = 0.0) -> RewardFn:
+    """The integer in <answer> ... </answer>, or else after ####, against "answer", whose own text may have a ####."""
+    return _exact_reward(lambda text: between_tags(text) or after_mark(text), correct_reward, wrong_reward)
+
+
+def boxed_reward(correct_reward: float = 1.0, wrong_reward: float = 0.0) -> RewardFn:
+    """The integer in the last \\boxed{...} against "answer"."""
+    return _exact_reward(boxed, correct_reward, wrong_reward)
+
+
+def format_reward(tags: Sequence[str] = ("reasoning", "answer"), reward: float = 0.5) -> RewardFn:
+    """`reward` for a completion that is these elements in this order and nothing else. It calls nothing right."""
+    if isinstance(tags, str) or not tags or not all(isinstance(tag, str) and tag.isidentifier() for tag in tags):
+        raise ValueError(f"tags: got {tags!r}, expected names, such as [reasoning, answer]")
+    if not _is_number(reward):
+        raise ValueError(f"reward: got {reward!r}, expected a finite number")
+
+    def format_fn(completions: list, **_: Any) -> list[RewardValue]:
+        return [reward if in_tags(text_of(completion), tuple(tags)) else 0.0 for completion in completions]
+
+    format_fn.full_mark = None  # type: ignore[attr-defined]
+    return format_fn
+
+
 # What every reward function is called with; its other parameters are columns of the data set or arguments.
 GIVEN = {"prompts", "completions", "completion_ids"}
 
-REWARDS: dict[str, Callable[..., RewardFn]] = {"math": math_reward, "overlong": overlong_reward}
+REWARDS: dict[str, Callable[..., RewardFn]] = {
+    "math": math_reward,
+    "gsm8k": gsm8k_reward,
+    "boxed": boxed_reward,
+    "format": format_reward,
+    "overlong": overlong_reward,
+}
+
+
+SAID_OF_ITSELF = ("full_mark", "has_answer", "check_sample", "is_right_leniently")  # attributes of a function
 
 
 @dataclass(frozen=True)
@@ -176,11 +230,12 @@ class Reward:
     full_mark: float | None = 1.0  # the value of a right completion; None: it calls none right or wrong
     has_answer: Callable[[str], object] = str.strip  # true where there is anything to judge
     check_sample: Callable[[dict[str, Any]], object] = lambda sample: None  # a ValueError for a row it cannot score
+    is_right_leniently: Callable[[dict[str, Any], str], bool] | None = None  # wherever the answer stands
 
     @classmethod
     def of(cls, name: str, fn: RewardFn, weight: float, arguments: dict[str, Any]) -> Self:
         """`fn` with `arguments` fixed, and what its attributes say of it."""
-        declared = {key: getattr(fn, key) for key in ("full_mark", "has_answer", "check_sample") if hasattr(fn, key)}
+        declared = {key: getattr(fn, key) for key in SAID_OF_ITSELF if hasattr(fn, key)}
         return cls(name, functools.partial(fn, **arguments) if arguments else fn, weight, **declared)
 
 
@@ -192,6 +247,7 @@ class Scores:
     combined: Tensor  # (B,) sum of weight * value over the applicable rewards of non-zero weight
     is_right: Tensor  # (B,) 1.0 right, 0.0 wrong: the first reward of the list gives its full mark
     has_answer: Tensor  # (B,) bool: there is something to be right or wrong about
+    is_right_leniently: Tensor  # (B,) 1.0, 0.0, or NaN where the first reward knows no lenient way
     token_rewards: Tensor | None = None  # (B, C) where asked for; a row sums to `combined`, or to 0 where that is NaN
 
     def select(self, rows: Tensor) -> Self:
@@ -202,18 +258,19 @@ class Scores:
             combined=self.combined[rows],
             is_right=self.is_right[rows],
             has_answer=self.has_answer[rows],
+            is_right_leniently=self.is_right_leniently[rows],
             token_rewards=None if self.token_rewards is None else self.token_rewards[rows],
         )
 
     @classmethod
     def cat(cls, parts: Sequence[Self]) -> Self:
-        """The scores of all completions of `parts`, one after another; none with token rewards, whose C may differ."""
-        assert all(part.token_rewards is None for part in parts)
+        """The scores of all completions of `parts`, one after another, without token rewards: C may differ."""
         return cls(
             by_name={name: torch.cat([part.by_name[name] for part in parts]) for name in parts[0].by_name},
             combined=torch.cat([part.combined for part in parts]),
             is_right=torch.cat([part.is_right for part in parts]),
             has_answer=torch.cat([part.has_answer for part in parts]),
+            is_right_leniently=torch.cat([part.is_right_leniently for part in parts]),
         )
 
     def with_names(self, names: Iterable[str]) -> Self:
@@ -417,6 +474,7 @@ def score_completions(
         combined=combined.masked_fill(~applies.any(0), torch.nan),
         is_right=is_right.masked_fill(~judges, torch.nan),
         has_answer=torch.tensor([bool(rewards[0].has_answer(completion)) for completion in completions]),
+        is_right_leniently=_leniently(rewards[0], samples, completions),
         token_rewards=sum(
             (reward.weight * _by_token(returned[reward.name], lengths) for reward in rewards if reward.weight),
             start=torch.zeros(len(lengths), max(lengths)),
@@ -424,6 +482,14 @@ def score_completions(
         if per_token
         else None,
     )
+
+
+def _leniently(reward: Reward, samples: Sequence[dict[str, Any]], completions: Sequence[str]) -> Tensor:
+    """(B,) 1.0 or 0.0; NaN where the reward knows no lenient way."""
+    if reward.is_right_leniently is None:
+        return torch.full((len(samples),), torch.nan)
+    pairs = zip(samples, completions, strict=True)
+    return torch.tensor([float(reward.is_right_leniently(sample, text)) for sample, text in pairs])
 
 
 def text_of(completion: str | list[dict[str, str]]) -> str:

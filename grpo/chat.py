@@ -115,7 +115,6 @@ def tokenized(dataset: Dataset, form: PromptFormat, *, max_prompt_length: int, d
             f"{dataset.path}: every prompt has more than the {max_prompt_length} tokens of max_prompt_length"
         )
     if len(kept) < len(rows):
-        print(
-            f"{dataset.path}: {len(rows) - len(kept)} of {len(rows)} prompts are longer than max_prompt_length: left out"
-        )
+        num_long = len(rows) - len(kept)
+        print(f"{dataset.path}: {num_long} of {len(rows)} prompts have more than {max_prompt_length} tokens: left out")
     return Dataset(dataset.path, [(dataset.place(i), dataset[i] | {"prompt_ids": rows[i]}) for i in kept])

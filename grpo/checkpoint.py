@@ -199,7 +199,7 @@ def sha256(path: Path) -> str:
 
 
 def weights_sha256(model: PreTrainedModel) -> str:
-    """Of names, shapes and values of all weights, wherever they lie; an adapter's do not count, they are not the base."""
+    """Of names, shapes and values of all weights, wherever they lie; those of an adapter beside them do not count."""
     digest = hashlib.sha256()
     weights = {
         name.replace(".base_layer.", "."): value for name, value in model.state_dict().items() if ".lora_" not in name

@@ -576,8 +576,8 @@ def _check_data_and_model(settings: dict[str, Any]) -> None:
         raise InputError(f"total_rows: got {settings['total_rows']} without datasets, allowed there: null")
     if settings["lora_rank"] > 0 and settings["ref_update_every"] > 0:
         raise InputError(
-            f"ref_update_every: got {settings['ref_update_every']} with lora_rank {settings['lora_rank']}, allowed there: "
-            "0 (the reference is the base without the adapter, which never moves)"
+            f"ref_update_every: got {settings['ref_update_every']} with lora_rank {settings['lora_rank']}, allowed "
+            "there: 0 (the reference is the base without the adapter, which never moves)"
         )
     for key, off in (("save_merged", False), ("quantization", "none")):
         if settings[key] != off and settings["lora_rank"] == 0:

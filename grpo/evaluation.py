@@ -42,6 +42,10 @@ class Scored(Protocol):
     def metrics(self) -> dict[str, float]:
         """What a step's row of metrics.jsonl says of them."""
 
+    @property
+    def is_right_leniently(self) -> Tensor:
+        """(b,) the same where the answer need not have the form that was asked for; NaN where nothing is said of it."""
+
     def select(self, rows: Tensor) -> Self:
         """The scores of these rows alone."""
 
@@ -64,6 +68,9 @@ class Evaluation:
     mean_length: float  # tokens, the stop token included
     clipped_ratio: float  # share of completions cut off at max_completion_length
     seconds: float
+    is_right_leniently: list[bool | None]  # right, be it not in the form that was asked for; None: nothing is known
+    combined: list[float]  # the reward of each sample, NaN = not applicable
+    datasets: list[str | None]  # where each sample comes from; None: there is only one data set
 
     @property
     def num_right(self) -> int:
@@ -86,9 +93,12 @@ class Evaluation:
             "eval/clipped_ratio": self.clipped_ratio,
             "eval/time": self.seconds,
         }
-        if self.accuracy is not None:
-            low, high = wilson_interval(self.num_right, self.num_scored)
-            row |= {"eval/accuracy": self.accuracy, "eval/accuracy_low": low, "eval/accuracy_high": high}
+        row |= _accuracy("eval/accuracy", self.is_right) | _accuracy("eval/accuracy_lenient", self.is_right_leniently)
+        for name in dict.fromkeys(name for name in self.datasets if name is not None):
+            rows = [index for index, own in enumerate(self.datasets) if own == name]
+            row[f"eval/{name}/reward"] = mean_of([self.combined[index] for index in rows])
+            row |= _accuracy(f"eval/{name}/accuracy", [self.is_right[index] for index in rows])
+            row |= _accuracy(f"eval/{name}/accuracy_lenient", [self.is_right_leniently[index] for index in rows])
         return row
 
     def having(self, metric: str) -> Self:
@@ -111,6 +121,20 @@ class Evaluation:
         return text
 
 
+def _accuracy(name: str, verdicts: Sequence[bool | None]) -> dict[str, float]:
+    """Share and 95 % interval of those that are right; nothing where there are no verdicts."""
+    scored = [verdict for verdict in verdicts if verdict is not None]
+    if not scored:
+        return {}
+    low, high = wilson_interval(sum(scored), len(scored))
+    return {name: sum(scored) / len(scored), f"{name}_low": low, f"{name}_high": high}
+
+
+def mean_of(values: Sequence[float]) -> float:
+    """The mean of those that are not NaN; NaN where there are none."""
+    return torch.tensor(values, dtype=torch.float64).nanmean().item()
+
+
 def evaluate_greedy(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -128,7 +152,7 @@ def evaluate_greedy(
     """
     start_time = time.perf_counter()
     rollouts: list[Rollout] = []
-    scored: list[Scored] = []
+    parts: list[Scored] = []
     for start in _batches(len(samples), batch_rows, progress):
         batch = samples[start : start + batch_rows]
         rollout = generate_completions(
@@ -141,18 +165,19 @@ def evaluate_greedy(
             stop_strings=stop_strings,
         )
         rollouts.append(rollout)
-        scored.append(score_fn(batch, rollout))
+        parts.append(score_fn(batch, rollout))
+    scores = type(parts[0]).cat(parts)
     return Evaluation(
         completions=[text for rollout in rollouts for text in rollout.completions],
-        is_right=[verdict for scores in scored for verdict in _verdicts(scores)],
-        reward=torch.cat([scores.combined for scores in scored]).double().nanmean().item(),
-        rewards={
-            name: torch.cat([scores.by_name[name] for scores in scored]).double().nanmean().item()
-            for name in scored[0].by_name
-        },
+        is_right=_verdicts(scores.is_right),
+        reward=mean_of(scores.combined.tolist()),
+        rewards={name: mean_of(values.tolist()) for name, values in scores.by_name.items()},
         mean_length=sum(int(rollout.completion_mask.sum()) for rollout in rollouts) / len(samples),
         clipped_ratio=sum(int(rollout.is_truncated.sum()) for rollout in rollouts) / len(samples),
         seconds=time.perf_counter() - start_time,
+        is_right_leniently=_verdicts(scores.is_right_leniently),
+        combined=scores.combined.tolist(),
+        datasets=[sample.get("dataset") for sample in samples],
     )
 
 
@@ -187,7 +212,7 @@ def count_right(
             seed=seed,
             completion_indices=range(start * k, (start + len(batch)) * k),
         )
-        verdicts = _verdicts(score_fn([sample for sample in batch for _ in range(k)], rollout))
+        verdicts = _verdicts(score_fn([sample for sample in batch for _ in range(k)], rollout).is_right)
         for row in range(0, len(verdicts), k):
             scored = [verdict for verdict in verdicts[row : row + k] if verdict is not None]
             counts.append(sum(scored) if len(scored) == k else None)
@@ -202,8 +227,8 @@ def _batches(num_samples: int, size: int, progress: str | None) -> Iterator[int]
             bar.update(min(size, num_samples - start))
 
 
-def _verdicts(scores: Scored) -> list[bool | None]:
-    return [None if math.isnan(right) else right == 1.0 for right in scores.is_right.tolist()]
+def _verdicts(is_right: Tensor) -> list[bool | None]:
+    return [None if math.isnan(right) else right == 1.0 for right in is_right.tolist()]
 
 
 def outcome_shares(scores: Scored, is_truncated: Tensor) -> dict[str, float]:
@@ -212,7 +237,7 @@ def outcome_shares(scores: Scored, is_truncated: Tensor) -> dict[str, float]:
     answers/right, and of those not right: answers/truncated (cut off), answers/none (nothing to judge), answers/wrong.
     """
     outcomes: Counter[str] = Counter()
-    rows = zip(_verdicts(scores), scores.has_answer.tolist(), is_truncated.tolist(), strict=True)
+    rows = zip(_verdicts(scores.is_right), scores.has_answer.tolist(), is_truncated.tolist(), strict=True)
     for verdict, has_answer, is_cut in rows:
         if verdict is not None:
             outcomes["right" if verdict else "truncated" if is_cut else "wrong" if has_answer else "none"] += 1
@@ -227,7 +252,7 @@ def preflight(samples: Sequence[Sample], rollout: Rollout, score_fn: ScoreFn) ->
     """
     group_size = len(rollout.completions) // len(samples)
     scores = score_fn([sample for sample in samples for _ in range(group_size)], rollout)
-    verdicts = _verdicts(scores)
+    verdicts = _verdicts(scores.is_right)
     kinds: Counter[str] = Counter()
     for start in range(0, len(verdicts), group_size):
         found = {verdict for verdict in verdicts[start : start + group_size] if verdict is not None}

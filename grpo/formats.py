@@ -47,7 +47,7 @@ def load_dataset(path: str, columns: Columns = Columns()) -> Dataset:
     """The data set at `path`, a file or a Hub name.
 
     Raises:
-        InputError: it cannot be read; a row lacks a column, or holds something that is no prompt. File and row are named.
+        InputError: it cannot be read; a row lacks a column, or holds something that is no prompt: file and row named.
     """
     suffix = Path(path).suffix
     if suffix in READERS:

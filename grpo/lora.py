@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from grpo.errors import InputError, missing_package
 
@@ -38,7 +38,7 @@ def add_adapter(model: PreTrainedModel, *, rank: int, alpha: float, target_modul
     """Give `model` an adapter, which from now on is all of it that is trained.
 
     Args:
-        target_modules: all-linear (every linear layer but the LM head), or the ends of layers' names, with commas between.
+        target_modules: all-linear (every linear layer but the LM head), or ends of layers' names, with commas between.
         seed: of A's random values.
 
     Raises:
@@ -60,8 +60,8 @@ def add_adapter(model: PreTrainedModel, *, rank: int, alpha: float, target_modul
             model.add_adapter(settings)
         except ValueError as error:
             raise InputError(
-                f"lora_target_modules: got {target_modules}, which fits no layer of {type(model).__name__} that can have "
-                f"an adapter; allowed: all-linear, or some of {', '.join(sorted(linear))}"
+                f"lora_target_modules: got {target_modules}, which fits no layer of {type(model).__name__}; "
+                f"allowed: all-linear, or some of {', '.join(sorted(linear))}"
             ) from error
     folder = Path(model.name_or_path)
     model.peft_config["default"].base_model_name_or_path = str(folder.resolve() if folder.is_dir() else folder)

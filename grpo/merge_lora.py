@@ -2,7 +2,7 @@
 
     python -m grpo.merge_lora checkpoints/final merged --dtype bfloat16
 
-ADAPTER is a folder with an adapter, whose base is read from its adapter_config.json and left as it is; OUT a new folder.
+ADAPTER is a folder with an adapter; its base, which adapter_config.json names, stays as it is. OUT is a new folder.
 The sum is made in float32 and rounded once, to --dtype. OUT must not be the adapter's folder: where both lie side by
 side, transformers adds the adapter to the merged weights once more, silently.
 """
