@@ -1,0 +1,72 @@
+"""What the prepare_*.py scripts share: a table of questions and worked solutions -> JSON lines in our columns."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Python itself looks beside this file only
+
+from grpo.checkpoint import write_atomically
+from grpo.errors import InputError, errors_explained
+from grpo.formats import Columns, load_dataset
+from reward_model import last_integer
+
+FOLDER = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Task:
+    """A published data set."""
+
+    name: str
+    sources: dict[str, str]  # split -> where it is: a file or a Hub name
+    question: str  # the column that becomes "prompt"
+    solution: str  # the column that ends with the answer
+    find_answer: Callable[[str], str | None]  # where in the solution it stands
+
+
+def main(task: Task, description: str | None) -> None:
+    """The command line: write each split, and say how many rows it has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for split, source in task.sources.items():
+        parser.add_argument(
+            f"--{split}", metavar="SOURCE", default=source, help=f"file or Hub name (default: {source})"
+        )
+    parser.add_argument("--out", metavar="FOLDER", default=str(FOLDER), help="where to write (default: data/)")
+    arguments = parser.parse_args()
+    with errors_explained():
+        out = Path(arguments.out)
+        if not out.is_dir():
+            raise InputError(f"--out: there is no folder {out}")
+        texts = {
+            split: prepared(task, getattr(arguments, split)) for split in task.sources
+        }  # all before any is written
+        for split, text in texts.items():
+            path = out / f"{task.name}_{split}.jsonl"
+            write_atomically(path, text)
+            print(f"{path}: {text.count(chr(10))} problems")
+
+
+def prepared(task: Task, source: str) -> str:
+    """The rows of `source`, one JSON object a line: prompt, answer, solution, and its other columns."""
+    dataset = load_dataset(source, Columns(prompt=task.question))
+    lines = []
+    for index, sample in enumerate(dataset):
+        solution = sample.get(task.solution)
+        if not isinstance(solution, str):
+            raise InputError(f'{dataset.place(index)}: has no "{task.solution}"; it has {", ".join(sample)}')
+        answer = last_integer(task.find_answer(solution) or "")
+        if answer is not None:
+            others = {key: value for key, value in sample.items() if key not in ("prompt", task.solution)}
+            row = {"prompt": sample["prompt"], "answer": answer, "solution": solution, **others}
+            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    if not lines:
+        raise InputError(f"{source}: no row has an answer that is an integer")
+    if len(lines) < len(dataset):
+        print(
+            f"{source}: {len(dataset) - len(lines)} of {len(dataset)} rows have no answer that is an integer: left out"
+        )
+    return "".join(lines)

@@ -1,0 +1,26 @@
+"""GSM8K (grade-school word problems, 7,473 + 1,319) in our columns: data/gsm8k_train.jsonl and data/gsm8k_test.jsonl.
+
+    pip install datasets
+    python data/prepare_gsm8k.py                                  from the Hugging Face Hub
+    python data/prepare_gsm8k.py --train a.parquet --test b.jsonl  from files with the same columns
+
+A row has "question" and "answer", a worked solution that ends with "#### 72". Here the question is the "prompt", 72 the
+"answer", and the solution stays beside them.
+
+Source: "Training Verifiers to Solve Math Word Problems" (2110.14168), https://huggingface.co/datasets/openai/gsm8k
+"""
+
+from prepare import Task, main
+
+from grpo.rewards.answers import after_mark
+
+TASK = Task(
+    name="gsm8k",
+    sources={"train": "openai/gsm8k:main:train", "test": "openai/gsm8k:main:test"},
+    question="question",
+    solution="answer",
+    find_answer=after_mark,
+)
+
+if __name__ == "__main__":
+    main(TASK, __doc__)
