@@ -46,7 +46,7 @@ def parse_arguments() -> tuple[argparse.Namespace, Config]:
     recorded = read_run_json(run_folder)["settings"] if has_run else None
     config = load_config(arguments.config, overrides, recorded=recorded)
     if arguments.data is not None:
-        config = dataclasses.replace(config, eval_file=arguments.data)
+        config = dataclasses.replace(config, eval_file=arguments.data, datasets=None)
     return arguments, config
 
 
@@ -54,7 +54,8 @@ if __name__ == "__main__":  # before the slow imports: --help and a misspelt fla
     with errors_explained():
         ARGUMENTS, CONFIG = parse_arguments()
 
-from grpo.data import JSONLinesDataset, Sample
+from grpo.chat import PromptFormat
+from grpo.data import Dataset, Sample
 from grpo.evaluation import (
     Evaluation,
     ScoreFn,
@@ -64,10 +65,20 @@ from grpo.evaluation import (
     pass_at_k,
     side_by_side,
 )
-from grpo.policy import check_lengths, check_positions, choose_device, load_policy, load_skeleton, make_autocast
+from grpo.mixture import load_eval_set
+from grpo.policy import (
+    check_lengths,
+    check_positions,
+    choose_device,
+    load_policy,
+    load_skeleton,
+    loading_settings,
+    make_autocast,
+)
 from grpo.records import without_nan
 from grpo.rollout import Rollout, generate_completions
-from reward_model import Scores, check_samples, load_rewards, score_completions
+from grpo.sources import sources_of
+from reward_model import Scores, check_mixture, load_rewards_of, score_mixture
 
 
 def main(arguments: argparse.Namespace, config: Config) -> None:
@@ -75,32 +86,40 @@ def main(arguments: argparse.Namespace, config: Config) -> None:
     if arguments.prompt is not None:
         print(answer(arguments.model, arguments.prompt, config))
         return
-    rewards = load_rewards(config.rewards)
-    dataset = JSONLinesDataset(config.eval_file)
-    check_samples(rewards, dataset, dataset.place)
+    rewards = load_rewards_of(sources_of(vars(config)))
     output = Path(arguments.output)
     if output.is_dir() or not output.parent.is_dir():
         raise InputError(f"--output: got {output}, expected a file in a folder that exists")
     names = [arguments.model] + ([arguments.compare] if arguments.compare is not None else [])
+    datasets = []  # the same problems in the tokens of each model
     for which, name in zip(("MODEL", "--compare"), names, strict=False):  # before the first one is measured
         try:
-            check_lengths(dataset, *load_skeleton(name), config)
+            skeleton, tokenizer = load_skeleton(name, chat_template=config.chat_template)
+            dataset = load_eval_set(config, tokenizer)
+            check_lengths(dataset, skeleton, config)
         except InputError as error:
             raise InputError(str(error).replace("model_name:", f"{which}:")) from error
+        check_mixture(rewards, dataset, dataset.place)
+        datasets.append(dataset)
+    if len(names) == 2 and len(datasets[0]) != len(datasets[1]):
+        raise InputError(
+            f"long_prompts: got drop, which leaves {len(datasets[0])} problems to MODEL and {len(datasets[1])} to "
+            "--compare: they could not be compared; a larger max_prompt_length drops none"
+        )
 
     def score(samples: Sequence[Sample], rollout: Rollout) -> Scores:
-        return score_completions(rewards, samples, rollout.completions, rollout.token_lists(), per_token=True)
+        return score_mixture(rewards, samples, rollout.completions, rollout.token_lists(), per_token=True)
 
-    print(f"{len(dataset)} problems of {dataset.path}")
+    print(f"{len(datasets[0])} problems of {datasets[0].path}")
     evaluations, reports = [], []
-    for name in names:
+    for name, dataset in zip(names, datasets, strict=True):
         evaluation, report = measure(name, dataset, score, config, arguments.k)
         evaluations.append(evaluation)
         reports.append(report)
     print(table(reports))
     result = reports[0]
     if len(names) == 2:
-        comparison = compare(names, dataset, evaluations)
+        comparison = compare(names, datasets[0], evaluations)
         result |= {"compare": reports[1], "comparison": comparison}
     try:
         output.write_text(json.dumps(without_nan(result), indent=2) + "\n")
@@ -109,20 +128,19 @@ def main(arguments: argparse.Namespace, config: Config) -> None:
     print(f"The numbers lie in {output}")
 
 
-def measure(
-    name: str, dataset: JSONLinesDataset, score: ScoreFn, config: Config, k: int
-) -> tuple[Evaluation, dict[str, Any]]:
+def measure(name: str, dataset: Dataset, score: ScoreFn, config: Config, k: int) -> tuple[Evaluation, dict[str, Any]]:
     """One model: its greedy answers, and the numbers for people and for the file."""
     device = choose_device(config.device)
-    model, tokenizer = load_policy(name, base_seed=config.base_seed, base_steps=config.base_steps, device=device)
-    length, rows = config.max_completion_length, config.batch_size * config.group_size
+    model, tokenizer = load_policy(name, **loading_settings(config), device=device)
+    limits: dict[str, Any] = {key: getattr(config, key) for key in ("max_completion_length", "stop_strings")}
+    rows = config.batch_size * config.group_size
     with make_autocast(config.dtype, device)():
         evaluation = evaluate_greedy(
             model,
             tokenizer,
             dataset,
             score,
-            max_completion_length=length,
+            **limits,
             batch_rows=rows,
             progress=f"{name}, greedy",
         )
@@ -132,7 +150,7 @@ def measure(
             dataset,
             score,
             k=k,
-            max_completion_length=length,
+            **limits,
             batch_rows=rows,
             seed=config.seed,
             progress=f"{name}, {k} samples",
@@ -146,6 +164,9 @@ def measure(
         "accuracy": metrics.get("eval/accuracy"),
         "accuracy_low": metrics.get("eval/accuracy_low"),
         "accuracy_high": metrics.get("eval/accuracy_high"),
+        "accuracy_lenient": metrics.get("eval/accuracy_lenient"),
+        "accuracy_lenient_low": metrics.get("eval/accuracy_lenient_low"),
+        "accuracy_lenient_high": metrics.get("eval/accuracy_lenient_high"),
         "pass_at_1": sum(pass_at_k(k, count, 1) for count in scored) / len(scored) if scored else None,
         "pass_at_k": sum(pass_at_k(k, count, k) for count in scored) / len(scored) if scored else None,
         "k": k,
@@ -153,16 +174,17 @@ def measure(
         "clipped_ratio": evaluation.clipped_ratio,
         "reward": evaluation.reward,
         "rewards": evaluation.rewards,
+        "datasets": evaluation.by_dataset(),
     }
 
 
 def table(reports: Sequence[dict[str, Any]]) -> str:
     """The numbers, one column a model."""
 
-    def accuracy(report: dict[str, Any]) -> str:
-        if report["accuracy"] is None:
+    def accuracy(numbers: dict[str, Any], name: str = "accuracy") -> str:
+        if numbers.get(name) is None:
             return "undefined"
-        return f"{report['accuracy']:.3f} [{report['accuracy_low']:.3f}, {report['accuracy_high']:.3f}]"
+        return f"{numbers[name]:.3f} [{numbers[f'{name}_low']:.3f}, {numbers[f'{name}_high']:.3f}]"
 
     def share(value: float | None) -> str:
         return "undefined" if value is None else f"{value:.3f}"
@@ -171,6 +193,15 @@ def table(reports: Sequence[dict[str, Any]]) -> str:
     rows = {
         "": [report["model"] for report in reports],
         f"accuracy, greedy, n = {reports[0]['n']} [95 %]": [accuracy(report) for report in reports],
+    }
+    if any(report["accuracy_lenient"] is not None for report in reports):
+        rows["  wherever the answer stands"] = [accuracy(report, "accuracy_lenient") for report in reports]
+    for name, numbers in reports[0]["datasets"].items():
+        own = [report["datasets"][name] for report in reports]
+        rows[f"  {name}, n = {numbers['n']}"] = [accuracy(part) for part in own]
+        if any("accuracy_lenient" in part for part in own):
+            rows["    wherever the answer stands"] = [accuracy(part, "accuracy_lenient") for part in own]
+    rows |= {
         "pass@1, temperature 1": [share(report["pass_at_1"]) for report in reports],
         f"pass@{k}, temperature 1": [share(report["pass_at_k"]) for report in reports],
         "tokens an answer": [f"{report['mean_length']:.1f}" for report in reports],
@@ -184,7 +215,7 @@ def table(reports: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def compare(names: Sequence[str], dataset: JSONLinesDataset, evaluations: Sequence[Evaluation]) -> dict[str, Any]:
+def compare(names: Sequence[str], dataset: Dataset, evaluations: Sequence[Evaluation]) -> dict[str, Any]:
     """McNemar's test on the problems that exactly one of two models solves; some of them are shown."""
     first, second = evaluations
     verdicts = list(zip(first.is_right, second.is_right, strict=True))
@@ -209,16 +240,19 @@ def compare(names: Sequence[str], dataset: JSONLinesDataset, evaluations: Sequen
 def answer(name: str, prompt: str, config: Config) -> str:
     """The greedy answer to one question."""
     device = choose_device(config.device)
-    model, tokenizer = load_policy(name, base_seed=config.base_seed, base_steps=config.base_steps, device=device)
-    check_positions(model, len(tokenizer(prompt)["input_ids"]), config.max_completion_length, what="this prompt")
+    model, tokenizer = load_policy(name, **loading_settings(config), device=device)
+    form = PromptFormat(tokenizer, config.chat_template)
+    (prompt_ids,) = form.ids([form.text(prompt, config.system_prompt)])
+    check_positions(model, len(prompt_ids), config.max_completion_length, what="this prompt")
     with make_autocast(config.dtype, device)():
         rollout = generate_completions(
             model,
             tokenizer,
-            [prompt],
+            [prompt_ids],
             group_size=1,
             max_completion_length=config.max_completion_length,
             temperature=0.0,
+            stop_strings=config.stop_strings,
         )
     return rollout.completions[0]
 

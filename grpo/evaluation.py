@@ -94,12 +94,19 @@ class Evaluation:
             "eval/time": self.seconds,
         }
         row |= _accuracy("eval/accuracy", self.is_right) | _accuracy("eval/accuracy_lenient", self.is_right_leniently)
+        for name, numbers in self.by_dataset().items():
+            row |= {f"eval/{name}/{key}": value for key, value in numbers.items()}
+        return row
+
+    def by_dataset(self) -> dict[str, dict[str, float]]:
+        """n, reward and accuracies of each data set of a mixture; empty where there is only one."""
+        parts = {}
         for name in dict.fromkeys(name for name in self.datasets if name is not None):
             rows = [index for index, own in enumerate(self.datasets) if own == name]
-            row[f"eval/{name}/reward"] = mean_of([self.combined[index] for index in rows])
-            row |= _accuracy(f"eval/{name}/accuracy", [self.is_right[index] for index in rows])
-            row |= _accuracy(f"eval/{name}/accuracy_lenient", [self.is_right_leniently[index] for index in rows])
-        return row
+            parts[name] = {"n": len(rows), "reward": mean_of([self.combined[index] for index in rows])}
+            parts[name] |= _accuracy("accuracy", [self.is_right[index] for index in rows])
+            parts[name] |= _accuracy("accuracy_lenient", [self.is_right_leniently[index] for index in rows])
+        return parts
 
     def having(self, metric: str) -> Self:
         """Itself; an InputError if it lacks the metric that chooses best/."""

@@ -61,25 +61,29 @@ def divide(total: int, weights: Sequence[float]) -> list[int]:
 
 def load_datasets(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset]:
     """What to train on and what to evaluate on, with "prompt_ids"; in a mixture each sample also has its "dataset"."""
+    return load_train_set(config, tokenizer), load_eval_set(config, tokenizer)
+
+
+def load_train_set(config: Config, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """The data set to train on, or the mixture of them."""
     sources = sources_of(vars(config))
-    train_sets = [_load(source.path, source, config, tokenizer) for source in sources]
-    eval_sets = [
-        _load(source.eval_path, source, config, tokenizer) for source in sources if source.eval_path is not None
-    ]
+    parts = [_load(source.path, source, config, tokenizer) for source in sources]
     if config.datasets is None:
-        return train_sets[0], eval_sets[0]
-    sizes = divide(config.total_rows or sum(map(len, train_sets)), [source.weight for source in sources])
+        return parts[0]
+    sizes = divide(config.total_rows or sum(map(len, parts)), [source.weight for source in sources])
     for source, size in zip(sources, sizes, strict=True):
         if size == 0:
             raise InputError(
                 f"datasets: {source.name}: its share of an epoch of {sum(sizes)} rows is less than one row"
             )
-    return Mixture(train_sets, sizes), Mixture(eval_sets, [len(part) for part in eval_sets])
+    return Mixture(parts, sizes)
 
 
-def load_eval_set(path: str, config: Config, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """A file beside those of the config, read as the first of them."""
-    return _load(path, sources_of(vars(config))[0], config, tokenizer)
+def load_eval_set(config: Config, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """What is held out: of a mixture, all of every data set that has an eval_path."""
+    sources = sources_of(vars(config))
+    parts = [_load(source.eval_path, source, config, tokenizer) for source in sources if source.eval_path is not None]
+    return parts[0] if config.datasets is None else Mixture(parts, [len(part) for part in parts])
 
 
 def _load(path: str, source: Source, config: Config, tokenizer: PreTrainedTokenizerBase) -> Dataset:
