@@ -89,8 +89,9 @@ def _parquet_rows(path: str) -> Rows:
     except ImportError as error:
         raise missing_package("datasets", f"{path}: Parquet files") from error
     try:
-        rows = parquet.read_table(path).to_pylist()
-    except FileNotFoundError as error:
+        with Path(path).open("rb") as file:
+            rows = parquet.read_table(file).to_pylist()
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise unreadable(path, error) from error
     except Exception as error:  # foreign code on a foreign file
         raise InputError(f"{path}: cannot be read as Parquet: {' '.join(str(error).split())[:200]}") from error
