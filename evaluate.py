@@ -200,7 +200,7 @@ def table(reports: Sequence[dict[str, Any]]) -> str:
         own = [report["datasets"][name] for report in reports]
         rows[f"  {name}, n = {numbers['n']}"] = [accuracy(part) for part in own]
         if any("accuracy_lenient" in part for part in own):
-            rows["    wherever the answer stands"] = [accuracy(part, "accuracy_lenient") for part in own]
+            rows[f"    {name}, wherever the answer stands"] = [accuracy(part, "accuracy_lenient") for part in own]
     rows |= {
         "pass@1, temperature 1": [share(report["pass_at_1"]) for report in reports],
         f"pass@{k}, temperature 1": [share(report["pass_at_k"]) for report in reports],

@@ -61,7 +61,7 @@ from grpo.policy import (
     uncompiled,
     with_num_steps,
 )
-from grpo.records import TokenMeans, check_finite, sample_rows
+from grpo.records import TokenMeans, check_finite, metrics_by_dataset, sample_rows
 from grpo.resample import Groups, check_rewards_vary, replace_idle_groups
 from grpo.rollout import Rollout, generate_completions, step_seed
 from grpo.run_folder import RunFolder, open_run
@@ -95,7 +95,7 @@ def train(config: Config, run: RunFolder) -> None:
         return
     print(opening_line(config, device, writes=not run.options.preflight))
     policy, tokenizer = load_policy(config.model_name, **loading_settings(config), device=device)
-    make_trainable(policy, config)
+    make_trainable(policy, tokenizer, config)
     reference = make_reference(policy) if config.kl_coeff > 0 else None
     if config.compile:
         compile_trunks(policy, reference)
@@ -321,6 +321,7 @@ def train(config: Config, run: RunFolder) -> None:
             "step": step,
             "loss": loss_sum.item() / num_updates,
             **scores.metrics(),
+            **metrics_by_dataset(batch.samples, scores),
             "frac_reward_zero_std": is_idle.float().mean().item(),
             **outcome_shares(scores, rollout.is_truncated),
             **rollout.metrics(),

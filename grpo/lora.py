@@ -34,10 +34,11 @@ def _peft() -> Any:
     return peft
 
 
-def add_adapter(model: PreTrainedModel, *, rank: int, alpha: float, target_modules: str, seed: int) -> None:
+def add_adapter(model: PreTrainedModel, *, rank: int, alpha: float, target_modules: str, seed: int, base: str) -> None:
     """Give `model` an adapter, which from now on is all of it that is trained.
 
     Args:
+        base: what a saved adapter names as its base: the folder or Hub name that `model` can be loaded from.
         target_modules: all-linear (every linear layer but the LM head), or ends of layers' names, with commas between.
         seed: of A's random values.
 
@@ -63,8 +64,7 @@ def add_adapter(model: PreTrainedModel, *, rank: int, alpha: float, target_modul
                 f"lora_target_modules: got {target_modules}, which fits no layer of {type(model).__name__}; "
                 f"allowed: all-linear, or some of {', '.join(sorted(linear))}"
             ) from error
-    folder = Path(model.name_or_path)
-    model.peft_config["default"].base_model_name_or_path = str(folder.resolve() if folder.is_dir() else folder)
+    model.peft_config["default"].base_model_name_or_path = base
 
 
 def has_adapter(model: nn.Module) -> bool:

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import importlib.util
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ from transformers import (
 
 from grpo.base_model import NUM_STEPS, TRAIN_FILE, build_model, tiny_base_model, train_tokenizer
 from grpo.chat import set_chat_template
+from grpo.checkpoint import save_model, weights_sha256
 from grpo.config import Config
 from grpo.data import Dataset, JSONLinesDataset
 from grpo.errors import InputError, missing_package
@@ -113,13 +115,32 @@ def loading_settings(config: Config) -> dict[str, Any]:
     return {key: getattr(config, key) for key in keys}
 
 
-def make_trainable(model: PreTrainedModel, config: Config) -> None:
+def make_trainable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
     """What is trained, and how its activations are kept: an adapter if there is a lora_rank, else all weights."""
     if config.gradient_checkpointing:  # in train mode alone: rollouts run in eval mode, with their cache
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.lora_rank > 0:
-        alpha, modules = config.lora_alpha, config.lora_target_modules
-        add_adapter(model, rank=config.lora_rank, alpha=alpha, target_modules=modules, seed=config.seed)
+        add_adapter(
+            model,
+            rank=config.lora_rank,
+            alpha=config.lora_alpha,
+            target_modules=config.lora_target_modules,
+            seed=config.seed,
+            base=_base_for_adapter(model, tokenizer, config.model_name),
+        )
+
+
+def _base_for_adapter(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, model_name: str) -> str:
+    """Where the weights of `model` can be had again. Merged with an earlier adapter they are nowhere: kept in the cache."""
+    folder = Path(model.name_or_path)
+    if model_name != "tiny" and _is_adapter(find_model(model_name)):
+        cache = Path(os.environ.get("GRPO_CACHE") or Path.home() / ".cache" / "grpo")
+        folder = cache / f"merged-{weights_sha256(model)[:12]}"
+        if not folder.is_dir():
+            cache.mkdir(parents=True, exist_ok=True)
+            save_model(model, tokenizer, folder, replace=False)
+            print(f"{model_name} merged into its base is now a base of its own, kept in {folder}")
+    return str(folder.resolve() if folder.is_dir() else folder)
 
 
 @contextmanager

@@ -88,6 +88,17 @@ class TokenMeans:
         return means | {name: value.item() for name, value in self.maxima.items()}
 
 
+def metrics_by_dataset(samples: Sequence[Sample], scores: Scored) -> dict[str, float]:
+    """Mean reward and share of right answers of each data set of a mixture; empty where there is only one."""
+    names = [sample.get("dataset") for sample in samples]
+    row = {}
+    for name in dict.fromkeys(name for name in names if name is not None):
+        own = torch.tensor([other == name for other in names])
+        for metric, values in (("reward", scores.combined), ("right", scores.is_right)):
+            row[f"datasets/{name}/{metric}"] = values[own].nanmean().item()
+    return row
+
+
 def sample_rows(
     step: int, samples: Sequence[Sample], rollout: Rollout, scores: Scored, advantages: Tensor
 ) -> list[dict[str, Any]]:
