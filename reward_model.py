@@ -80,6 +80,17 @@ def last_integer(text: str) -> str | None:
     return f"-{canonical}" if minus and canonical != "0" else canonical
 
 
+def only_integer(text: str) -> str | None:
+    """The integer that a text is, not one among other things: canonical digits, or None.
+
+    >>> [only_integer(text) for text in ["-1,234", " $72$.", "5.0", "5 apples", "3,4", "\\\\frac{1}{2}", ""]]
+    ['-1234', '72', '5', None, None, None, None]
+    """
+    stripped = text.strip().removesuffix(".").strip("$").strip()
+    number = stripped.removeprefix("-").removeprefix("\u2212")
+    return last_integer(stripped) if _INTEGER.fullmatch(number) else None
+
+
 def _is_number(value: Any) -> bool:
     """A real number that float32, in which rewards are combined, can hold."""
     largest = torch.finfo(torch.float32).max
@@ -168,9 +179,12 @@ def _exact_reward(find: Callable[[str], str | None], correct_reward: float, wron
     """An integer that must stand where it was asked for: `find` looks there. Leniently, it may stand anywhere."""
     model = MathRewardModel(correct_reward, wrong_reward)
 
+    def only(found: str | None) -> str:
+        return (only_integer(found) if found is not None else None) or ""
+
     def exact_fn(prompts: list, completions: list, answer: list, **_: Any) -> list[RewardValue]:
         rows = zip(prompts, answer, map(text_of, completions), strict=True)
-        return [model.compute_reward({"prompt": p, "answer": a}, find(text) or "") for p, a, text in rows]
+        return [model.compute_reward({"prompt": p, "answer": a}, only(find(text))) for p, a, text in rows]
 
     exact_fn.full_mark = correct_reward  # type: ignore[attr-defined]
     exact_fn.has_answer = lambda completion: find(completion) is not None  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Python itself
 from grpo.checkpoint import write_atomically
 from grpo.errors import InputError, errors_explained
 from grpo.formats import Columns, load_dataset
-from reward_model import last_integer
+from reward_model import only_integer
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -58,7 +58,7 @@ def prepared(task: Task, source: str) -> str:
         solution = sample.get(task.solution)
         if not isinstance(solution, str):
             raise InputError(f'{dataset.place(index)}: has no "{task.solution}"; it has {", ".join(sample)}')
-        answer = last_integer(task.find_answer(solution) or "")
+        answer = only_integer(task.find_answer(solution) or "")
         if answer is not None:
             others = {key: value for key, value in sample.items() if key not in ("prompt", task.solution)}
             row = {"prompt": sample["prompt"], "answer": answer, "solution": solution, **others}

@@ -116,4 +116,4 @@ def merge(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
     In float32, whatever the file's dtype: in bfloat16 a sixth of the weights change in a single merge and its undoing.
     """
     model: PreTrainedModel = _peft().PeftModel.from_pretrained(base.float(), folder).merge_and_unload()
-    return model
+    return model.requires_grad_(True)  # peft froze them

@@ -131,7 +131,7 @@ def make_trainable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, c
 
 
 def _base_for_adapter(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, model_name: str) -> str:
-    """Where the weights of `model` can be had again. Merged with an earlier adapter they are nowhere: kept in the cache."""
+    """Where these weights can be had again. Merged with an earlier adapter they are nowhere yet: kept in the cache."""
     folder = Path(model.name_or_path)
     if model_name != "tiny" and _is_adapter(find_model(model_name)):
         cache = Path(os.environ.get("GRPO_CACHE") or Path.home() / ".cache" / "grpo")

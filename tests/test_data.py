@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from grpo.base_model import train_tokenizer
-from grpo.data import JSONLinesDataset, check_prompt_lengths, samples_for_step
+from grpo.chat import PromptFormat, tokenized
+from grpo.data import JSONLinesDataset, samples_for_step
 from grpo.errors import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -151,11 +152,7 @@ def test_unicode_line_separators_do_not_split_a_sample(tmp_path: Path) -> None:
 def test_a_prompt_that_does_not_fit_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text('{"prompt": "12"}\n{"prompt": "1234567"}\n')
-    tokenizer = train_tokenizer(["1 2"])
-    check_prompt_lengths(JSONLinesDataset(path), tokenizer, max_prompt_length=7)
-    monkeypatch.setattr(type(tokenizer), "__call__", lambda self, texts: {"input_ids": [[1], []]})
-    with pytest.raises(InputError, match=r"line 2: the prompt has no tokens"):
-        check_prompt_lengths(JSONLinesDataset(path), tokenizer, max_prompt_length=7)
-    monkeypatch.undo()
+    form = PromptFormat(train_tokenizer(["1 2"]))
+    assert len(tokenized(JSONLinesDataset(path), form, max_prompt_length=7)) == 2
     with pytest.raises(InputError, match=r"line 2: the longest prompt has 7 tokens, max_prompt_length allows 6"):
-        check_prompt_lengths(JSONLinesDataset(path), tokenizer, max_prompt_length=6)
+        tokenized(JSONLinesDataset(path), form, max_prompt_length=6)

@@ -119,9 +119,12 @@ def test_the_adapter_is_on_again_after_an_error(make_model: Callable[..., PreTra
             weight += 0.1 * (".lora_B" in name)
     ids = torch.arange(3, 20).view(1, -1)
     before = model(input_ids=ids).logits
-    with pytest.raises(ZeroDivisionError), adapter_off(model):
-        assert not torch.equal(model(input_ids=ids).logits, before)
-        _ = 1 / 0
+    try:
+        with adapter_off(model):
+            assert not torch.equal(model(input_ids=ids).logits, before)
+            raise ZeroDivisionError
+    except ZeroDivisionError:
+        pass
     assert torch.equal(model(input_ids=ids).logits, before)
 
 
@@ -137,9 +140,9 @@ def test_a_target_that_fits_no_layer_is_named(make_model: Callable[..., PreTrain
     with pytest.raises(InputError, match=r"lora_target_modules: got q_porj, which fits no layer of LlamaForCausalLM"):
         adapted("llama", make_model, target_modules="q_porj")
     model = adapted("llama", make_model, target_modules="q_proj, v_proj")
-    names = {name.split(".")[-3] for name, _ in model.named_parameters() if ".lora_" in name}
+    names = {name.split(".")[-4] for name, _ in model.named_parameters() if ".lora_" in name}
     assert names == {"q_proj", "v_proj"}
-    names = {name.split(".")[-3] for name, _ in adapted("llama", make_model).named_parameters() if ".lora_" in name}
+    names = {name.split(".")[-4] for name, _ in adapted("llama", make_model).named_parameters() if ".lora_" in name}
     assert names == LAYERS
 
 

@@ -12,8 +12,8 @@ from grpo.config import load_config
 from grpo.data import Dataset, Sample, samples_for_step
 from grpo.errors import InputError
 from grpo.mixture import Mixture, divide
-from reward_model import load_rewards_of, score_mixture
 from grpo.sources import Source, sources_of
+from reward_model import load_rewards_of, score_mixture
 from tests import test_train as helpers
 from tests.test_resume import assert_same_run, interrupted
 from tests.test_train import read, resume, train
