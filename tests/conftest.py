@@ -26,6 +26,7 @@ from transformers import (
 import train_grpo
 from grpo.checkpoint import save_model
 from grpo.config import load_config
+from grpo.data import Dataset
 from grpo.rollout import Rollout, generate_completions, sample_tokens, sampling_noise
 
 PAD_ID, EOS_ID = 0, 1
@@ -75,6 +76,11 @@ def make_tiny_model(architecture: str, seed: int = 0, dropout: float = 0.0) -> P
     assert architecture == "gpt2"
     pdrop = {"attn_pdrop": dropout, "embd_pdrop": dropout, "resid_pdrop": dropout}
     return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, **pdrop, **common)).train()
+
+
+def numbered(size: int) -> Dataset:
+    """Samples "0", "1", ..."""
+    return Dataset("numbers", [(f"number {index}", {"prompt": str(index)}) for index in range(size)])
 
 
 class ScriptedCache:

@@ -11,8 +11,9 @@ import pytest
 
 from grpo.base_model import train_tokenizer
 from grpo.chat import PromptFormat, tokenized
-from grpo.data import JSONLinesDataset, samples_for_step
+from grpo.data import Dataset, JSONLinesDataset, samples_for_step
 from grpo.errors import InputError
+from tests.conftest import numbered
 
 ROOT = Path(__file__).parent.parent
 SPLITS = {"train": 8000, "eval": 500, "test": 500}
@@ -83,7 +84,7 @@ def test_all_problems_are_15050() -> None:
 
 
 def test_samples_are_a_function_of_seed_and_step() -> None:
-    dataset = [{"prompt": str(number)} for number in range(100)]
+    dataset = numbered(100)
     first = samples_for_step(dataset, step=3, batch_size=8, seed=1)
     samples_for_step(dataset, step=50, batch_size=8, seed=9)
     assert samples_for_step(dataset, step=3, batch_size=8, seed=1) == first
@@ -92,7 +93,7 @@ def test_samples_are_a_function_of_seed_and_step() -> None:
 
 
 def test_an_epoch_shows_every_sample_once_and_the_next_in_another_order() -> None:
-    dataset = [{"prompt": str(number)} for number in range(10)]
+    dataset = numbered(10)
     steps = [samples_for_step(dataset, step=step, batch_size=4, seed=0) for step in range(1, 6)]  # two epochs
     seen = [sample["prompt"] for step in steps for sample in step]
     assert Counter(seen[:10]) == Counter(seen[10:]) == Counter(str(number) for number in range(10))
@@ -101,7 +102,7 @@ def test_an_epoch_shows_every_sample_once_and_the_next_in_another_order() -> Non
 
 def test_no_epoch_of_a_seed_is_an_epoch_of_its_neighbour() -> None:
     """Orders by seed + epoch would show seed 1 what seed 0 sees one epoch later: runs that should be independent."""
-    dataset = [{"prompt": str(number)} for number in range(20)]
+    dataset = numbered(20)
 
     def order(seed: int, epoch: int) -> tuple[str, ...]:
         batch = samples_for_step(dataset, step=epoch + 1, batch_size=len(dataset), seed=seed)  # step = epoch
@@ -112,7 +113,7 @@ def test_no_epoch_of_a_seed_is_an_epoch_of_its_neighbour() -> None:
 
 
 def test_a_batch_larger_than_the_data_spans_epochs() -> None:
-    dataset = [{"prompt": "a"}, {"prompt": "b"}]
+    dataset = Dataset("x", [("1", {"prompt": "a"}), ("2", {"prompt": "b"})])
     batch = [sample["prompt"] for sample in samples_for_step(dataset, step=1, batch_size=6, seed=0)]
     assert Counter(batch) == {"a": 3, "b": 3}
 

@@ -10,16 +10,22 @@ from grpo.config import Config, load_config
 from grpo.data import JSONLinesDataset
 from grpo.dry_run import describe, estimate_memory
 from grpo.errors import InputError
+from grpo.mixture import load_train_set
 from grpo.policy import load_skeleton
 from tests import test_train as helpers
 
 small = helpers.small  # the fixture
 
 
+def said_of(config: Config) -> str:
+    skeleton, tokenizer = load_skeleton(config.model_name)
+    return describe(config, skeleton, tokenizer, load_train_set(config, tokenizer))
+
+
 def described(*overrides: str) -> dict[str, str]:
     """The lines of the tiny model's text: what stands to the left -> what to the right, further lines joined."""
     config = load_config(None, overrides)
-    text = describe(config, *load_skeleton("tiny"), JSONLinesDataset(config.train_file))
+    text = said_of(config)
     lines: dict[str, str] = {}
     for line in text.split("\n"):
         name = line[:13].strip() or list(lines)[-1]
@@ -146,7 +152,7 @@ def test_the_weights_of_a_folder_are_never_read(small: dict[str, Any], tmp_path:
     assert skeleton.num_parameters() == model.num_parameters()
     assert its_tokenizer.get_vocab() == tokenizer.get_vocab()
     config = load_config(None, [f"model_name={tmp_path}", f"train_file={small['train_file']}"])
-    text = describe(config, skeleton, its_tokenizer, JSONLinesDataset(config.train_file))
+    text = said_of(config)
     assert f"{tmp_path}: LlamaForCausalLM, {model.num_parameters():,} weights" in text
 
 
@@ -157,7 +163,7 @@ def config_of(small: dict[str, Any], **changes: object) -> Config:
 def test_a_prompt_that_is_too_long_is_found(small: dict[str, Any]) -> None:
     config = config_of(small, max_prompt_length=3)
     with pytest.raises(InputError, match=r"train\.jsonl, line \d+: the longest prompt has \d+ tokens, .* allows 3"):
-        describe(config, *load_skeleton(config.model_name), JSONLinesDataset(config.train_file))
+        said_of(config)
 
 
 @pytest.mark.parametrize("content", [None, "{oops"], ids=["no config.json", "no JSON"])

@@ -3,7 +3,6 @@
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from grpo.evaluation import Evaluation, evaluate_greedy, pass_at_k, wilson_interval
 from grpo.rollout import Rollout, generate_completions
+from reward_model import Scores
 
 SAMPLES = [{"prompt": text} for text in ("1+2=", "a", "3*4-5=", "?", "12")]
 NAN = float("nan")
@@ -77,13 +77,16 @@ def evaluate(
 ) -> Evaluation:
     """Greedy over SAMPLES, each scored by its prompt."""
 
-    def score(samples: Sequence[dict[str, Any]], rollout: Rollout) -> SimpleNamespace:
+    def score(samples: Sequence[dict[str, Any]], rollout: Rollout) -> Scores:
         assert len(samples) == len(rollout.completions) <= batch_rows
         prompts = [sample["prompt"] for sample in samples]
-        return SimpleNamespace(
+        verdicts = torch.tensor([is_right[prompt] for prompt in prompts])
+        return Scores(
             combined=torch.tensor([combined[prompt] for prompt in prompts]),
-            is_right=torch.tensor([is_right[prompt] for prompt in prompts]),
+            is_right=verdicts,
             by_name={"mine": torch.tensor([combined[prompt] for prompt in prompts])},
+            has_answer=torch.ones(len(prompts), dtype=torch.bool),
+            is_right_leniently=torch.full_like(verdicts, NAN),
         )
 
     return evaluate_greedy(model, tokenizer, SAMPLES, score, max_completion_length=6, batch_rows=batch_rows)

@@ -1,4 +1,4 @@
-"""Files of every kind -> the same samples; columns of other names; conversations; what is wrong is named with its row."""
+"""Files of every kind -> the same samples; columns of other names; conversations; errors that name file and row."""
 
 import builtins
 import csv

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from grpo.base_model import build_model, train_tokenizer
 from grpo.checkpoint import save_model
 from grpo.config import load_config
-from grpo.data import JSONLinesDataset
+from grpo.data import Dataset
 from grpo.errors import InputError, RunError
 from grpo.policy import (
     check_compile,
@@ -175,14 +175,13 @@ def test_a_tokenizer_without_eos_is_refused(tokenizer, tmp_path: Path) -> None:
         load_policy(str(tmp_path / "model"), base_seed=0, device=CPU)
 
 
-def test_completions_must_fit_the_models_positions(tokenizer, tmp_path: Path) -> None:
+def test_completions_must_fit_the_models_positions(tokenizer) -> None:
     """A GPT-2 would fail with an index error in the middle of the run."""
-    (tmp_path / "data.jsonl").write_text('{"prompt": "1 + 1"}\n')
-    dataset, model = JSONLinesDataset(tmp_path / "data.jsonl"), build_model(tokenizer, 0)
-    longest = len(tokenizer("1 + 1")["input_ids"])
-    check_lengths(dataset, model, tokenizer, load_config(None, [f"max_completion_length={256 - longest}"]))
+    ids = tokenizer("1 + 1")["input_ids"]
+    dataset, model = Dataset("data", [("line 1", {"prompt": "1 + 1", "prompt_ids": ids})]), build_model(tokenizer, 0)
+    check_lengths(dataset, model, load_config(None, [f"max_completion_length={256 - len(ids)}"]))
     with pytest.raises(InputError, match=r"max_completion_length: got 256.*exceeds the 256 positions"):
-        check_lengths(dataset, model, tokenizer, load_config(None, ["max_completion_length=256"]))
+        check_lengths(dataset, model, load_config(None, ["max_completion_length=256"]))
 
 
 def test_the_last_position_may_be_used_and_the_one_after_it_not(llama: PreTrainedModel) -> None:

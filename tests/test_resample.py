@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
 import grpo.plots
 import train_grpo
@@ -19,12 +20,13 @@ from grpo.resample import Groups, check_rewards_vary, replace_idle_groups
 from grpo.rollout import Rollout, step_seed
 from reward_model import Scores
 from tests import test_train as helpers
+from tests.conftest import numbered
 from tests.test_train import read, resume, run, train
 
 small = helpers.small  # the fixture
 
 NAN = float("nan")
-DATA = [{"prompt": str(number)} for number in range(10)]
+DATA = numbered(10)
 
 
 # Rollouts, one after another
@@ -148,7 +150,8 @@ def make_groups(names: Sequence[str], rewards: Sequence[Sequence[float]], *, spa
     rollout = make_rollout(
         [[ord(letter) for letter in name] for name, _ in rows], [[ord(name[0]), g + 1] for name, g in rows], spare=spare
     )
-    scores = Scores({"toy": combined}, combined, (combined == 1).float(), torch.ones(len(combined), dtype=torch.bool))
+    is_right, has_answer = (combined == 1).float(), torch.ones(len(combined), dtype=torch.bool)
+    scores = Scores({"toy": combined}, combined, is_right, has_answer, is_right_leniently=is_right)
     return Groups([{"prompt": name} for name, _ in rows], rollout, scores)
 
 
@@ -270,7 +273,7 @@ def test_what_is_thrown_away_is_counted_and_what_stays_is_recorded(
 ) -> None:
     """Against the rule written out: which prompts are idle is known beforehand, so all else follows."""
     rows = train(small | DYNAMIC, tmp_path / "run", num_train_steps=3)
-    dataset = JSONLinesDataset(small["train_file"])
+    dataset, tokenizer = JSONLinesDataset(small["train_file"]), AutoTokenizer.from_pretrained(small["model_name"])
     written = read(tmp_path / "run" / "samples.jsonl")
     expected_calls, num_completions, rounds_used = [], 0, []
     for step in (1, 2, 3):
@@ -296,7 +299,9 @@ def test_what_is_thrown_away_is_counted_and_what_stays_is_recorded(
         assert [sample["advantage"] != 0 for sample in mine] == [p[8] not in IDLE for p in kept for _ in range(4)]
     assert any(used > 0 for used, _ in rounds_used)  # something was replaced
     assert any(used == 2 for used, _ in rounds_used)  # more than once
-    done = [(call["seed"], call["prompts"], list(call["completion_indices"])) for call in calls[1:]]
+    done = [
+        (call["seed"], tokenizer.batch_decode(call["prompts"]), list(call["completion_indices"])) for call in calls[1:]
+    ]
     assert done == expected_calls
     assert rows[3]["num_tokens"] == sum(call["rollout"].num_tokens for call in calls[1:])
     sampled = sum(len(call["rollout"].completions) for call in calls[1:])

@@ -21,6 +21,7 @@ from grpo.data import JSONLinesDataset, samples_for_step
 from grpo.errors import InputError
 from grpo.loss import loss_weights
 from reward_model import MathRewardModel, check_samples, last_integer, load_rewards, score_completions
+from tests.conftest import numbered
 
 BRACKETS, DIGITS = "[" * 100_000, "1" * 5000  # deeper than Python recurses, longer than it converts
 
@@ -359,7 +360,7 @@ def test_the_weights_of_a_part_are_a_part_of_the_weights(mask: torch.Tensor, agg
 def test_every_epoch_is_a_permutation_and_steps_do_not_overlap(
     size: int, batch_size: int, seed: int, first: int
 ) -> None:
-    dataset = [{"prompt": str(number)} for number in range(size)]
+    dataset = numbered(size)
     steps = range(first, first + 2 + math.ceil(2 * size / batch_size))  # at least one whole epoch lies within
     drawn = [
         sample["prompt"]
