@@ -156,7 +156,7 @@ BLOCKS: dict[str, Block] = {
 
 # The rows that the README shows, in its order.
 TOP = (
-    "reinforce", "batch_baseline", "group_baseline", "group_std", "grpo", "dapo", "ppo", "group_size_2", "shuffled",
+    "reinforce", "group_baseline", "grpo", "grpo_two_updates", "sequence", "dapo", "ppo", "group_size_4", "shuffled",
     "max_for_min",
 )  # fmt: skip
 
