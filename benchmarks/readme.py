@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks import floor, logprobs, sampler, scaling, vs_trl
 from benchmarks.common import ROOT
+from benchmarks.ladder import table as ladder
 
 RESULTS = ROOT / "benchmarks" / "results"
 MAX_TOTAL = 50  # seconds: the bar for the default run as a whole
@@ -195,6 +196,7 @@ BLOCKS: dict[Path, dict[str, Callable[[Runs], str]]] = {
         "toy:output": output,
         "toy:summary": summary,
         "speed:bars": performance,
+        "ladder:top": lambda _: ladder.top(parts_of("ladder")),
     },
     ROOT / "benchmarks" / "README.md": {
         "toy:seeds": seeds_table,
@@ -202,6 +204,10 @@ BLOCKS: dict[Path, dict[str, Callable[[Runs], str]]] = {
             "\n\n".join(scaling.axis_table(parts_of("scaling"), axis) for axis in scaling.AXES)
         ),
         "scaling:grid": lambda _: fenced(scaling.grid_table(parts_of("scaling")["grid"]["cells"])),
+    },
+    ROOT / "docs" / "ABLATIONS.md": {
+        name: lambda _, render=render: render(parts_of("ladder"))  # type: ignore[misc]
+        for name, render in ladder.RENDER.items()
     },
 }
 

@@ -326,6 +326,18 @@ def warnings_about(config: Config) -> list[str]:
             "kl_in reward with advantage_scale group: where siblings earn the same, they differ in the KL alone, "
             "and that is scaled to full size; none, batch and tokens leave it small"
         )
+    if config.ref_update_every > 0 and config.kl_coeff == 0:
+        warnings.append(
+            f"ref_update_every {config.ref_update_every}: kl_coeff is 0, so there is no reference to update"
+        )
+    for spec in config.rewards:
+        arguments = spec if isinstance(spec, dict) and spec.get("name") == "overlong" else {}
+        free = [arguments.get(key) for key in ("max_length", "cache")]
+        if all(type(number) is int for number in free) and free[0] - free[1] >= config.max_completion_length:
+            warnings.append(
+                f"rewards: overlong: punishes nothing up to {free[0] - free[1]} tokens, and max_completion_length cuts "
+                f"off at {config.max_completion_length}"
+            )
     num_updates = config.num_iterations * config.num_minibatches
     if config.surrogate == "reinforce" and num_updates > 1:
         warnings.append(
@@ -351,6 +363,12 @@ class SettingsParser(argparse.ArgumentParser):
         for key, (default, comment) in documented_defaults().items():
             # argparse expands % in help texts
             settings.add_argument(f"--{key}", metavar="X", help=f"{comment} (default: {default})".replace("%", "%%"))
+
+    def allow_only(self, choices: dict[str, str]) -> None:
+        """Say of these settings that there is no choice."""
+        for action in self._actions:
+            if (choice := choices.get(action.dest)) is not None:
+                action.help = f"{choice}: nothing else is allowed here"
 
     def error(self, message: str) -> typing.NoReturn:
         exit_with(InputError(message))
@@ -378,6 +396,8 @@ def parse_command_line(
     `has_critic`: the script learns a baseline, and its algorithm is ppo where nobody says otherwise.
     """
     parser = SettingsParser(description, "[--dry_run | --preflight | --resume | --overwrite]")
+    if has_critic:
+        parser.allow_only({"algorithm": "ppo", "advantage_baseline": "critic"})
     parser.epilog = f"algorithms: what each makes of the settings that are null\n\n{plain_table()}"
     add = functools.partial(parser.own.add_argument, action="store_true")
     add("--dry_run", help="print what the settings amount to and one rendered prompt, then stop")
@@ -503,7 +523,7 @@ def _checked(key: str, value: Any) -> Any:
 def _shown(value: Any) -> str:
     """A wrong value, for an error message."""
     try:
-        return repr(value)
+        return "null" if value is None else repr(value)
     except (ValueError, RecursionError):  # a number of thousands of digits, thousands of brackets
         return f"{type(value).__name__} too long to be shown"
 

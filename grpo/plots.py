@@ -53,10 +53,17 @@ def draw_curves(rows: Rows, path: Path) -> None:
     _line(norm, rows, "grad_norm", ORANGE, "gradient norm, right axis")
     norm.set_ylim(bottom=0)
 
-    _name(signal, "Groups with signal: rewards differ", "share of groups")
-    informative = [{**row, "signal": 1 - row["frac_reward_zero_std"]} for row in rows if "frac_reward_zero_std" in row]
-    _line(signal, informative, "signal", BLUE)
-    signal.set_ylim(-0.03, 1.03)
+    if any("value_loss" in row for row in rows):  # no groups are compared: a critic (examples/train_ppo.py)
+        _name(signal, "The critic", "value loss, share of variance")
+        _line(signal, rows, "value_loss", BLUE, "value loss")
+        _line(signal, rows, "value/explained_variance", VERMILLION, "explained variance")
+    else:
+        _name(signal, "Groups with signal: rewards differ", "share of groups")
+        informative = [
+            row | {"signal": 1 - row["frac_reward_zero_std"]} for row in rows if "frac_reward_zero_std" in row
+        ]
+        _line(signal, informative, "signal", BLUE)
+        signal.set_ylim(-0.03, 1.03)
 
     _name(answers, "How sampled answers end", "share of completions")
     outcomes = {"right": GREEN, "wrong": VERMILLION, "none": SKY, "truncated": BLACK}

@@ -1,6 +1,7 @@
 """A tiny tokenizer, four tiny models of real architectures, and one that follows a script. Nothing is downloaded."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +29,11 @@ from grpo.checkpoint import save_model
 from grpo.config import load_config
 from grpo.data import Dataset
 from grpo.rollout import Rollout, generate_completions, sample_tokens, sampling_noise
+
+# One thread, here and in the commands that tests start: models this small gain nothing by a second one, and where the
+# machine has other work they wait for it, for half a minute instead of a second.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 PAD_ID, EOS_ID = 0, 1
 VOCABULARY = ["<pad>", "<eos>", "<unk>", *"0123456789+-*/=,. ?()abcdefghijklmnopqrstuvw"]  # 47 tokens, one a character

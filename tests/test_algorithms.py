@@ -287,7 +287,7 @@ BAD = [
     ("--advantage_baseline batch --advantage_scale group", ["advantage_scale: got group", "advantage_baseline batch"]),
     ("--algorithm dapo --advantage_baseline batch --advantage_scale none", ["max_resample_rounds: got 3", "batch"]),
     ("--algorithm trpo", ["algorithm: got 'trpo'", "grpo | dr_grpo | dapo | rloo"]),
-    ("--algorithm null", ["algorithm: got None", "grpo | dr_grpo | dapo | rloo"]),
+    ("--algorithm null", ["algorithm: got null", "grpo | dr_grpo | dapo | rloo"]),
     ("--dual_clip 1", ["dual_clip: got 1.0", "> 1"]),
     ("--dual_clip .inf", ["dual_clip: got inf", "a number"]),
     ("--clip_range 1.5", ["clip_range: got 1.5", "in (0, 1), or .inf"]),

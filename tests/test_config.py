@@ -100,7 +100,7 @@ def test_files_named_in_config_yaml_exist() -> None:
         ("group_size=2.5", "group_size: got 2.5, expected a whole number"),
         ("group_size=true", "group_size: got True, expected a whole number"),
         ("group_size=", "group_size: got nothing; null is written out"),
-        ("group_size=null", "group_size: got None, expected a whole number"),
+        ("group_size=null", "group_size: got null, expected a whole number"),
         ("group_size=0", "group_size: got 0, allowed: >= 1"),
         ("group_size=1", "group_size: got 1, allowed with advantage_baseline group: >= 2"),
         ("micro_batch_tokens=0", "micro_batch_tokens: got 0, allowed: >= 1"),

@@ -18,6 +18,7 @@ from grpo.config import TYPES, Options, load_config
 from grpo.policy import load_policy, load_skeleton
 from grpo.rollout import generate_completions
 from reward_model import load_rewards, score_completions
+from tests.test_ppo import OF_THE_CRITIC
 from tests.test_train import EVERY_EVALUATION, EVERY_STEP, small, train  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
@@ -213,7 +214,7 @@ def test_every_metric_is_defined() -> None:
                 name = last.rsplit("/", 1)[0] + name[1:]
             last = name
             named.add(name.replace("{name}", "math"))
-    assert named == EVERY_STEP | EVERY_EVALUATION
+    assert named == EVERY_STEP | EVERY_EVALUATION | OF_THE_CRITIC
 
 
 def test_every_test_that_correctness_names_exists() -> None:

@@ -21,6 +21,7 @@ from grpo.plots import CYCLE, STYLES
 
 PICTURE = ROOT / "docs" / "ladder.png"
 COLUMNS = 2  # of panels
+LOWEST = 0.7  # accuracy, where the axis begins if every curve ends above it
 APART = 0.072  # of the panel's height: the distance of two labels
 
 Curve = list[tuple[float, float]]  # thousands of completions, held-out accuracy
@@ -83,7 +84,6 @@ def draw_block(axis: Axes, block: Block, raw: dict[str, Columns]) -> None:
     axis.set_xlabel("thousand completions", labelpad=1)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.25)
-    axis.set_ylim(0, 1.02)
     axis.axhline(TARGET, color="black", linewidth=0.6, alpha=0.5)
     ends = []
     for number, name in enumerate(block.rows):
@@ -95,10 +95,15 @@ def draw_block(axis: Axes, block: Block, raw: dict[str, Columns]) -> None:
         completions, middle, low, high = (list(values) for values in zip(*points, strict=True))
         axis.fill_between(completions, low, high, color=colour, alpha=0.15, linewidth=0)
         axis.plot(completions, middle, color=colour, linestyle=style, linewidth=1.4)
-        ends.append((name, colour, completions[-1], middle[-1]))
+        ends.append((name, colour, style, completions[-1], middle[-1]))
     axis.margins(x=0)
-    right = max((end[2] for end in ends), default=1.0)
-    for (name, colour, last, height), label in zip(ends, spread_out([end[3] for end in ends], APART), strict=True):
+    bottom = LOWEST if all(end[-1] > LOWEST for end in ends) else 0.0  # what matters is near the top
+    axis.set_ylim(bottom, 1 + 0.02 * (1 - bottom))
+    apart = APART * (1 - bottom)
+    right = max((last for *_, last, _ in ends), default=1.0)
+    for (name, colour, style, last, height), label in zip(
+        ends, spread_out([end[-1] for end in ends], apart), strict=True
+    ):
         axis.annotate(
             name,
             (last, height),
@@ -110,7 +115,8 @@ def draw_block(axis: Axes, block: Block, raw: dict[str, Columns]) -> None:
             arrowprops={
                 "arrowstyle": "-",
                 "color": colour,
-                "linewidth": 0.6,
+                "linestyle": style,
+                "linewidth": 1.0,
                 "shrinkA": 0,
                 "shrinkB": 0,
                 "relpos": (0, 0.5),  # to where the name begins

@@ -135,6 +135,7 @@ def top(parts: Parts) -> str:
         [
             f"`{row.name}`",
             row.idea,
+            rate_of(parts, row),
             accuracy(parts, row),
             over_the_run(runs_of(parts, row)),
             reached(runs_of(parts, row))[0],
@@ -143,10 +144,11 @@ def top(parts: Parts) -> str:
         ]
         for row in (ROWS[name] for name in TOP)
     ]
-    return markdown(
-        ["row", "what", "accuracy [95 %]", "over the run [95 %]", "1000 completions to 0.95", "KL", "what it shows"],
-        lines,
-    )
+    heading = [
+        "row", "what", "learning rate", "accuracy [95 %]", "accuracy over the run [95 %]", "1000 completions to 0.95",
+        "KL, nats an answer", "what it shows",
+    ]  # fmt: skip
+    return markdown(heading, lines)
 
 
 def grid(parts: Parts) -> str:

@@ -306,7 +306,7 @@ def test_advantages_do_not_depend_on_the_unit_of_the_rewards(rewards: torch.Tens
     torch.testing.assert_close(group_advantages(rewards * factor + shift, eps=0.0), exact, rtol=1e-8, atol=1e-8)
     # The least std of such a group is 1/8/sqrt(6), so eps takes at most 1e-4 * 8 * sqrt(6) = 0.2 % away, twice that
     # where the factor is a half.
-    torch.testing.assert_close(group_advantages(rewards * factor), group_advantages(rewards), rtol=4e-3, atol=0)
+    torch.testing.assert_close(group_advantages(rewards * factor), group_advantages(rewards), rtol=4e-3, atol=1e-12)
     unscaled = group_advantages(rewards * factor, scale="none")
     torch.testing.assert_close(unscaled, factor * group_advantages(rewards, scale="none"))
 
