@@ -65,6 +65,7 @@ from grpo.evaluation import (
     pass_at_k,
     side_by_side,
 )
+from grpo.kept_rollouts import KeptRollouts
 from grpo.mixture import load_eval_set
 from grpo.policy import (
     check_lengths,
@@ -112,10 +113,14 @@ def main(arguments: argparse.Namespace, config: Config) -> None:
 
     print(f"{len(datasets[0])} problems of {datasets[0].path}")
     evaluations, reports = [], []
-    for name, dataset in zip(names, datasets, strict=True):
-        evaluation, report = measure(name, dataset, score, config, arguments.k)
-        evaluations.append(evaluation)
-        reports.append(report)
+    kept = KeptRollouts(output.with_name(f"{output.name}.unfinished.jsonl"))
+    try:
+        for name, dataset in zip(names, datasets, strict=True):
+            evaluation, report = measure(name, dataset, score, config, arguments.k, kept)
+            evaluations.append(evaluation)
+            reports.append(report)
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(f"stopped; the same command goes on with the answers in {kept.path}") from error
     print(table(reports))
     result = reports[0]
     if len(names) == 2:
@@ -125,11 +130,14 @@ def main(arguments: argparse.Namespace, config: Config) -> None:
         output.write_text(json.dumps(without_nan(result), indent=2) + "\n")
     except OSError as error:
         raise InputError(f"--output: {output} cannot be written: {error.strerror}") from error
+    kept.forget()
     print(f"The numbers lie in {output}")
 
 
-def measure(name: str, dataset: Dataset, score: ScoreFn, config: Config, k: int) -> tuple[Evaluation, dict[str, Any]]:
-    """One model: its greedy answers, and the numbers for people and for the file."""
+def measure(
+    name: str, dataset: Dataset, score: ScoreFn, config: Config, k: int, kept: KeptRollouts
+) -> tuple[Evaluation, dict[str, Any]]:
+    """One model: its greedy answers, and the numbers for people and for the file. `kept`: what it answered before."""
     device = choose_device(config.device)
     model, tokenizer = load_policy(name, **loading_settings(config), device=device)
     limits: dict[str, Any] = {key: getattr(config, key) for key in ("max_completion_length", "stop_strings")}
@@ -143,6 +151,7 @@ def measure(name: str, dataset: Dataset, score: ScoreFn, config: Config, k: int)
             **limits,
             batch_rows=rows,
             progress=f"{name}, greedy",
+            generate=kept.of(model),
         )
         counts = count_right(
             model,
@@ -154,6 +163,7 @@ def measure(name: str, dataset: Dataset, score: ScoreFn, config: Config, k: int)
             batch_rows=rows,
             seed=config.seed,
             progress=f"{name}, {k} samples",
+            generate=kept.of(model),
         )
     scored = [count for count in counts if count is not None]
     metrics = evaluation.metrics()
