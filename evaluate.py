@@ -58,7 +58,6 @@ from grpo.chat import PromptFormat
 from grpo.data import Dataset, Sample
 from grpo.evaluation import (
     Evaluation,
-    ScoreFn,
     count_right,
     evaluate_greedy,
     mcnemar,
@@ -79,7 +78,7 @@ from grpo.policy import (
 from grpo.records import without_nan
 from grpo.rollout import Rollout, generate_completions
 from grpo.sources import sources_of
-from reward_model import Scores, check_mixture, load_rewards_of, score_mixture
+from reward_model import RewardsOf, Scores, check_mixture, load_rewards_of, score_mixture
 
 
 def main(arguments: argparse.Namespace, config: Config) -> None:
@@ -92,31 +91,21 @@ def main(arguments: argparse.Namespace, config: Config) -> None:
     if output.is_dir() or not output.parent.is_dir():
         raise InputError(f"--output: got {output}, expected a file in a folder that exists")
     names = [arguments.model] + ([arguments.compare] if arguments.compare is not None else [])
-    datasets = []  # the same problems in the tokens of each model
-    for which, name in zip(("MODEL", "--compare"), names, strict=False):  # before the first one is measured
-        try:
-            skeleton, tokenizer = load_skeleton(name, chat_template=config.chat_template)
-            dataset = load_eval_set(config, tokenizer)
-            check_lengths(dataset, skeleton, config)
-        except InputError as error:
-            raise InputError(str(error).replace("model_name:", f"{which}:")) from error
-        check_mixture(rewards, dataset, dataset.place)
-        datasets.append(dataset)
-    if len(names) == 2 and len(datasets[0]) != len(datasets[1]):
+    datasets = [  # the same problems in the tokens of each model, before the first one is measured
+        problems_for(name, config, rewards, which) for which, name in zip(("MODEL", "--compare"), names, strict=False)
+    ]
+    prompts = [[sample["prompt"] for sample in dataset] for dataset in datasets]
+    if prompts[0] != prompts[-1]:
         raise InputError(
             f"long_prompts: got drop, which leaves {len(datasets[0])} problems to MODEL and {len(datasets[1])} to "
             "--compare: they could not be compared; a larger max_prompt_length drops none"
         )
-
-    def score(samples: Sequence[Sample], rollout: Rollout) -> Scores:
-        return score_mixture(rewards, samples, rollout.completions, rollout.token_lists(), per_token=True)
-
     print(f"{len(datasets[0])} problems of {datasets[0].path}")
     evaluations, reports = [], []
     kept = KeptRollouts(output.with_name(f"{output.name}.unfinished.jsonl"))
     try:
         for name, dataset in zip(names, datasets, strict=True):
-            evaluation, report = measure(name, dataset, score, config, arguments.k, kept)
+            evaluation, report = measure(name, dataset, rewards, config, arguments.k, kept)
             evaluations.append(evaluation)
             reports.append(report)
     except KeyboardInterrupt as error:
@@ -134,12 +123,35 @@ def main(arguments: argparse.Namespace, config: Config) -> None:
     print(f"The numbers lie in {output}")
 
 
+def evaluate_model(name: str, config: Config, *, k: int = 8) -> dict[str, Any]:
+    """What this command says of one model, as a dict: for notebooks."""
+    rewards = load_rewards_of(sources_of(vars(config)))
+    return measure(name, problems_for(name, config, rewards), rewards, config, k)[1]
+
+
+def problems_for(name: str, config: Config, rewards: RewardsOf, which: str = "MODEL") -> Dataset:
+    """What is held out, in this model's tokens; whatever is wrong with it is found here."""
+    try:
+        skeleton, tokenizer = load_skeleton(name, chat_template=config.chat_template)
+        dataset = load_eval_set(config, tokenizer)
+        check_lengths(dataset, skeleton, config)
+    except InputError as error:
+        raise InputError(str(error).replace("model_name:", f"{which}:")) from error
+    check_mixture(rewards, dataset, dataset.place)
+    return dataset
+
+
 def measure(
-    name: str, dataset: Dataset, score: ScoreFn, config: Config, k: int, kept: KeptRollouts
+    name: str, dataset: Dataset, rewards: RewardsOf, config: Config, k: int, kept: KeptRollouts | None = None
 ) -> tuple[Evaluation, dict[str, Any]]:
     """One model: its greedy answers, and the numbers for people and for the file. `kept`: what it answered before."""
+
+    def score(samples: Sequence[Sample], rollout: Rollout) -> Scores:
+        return score_mixture(rewards, samples, rollout.completions, rollout.token_lists(), per_token=True)
+
     device = choose_device(config.device)
     model, tokenizer = load_policy(name, **loading_settings(config), device=device)
+    generate = kept.of(model) if kept is not None else generate_completions
     limits: dict[str, Any] = {key: getattr(config, key) for key in ("max_completion_length", "stop_strings")}
     rows = config.batch_size * config.group_size
     with make_autocast(config.dtype, device)():
@@ -151,7 +163,7 @@ def measure(
             **limits,
             batch_rows=rows,
             progress=f"{name}, greedy",
-            generate=kept.of(model),
+            generate=generate,
         )
         counts = count_right(
             model,
@@ -163,7 +175,7 @@ def measure(
             batch_rows=rows,
             seed=config.seed,
             progress=f"{name}, {k} samples",
-            generate=kept.of(model),
+            generate=generate,
         )
     scored = [count for count in counts if count is not None]
     metrics = evaluation.metrics()

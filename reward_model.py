@@ -368,9 +368,12 @@ def required_columns(reward: Reward) -> set[str]:
     return _named_parameters(reward.fn, without_default=True) - GIVEN
 
 
-def load_rewards_of(sources: Sequence[Source]) -> dict[str | None, list[Reward]]:
-    """The rewards of every data set, by its name; None where there is only one."""
-    rewards = {}
+RewardsOf = Mapping[str | None, Sequence[Reward]]  # of each data set, by its name; None where there is only one
+
+
+def load_rewards_of(sources: Sequence[Source]) -> RewardsOf:
+    """What each data set's completions are judged by; an InputError names the data set and the entry."""
+    rewards: dict[str | None, list[Reward]] = {}
     for source in sources:
         try:
             rewards[source.name] = load_rewards(source.rewards)
@@ -379,16 +382,14 @@ def load_rewards_of(sources: Sequence[Source]) -> dict[str | None, list[Reward]]
     return rewards
 
 
-def check_mixture(
-    rewards: Mapping[str | None, Sequence[Reward]], samples: Sequence[dict[str, Any]], place: Callable[[int], str]
-) -> None:
+def check_mixture(rewards: RewardsOf, samples: Sequence[dict[str, Any]], place: Callable[[int], str]) -> None:
     """`check_samples` for samples each of which has the rewards of its own data set."""
     for name, rows in _rows_by_dataset(samples).items():
         check_samples(rewards[name], [samples[row] for row in rows], lambda index, rows=rows: place(rows[index]))
 
 
 def score_mixture(
-    rewards: Mapping[str | None, Sequence[Reward]],
+    rewards: RewardsOf,
     samples: Sequence[dict[str, Any]],
     completions: Sequence[str],
     completion_ids: Sequence[Sequence[int]],
