@@ -33,7 +33,7 @@ def evaluated(
     return greedy, count_right(model, tokenizer, SAMPLES, score, k=2, seed=3, **common)
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """Instead of Ctrl-C."""
 
 
@@ -47,7 +47,7 @@ def sampled(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[Any]]:
 
         def generate(model: Any, tokenizer: Any, prompts: Any, **settings: Any) -> Rollout:
             if len(calls) == most:
-                raise Stopped
+                raise StoppedError
             calls.append(prompts)
             return real(model, tokenizer, prompts, **settings)
 
@@ -69,7 +69,7 @@ def test_a_stopped_evaluation_goes_on_and_ends_alike(
     whole = evaluated(llama, tokenizer)
     for most in (2, 0, 3, 1):
         sampled(most)
-        with pytest.raises(Stopped):
+        with pytest.raises(StoppedError):
             evaluated(llama, tokenizer, KeptRollouts(path))
         with path.open("a") as file:
             file.write('{"key": "half')  # killed while it wrote

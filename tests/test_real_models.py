@@ -1,4 +1,4 @@
-"""What larger models need: activations recomputed, another attention, quantized weights. On small models of their kind."""
+"""What larger models need: activations computed again, another attention, quantized weights. On small models."""
 
 import importlib.util
 from collections.abc import Callable
@@ -75,7 +75,7 @@ def test_gradient_checkpointing_is_active_in_updates_and_not_in_rollouts(
 ) -> None:
     model = checkpointed(make_model(architecture), lora_rank=rank)
     calls = {"n": 0}
-    name, module = [pair for pair in model.named_modules() if type(pair[1]).__name__.endswith("MLP")][0]
+    name, module = next(pair for pair in model.named_modules() if type(pair[1]).__name__.endswith("MLP"))
     module.register_forward_hook(lambda *_: calls.update(n=calls["n"] + 1))
     batch = ragged_batch()
     with torch.no_grad():
