@@ -135,8 +135,6 @@ def test_what_ppo_has_no_use_for_is_refused_before_anything_is_written(
 def test_help_says_what_there_is_no_choice_of() -> None:
     command = [sys.executable, "examples/train_ppo.py", "--help"]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        [sys.executable, "examples/train_ppo.py", "--help"], cwd=ROOT, capture_output=True, text=True
-    )
     assert "--algorithm X ppo: nothing else is allowed here" in " ".join(shown.stdout.split())
     assert "--advantage_baseline X critic: nothing else is allowed here" in " ".join(shown.stdout.split())
 
