@@ -331,11 +331,11 @@ def warnings_about(config: Config) -> list[str]:
             f"ref_update_every {config.ref_update_every}: kl_coeff is 0, so there is no reference to update"
         )
     for spec in config.rewards:
-        arguments = spec if isinstance(spec, dict) and spec.get("name") == "overlong" else {}
-        free = [arguments.get(key) for key in ("max_length", "cache")]
-        if all(type(number) is int for number in free) and free[0] - free[1] >= config.max_completion_length:
+        arguments: dict[str, Any] = spec if isinstance(spec, dict) and spec.get("name") == "overlong" else {}
+        longest, cache = arguments.get("max_length"), arguments.get("cache")
+        if type(longest) is int and type(cache) is int and longest - cache >= config.max_completion_length:
             warnings.append(
-                f"rewards: overlong: punishes nothing up to {free[0] - free[1]} tokens, and max_completion_length cuts "
+                f"rewards: overlong: punishes nothing up to {longest - cache} tokens, and max_completion_length cuts "
                 f"off at {config.max_completion_length}"
             )
     num_updates = config.num_iterations * config.num_minibatches

@@ -197,3 +197,8 @@ def test_what_is_seldom_meant_is_warned_about() -> None:
         (warning,) = warnings_about(load_config(None, [override]))
         assert word in warning
     assert warnings_about(load_config(None, ["kl_estimator=k1", "kl_coeff=0"])) == []
+    (warning,) = warnings_about(load_config(None, ["ref_update_every=2", "kl_coeff=0"]))
+    assert "no reference to update" in warning
+    for max_length, warned in ((35, False), (36, True)):  # 28 tokens at most; nothing is punished up to max_length - 8
+        rewards = f"rewards=[math, {{name: overlong, max_length: {max_length}, cache: 8}}]"
+        assert (len(warnings_about(load_config(None, [rewards]))) == 1) == warned

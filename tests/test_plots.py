@@ -106,6 +106,16 @@ def test_every_panel_says_what_it_shows(figures: list[Figure]) -> None:
             assert axis in titled or axis.get_position().bounds in {other.get_position().bounds for other in titled}
 
 
+def test_a_run_with_a_critic_shows_it_where_others_show_groups(figures: list[Figure]) -> None:
+    rows = [row | {"value_loss": 0.1, "value/explained_variance": 0.2} for row in rows_of(4)]
+    for row in rows:
+        row.pop("frac_reward_zero_std", None)
+    draw_curves(rows, Path("nowhere.png"))
+    values = [line[1][0] for line in data_of(panel(figures[0], "critic"))]
+    assert values == [0.1, 0.2]
+    assert not any("signal" in axis.get_title() for axis in figures[0].axes)
+
+
 def test_the_lines_are_the_numbers(figures: list[Figure]) -> None:
     rows = rows_of(4)
     rows[3]["reward"] = 0.9

@@ -132,6 +132,13 @@ def test_what_ppo_has_no_use_for_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+def test_help_says_what_there_is_no_choice_of() -> None:
+    command = [sys.executable, "examples/train_ppo.py", "--help"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert "--algorithm X ppo: nothing else is allowed here" in " ".join(shown.stdout.split())
+    assert "--advantage_baseline X critic: nothing else is allowed here" in " ".join(shown.stdout.split())
+
+
 def test_without_a_kl_there_is_no_reference(
     small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
