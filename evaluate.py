@@ -216,9 +216,9 @@ def table(reports: Sequence[dict[str, Any]]) -> str:
         "": [report["model"] for report in reports],
         f"accuracy, greedy, n = {reports[0]['n']} [95 %]": [accuracy(report) for report in reports],
     }
-    if any(report["accuracy_lenient"] is not None for report in reports):
+    if any(report.get("accuracy_lenient") is not None for report in reports):
         rows["  wherever the answer stands"] = [accuracy(report, "accuracy_lenient") for report in reports]
-    for name, numbers in reports[0]["datasets"].items():
+    for name, numbers in reports[0].get("datasets", {}).items():
         own = [report["datasets"][name] for report in reports]
         rows[f"  {name}, n = {numbers['n']}"] = [accuracy(part) for part in own]
         if any("accuracy_lenient" in part for part in own):

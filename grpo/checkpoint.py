@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.utils.logging import disable_progress_bar
 
 from grpo.errors import InputError, RunError
-from grpo.lora import has_adapter, load_adapter
+from grpo.lora import ADAPTER_FILE, has_adapter, load_adapter
 
 COUNTS = ("num_tokens", "num_completions")  # of the whole run so far
 STATE = ("step", "samples_size", *COUNTS)  # what state.json holds
@@ -169,10 +169,9 @@ def _damage(folder: Path) -> str | None:
         hashes = dict(json.loads((folder / "checksums.json").read_text()))
     except (OSError, ValueError, TypeError, RecursionError):
         return "checksums.json cannot be read"
-    if missing := {"state.json", "optimizer.pt"} - set(hashes):
+    weights = ADAPTER_FILE if ADAPTER_FILE in hashes else "model.safetensors"
+    if missing := {"state.json", "optimizer.pt", weights} - set(hashes):
         return f"checksums.json does not name {sorted(missing)[0]}"
-    if not any(name.endswith(".safetensors") and "model" in name for name in hashes):
-        return "checksums.json does not name model.safetensors"
     for name, expected in hashes.items():
         if not (folder / name).is_file():
             return f"{name} is missing"

@@ -68,9 +68,9 @@ class Evaluation:
     mean_length: float  # tokens, the stop token included
     clipped_ratio: float  # share of completions cut off at max_completion_length
     seconds: float
-    is_right_leniently: list[bool | None]  # right, be it not in the form that was asked for; None: nothing is known
-    combined: list[float]  # the reward of each sample, NaN = not applicable
-    datasets: list[str | None]  # where each sample comes from; None: there is only one data set
+    is_right_leniently: Sequence[bool | None] = ()  # right, be it not in the form that was asked for; None: unknown
+    combined: Sequence[float] = ()  # the reward of each sample, NaN = not applicable
+    datasets: Sequence[str | None] = ()  # where each sample comes from; None: there is only one data set
 
     @property
     def num_right(self) -> int:

@@ -44,7 +44,8 @@ LUCKY = "def fn(prompts, completions, **_):\n    return [1.0 - len(text) % 2 for
 
 REPORTED = {
     "model", "data", "n", "accuracy", "accuracy_low", "accuracy_high", "pass_at_1", "pass_at_k", "k", "mean_length",
-    "clipped_ratio", "reward", "rewards",
+    "clipped_ratio", "reward", "rewards", "accuracy_lenient", "accuracy_lenient_low", "accuracy_lenient_high",
+    "datasets",
 }  # fmt: skip
 
 
@@ -207,7 +208,7 @@ def test_measure_by_hand(small: dict[str, Any], tmp_path: Path, monkeypatch: pyt
     specs = ["lucky_too:fn", {"name": "math", "weight": 0.5}]
     config = load_config(None, [f"{key}={value}" for key, value in small.items()] + ["seed=4"])
     dataset = JSONLinesDataset(small["eval_file"])
-    evaluation, report = evaluate.measure(small["model_name"], dataset, score_with(specs), config, 3)
+    evaluation, report = evaluate.measure(small["model_name"], dataset, {None: load_rewards(specs)}, config, 3)
 
     model, tokenizer = load_policy(small["model_name"], base_seed=0, base_steps=1, device=torch.device("cpu"))
     prompts = [sample["prompt"] for sample in dataset]
@@ -466,3 +467,72 @@ def test_a_help_names_every_setting_once_and_fits_its_usage_in_a_line(
         text = capsys.readouterr().out
         assert all(text.count(f"\n  --{key} X") == 1 for key in TYPES)
         assert "--KEY VALUE" in text.splitlines()[0]
+
+
+# Mixtures and adapters
+
+
+def test_a_mixture_is_reported_by_data_set_and_leniently(
+    small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two models, one of them an adapter; every number from the answers themselves."""
+    (tmp_path / "three.py").write_text(
+        "def fn(prompts, completions, **_):\n    return [1.0 * (len(text) % 3 == 0) for text in completions]\n"
+        "fn.is_right_leniently = lambda sample, text: len(text) % 3 < 2\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    entries = [
+        {"path": small["train_file"], "eval_path": small["eval_file"], "name": "sums", "rewards": ["three:fn"]},
+        {"path": small["eval_file"], "eval_path": small["train_file"], "name": "more", "rewards": ["lucky_mix:fn"]},
+    ]
+    (tmp_path / "lucky_mix.py").write_text(LUCKY)
+    mixture = {key: small[key] for key in small.keys() - {"train_file", "eval_file", "rewards"}}
+    mixture |= {"datasets": json.dumps(entries), "lora_rank": 2, "learning_rate": 0.05, "eval_metric": "eval/reward"}
+    monkeypatch.setattr(grpo.plots, "_save", lambda figure, path: None)
+    train(mixture, tmp_path / "run")
+    output = tmp_path / "numbers.json"
+    arguments, config = parsed(
+        monkeypatch, tmp_path / "run" / "final", "--compare", small["model_name"], "--output", output, "--k", 2
+    )
+    evaluate.main(arguments, config)
+    said = capsys.readouterr().out
+    report = json.loads(output.read_text())
+    assert report["n"] == 60
+    assert {name: part["n"] for name, part in report["datasets"].items()} == {"sums": 20, "more": 40}
+    sums, more = report["datasets"]["sums"], report["datasets"]["more"]
+    assert report["accuracy"] == pytest.approx((20 * sums["accuracy"] + 40 * more["accuracy"]) / 60)
+    assert report["accuracy_lenient"] == sums["accuracy_lenient"] >= sums["accuracy"]
+    assert "accuracy_lenient" not in more
+    for line in ("sums, n = 20", "more, n = 40", "sums, wherever the answer stands"):
+        assert line in said
+    assert (
+        report["accuracy"] != report["compare"]["accuracy"] or report["mean_length"] != report["compare"]["mean_length"]
+    )
+    assert not list(tmp_path.glob("*.unfinished.jsonl"))
+
+
+def test_a_stopped_command_says_how_to_go_on(
+    small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "numbers.json"
+    arguments, config = parsed(
+        monkeypatch, small["model_name"], "--output", output, "--k", 2, "--eval_file", small["eval_file"],
+        "--max_completion_length", 3,
+    )  # fmt: skip
+    monkeypatch.setattr(evaluate, "count_right", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(
+        KeyboardInterrupt, match=r"stopped; the same command goes on with the answers in .*numbers\.json"
+    ):
+        evaluate.main(arguments, config)
+    assert (tmp_path / "numbers.json.unfinished.jsonl").read_text().count("\n") > 0
+    assert not output.exists()
+    monkeypatch.undo()
+    evaluate.main(arguments, config)
+    assert [path.name for path in tmp_path.iterdir()] == ["numbers.json"]
+
+
+def test_the_numbers_from_a_notebook_are_those_of_the_command(small: dict[str, Any], tmp_path: Path) -> None:
+    config = load_config(None, [f"{key}={value}" for key, value in small.items()])
+    report = evaluate.evaluate_model(small["model_name"], config, k=2)
+    assert set(report) == REPORTED
+    assert report["k"] == 2

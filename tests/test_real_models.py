@@ -76,7 +76,7 @@ def test_gradient_checkpointing_is_active_in_updates_and_not_in_rollouts(
     model = checkpointed(make_model(architecture), lora_rank=rank)
     calls = {"n": 0}
     name, module = next(pair for pair in model.named_modules() if type(pair[1]).__name__.endswith("MLP"))
-    module.register_forward_hook(lambda *_: calls.update(n=calls["n"] + 1))
+    module.register_forward_pre_hook(lambda *_: calls.update(n=calls["n"] + 1))
     batch = ragged_batch()
     with torch.no_grad():
         compute_logprobs(model, *batch)  # what the model can do is found out once

@@ -797,7 +797,7 @@ def test_other_data_under_the_same_name_is_refused(small: dict[str, Any], tmp_pa
     data.write_bytes(Path(small[key]).read_bytes())
     train(small | FOUR | {key: data}, tmp_path / "run")
     data.write_text(data.read_text() + '{"prompt": "What is 1 + 1?", "answer": "2"}\n')
-    with pytest.raises(InputError, match=f"--resume: {key}: .* is no longer the file that this run started with"):
+    with pytest.raises(InputError, match=r"--resume: .*data\.jsonl is no longer the file that this run started with"):
         resume(tmp_path / "run", num_train_steps=5)
 
 

@@ -192,7 +192,7 @@ def test_without_kl_there_is_no_reference(
     def fail(_: object) -> None:
         raise AssertionError("a reference was made")
 
-    monkeypatch.setattr(train_grpo, "frozen_copy", fail)
+    monkeypatch.setattr(train_grpo, "make_reference", fail)
     rows = train(small, tmp_path / "run", kl_coeff=0)
     assert all("kl" not in row for row in rows)
 
@@ -344,7 +344,7 @@ def test_what_goes_wrong_ends_in_one_line(
     [
         (
             {"rewards": "[maths]"},
-            "rewards: got 'maths', allowed: math, overlong, or module:function; did you mean math?",
+            "rewards: got 'maths', allowed: math, gsm8k, boxed, format, overlong, or module:function; did you mean math?",
         ),
         ({"rewards": "[tests.toy_rewards:needs_colour]"}, 'train.jsonl, line 1: has no "colour", which reward'),
         ({"max_prompt_length": 3}, "the longest prompt has 6 tokens, max_prompt_length allows 3"),
