@@ -16,11 +16,11 @@ class Mutant:
 
 (
     LOOP, LOSS, ADVANTAGES, LOGPROBS, LM_HEAD, ROLLOUT, CACHE, POLICY, CHECKPOINT, RESAMPLE, GAE, CRITIC, PPO,
-    REWARD_MODEL,
+    REWARD_MODEL, CHAT, MIXTURE, LORA,
 ) = (
     "train_grpo.py", "grpo/loss.py", "grpo/advantages.py", "grpo/logprobs.py", "grpo/lm_head.py", "grpo/rollout.py",
     "grpo/cache.py", "grpo/policy.py", "grpo/checkpoint.py", "grpo/resample.py", "grpo/gae.py",
-    "grpo/critic.py", "examples/train_ppo.py", "reward_model.py",
+    "grpo/critic.py", "examples/train_ppo.py", "reward_model.py", "grpo/chat.py", "grpo/mixture.py", "grpo/lora.py",
 )  # fmt: skip
 TOKENS = "tests/fidelity/test_traps_tokens.py::"
 REWARDS = "tests/fidelity/test_traps_rewards.py::"
@@ -41,6 +41,11 @@ OF_RESAMPLE = "tests/test_resample.py::"
 OF_PPO = "tests/test_ppo.py::"
 OF_CRITIC = "tests/fidelity/test_gae.py::"
 OF_REWARDS = "tests/test_rewards.py::"
+OF_CHAT = "tests/test_chat.py::"
+OF_MIXTURE = "tests/test_mixture.py::"
+OF_LORA = "tests/test_lora.py::"
+OF_ANSWERS = "tests/test_answer_rewards.py::"
+OF_STOPS = "tests/test_stop_strings.py::"
 TWO_STEPS = "tests/test_train.py::test_two_steps_of_the_loop_worked_by_hand"
 
 MUTANTS = [
@@ -55,7 +60,7 @@ MUTANTS = [
     Mutant(
         "mask from ids != pad, where pad is eos",
         ROLLOUT,
-        "mask = is_stop.int().cumsum(1) - is_stop.int() == 0",
+        "mask = is_end.int().cumsum(1) - is_end.int() == 0",
         "mask = sampled_ids != pad_id",
         (f"{TOKENS}test_mask_built_from_ids_cannot_tell_eos_from_pad_when_pad_is_eos",),
     ),
@@ -1114,12 +1119,146 @@ MUTANTS = [
         "                continue",
         (f"{OF_PPO}test_a_checkpoint_without_its_critic_is_refused",),
     ),
+    # Real models, real data
+    Mutant(
+        "a rendered chat tokenised with special tokens once more",
+        CHAT,
+        "add_special_tokens=not self.has_template",
+        "add_special_tokens=True",
+        (f"{OF_CHAT}test_a_rendered_chat_keeps_the_special_tokens_it_wrote_and_no_others",),
+    ),
+    Mutant(
+        "two BOS",
+        CHAT,
+        "ids[0] == ids[1] == self.tokenizer.bos_token_id",
+        "False",
+        (f"{OF_CHAT}test_double_bos",),
+    ),
+    Mutant(
+        "no generation prompt",
+        CHAT,
+        "add_generation_prompt=True",
+        "add_generation_prompt=False",
+        (f"{OF_CHAT}test_a_text_becomes_the_users_one_message_and_the_answer_is_opened",),
+    ),
+    Mutant(
+        "a template that drops the user's text",
+        CHAT,
+        'message["content"].strip() not in text',
+        "False",
+        (f"{OF_CHAT}test_a_template_that_fails_or_drops_what_is_said_is_refused",),
+    ),
+    Mutant(
+        "long prompts left in",
+        CHAT,
+        "if len(ids) <= max_prompt_length]",
+        "]",
+        (f"{OF_CHAT}test_long_prompts_are_an_error_or_left_out_and_counted_never_cut",),
+    ),
+    Mutant(
+        "stop strings without effect",
+        ROLLOUT,
+        "is_end = is_end | torch.tensor(found, device=ids.device)",
+        "pass",
+        (f"{OF_STOPS}test_a_stop_string_ends_the_completion_and_stays_in_its_text",),
+    ),
+    Mutant(
+        "stop strings looked for in the last token alone",
+        ROLLOUT,
+        "window = ids[rows, -(4 * max(map(len, stop_strings)) + 8) :].tolist()",
+        "window = ids[rows, -1:].tolist()",
+        (f"{OF_STOPS}test_a_stop_string_is_found_wherever_it_begins",),
+    ),
+    Mutant(
+        "stop strings looked for in too few tokens",
+        ROLLOUT,
+        "-(4 * max(map(len, stop_strings)) + 8)",
+        "-max(map(len, stop_strings))",
+        (f"{OF_STOPS}test_a_character_of_several_tokens_is_complete_with_its_last",),
+    ),
+    Mutant(
+        "reference with the adapter on",
+        LORA,
+        "    model.disable_adapters()\n",
+        "",
+        (f"{OF_LORA}test_the_reference_is_the_base_after_updates_and_no_second_copy",),
+    ),
+    Mutant(
+        "adapter off for good",
+        LORA,
+        "        model.enable_adapters()\n",
+        "        pass\n",
+        (f"{OF_LORA}test_the_reference_is_the_base_after_updates_and_no_second_copy",),
+    ),
+    Mutant(
+        "the base of an adapter hashed with the adapter",
+        CHECKPOINT,
+        'if ".lora_" not in name',
+        "if True",
+        (f"{OF_LORA}test_a_fresh_adapter_changes_nothing_and_is_all_that_is_trained",),
+    ),
+    Mutant(
+        "weights frozen by a merge",
+        LORA,
+        "return model.requires_grad_(True)",
+        "return model",
+        (f"{OF_LORA}test_weights_that_were_merged_are_trained",),
+    ),
+    Mutant(
+        "merged in bfloat16",
+        LORA,
+        "from_pretrained(base.float(), folder)",
+        "from_pretrained(base.bfloat16(), folder)",
+        (f"{OF_LORA}test_final_and_final_merged_are_the_same_model",),
+    ),
+    Mutant(
+        "an adapter of an adapter that names the wrong base",
+        POLICY,
+        'folder = cache / f"merged-{weights_sha256(model)[:12]}"',
+        "return model.name_or_path",
+        (f"{OF_LORA}test_an_adapter_as_the_model_to_start_from",),
+    ),
+    Mutant(
+        "shares of a mixture by the sizes of its parts",
+        MIXTURE,
+        "self.starts = [0, *accumulate(sizes)]",
+        "self.starts = [0, *accumulate(map(len, parts))]",
+        (f"{OF_MIXTURE}test_an_epoch_has_the_exact_shares_and_every_row_comes_equally_often",),
+    ),
+    Mutant(
+        "every epoch of a mixture begins its parts anew",
+        MIXTURE,
+        "n = epoch * self.sizes[number] + place - self.starts[number]",
+        "n = place - self.starts[number]",
+        (f"{OF_MIXTURE}test_an_epoch_has_the_exact_shares_and_every_row_comes_equally_often",),
+    ),
+    Mutant(
+        "rows of one data set scored by another's rewards",
+        REWARD_MODEL,
+        'rows.setdefault(sample.get("dataset"), []).append(row)',
+        'rows.setdefault(samples[0].get("dataset"), []).append(row)',
+        (f"{OF_MIXTURE}test_rows_of_one_data_set_are_not_scored_by_the_rewards_of_another",),
+    ),
+    Mutant(
+        "scores of a mixture in another order than its rows",
+        REWARD_MODEL,
+        "for rows, _ in parts for row in rows]).argsort()",
+        "for rows, _ in parts for row in rows])",
+        (f"{OF_MIXTURE}test_rows_of_one_data_set_are_not_scored_by_the_rewards_of_another",),
+    ),
+    Mutant(
+        "half of a fraction taken for the answer",
+        REWARD_MODEL,
+        "return last_integer(stripped) if _INTEGER.fullmatch(number) else None",
+        "return last_integer(stripped)",
+        (f"{OF_ANSWERS}test_a_box_holds_an_integer_and_nothing_else",),
+    ),
     # Runs
     Mutant(
         "evaluation on training prompts",
         LOOP,
-        "policy, tokenizer, eval_set, score, max_completion_length=length",
-        "policy, tokenizer, train_set, score, max_completion_length=length",
+        "policy, tokenizer, eval_set, score, **limits",
+        "policy, tokenizer, train_set, score, **limits",
         ("tests/test_train.py::test_the_evaluation_is_of_held_out_problems_and_greedy",),
     ),
     Mutant(

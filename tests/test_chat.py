@@ -144,6 +144,13 @@ def test_a_rendered_chat_is_tokenized_as_transformers_does_it_in_one_go() -> Non
     assert form.ids([form.text("1+1")]) == [whole]
 
 
+def test_a_rendered_chat_keeps_the_special_tokens_it_wrote_and_no_others() -> None:
+    """A template without a BOS gets none: how a chat begins is for the template to say."""
+    form = PromptFormat(bos_tokenizer(CHATML), "auto")
+    (ids,) = form.ids([form.text("1+1")])
+    assert form.tokenizer.bos_token_id not in ids
+
+
 def dataset(*prompts: str) -> Dataset:
     return Dataset("x", [(f"x, line {number}", {"prompt": prompt}) for number, prompt in enumerate(prompts, start=1)])
 

@@ -194,6 +194,11 @@ def test_adapter_and_merged_weights_in_one_folder_are_applied_twice(trained: Pat
         save_merged(both, tmp_path / "out")
 
 
+def test_weights_that_were_merged_are_trained(trained: Path) -> None:
+    policy, _ = load_policy(str(trained / "final"), base_seed=0, device=torch.device("cpu"))
+    assert all(weight.requires_grad for weight in policy.parameters())
+
+
 def test_the_base_is_left_as_it_was(trained: Path, small: dict[str, Any]) -> None:
     policy, _ = load_policy(small["model_name"], base_seed=0, device=torch.device("cpu"))
     assert json.loads((trained / "run.json").read_text())["base_sha256"] == weights_sha256(policy)
