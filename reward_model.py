@@ -385,7 +385,8 @@ def load_rewards_of(sources: Sequence[Source]) -> RewardsOf:
 def check_mixture(rewards: RewardsOf, samples: Sequence[dict[str, Any]], place: Callable[[int], str]) -> None:
     """`check_samples` for samples each of which has the rewards of its own data set."""
     for name, rows in _rows_by_dataset(samples).items():
-        check_samples(rewards[name], [samples[row] for row in rows], lambda index, rows=rows: place(rows[index]))
+        places = [place(row) for row in rows]
+        check_samples(rewards[name], [samples[row] for row in rows], places.__getitem__)
 
 
 def score_mixture(

@@ -11,6 +11,8 @@ is 8 prompts of 256 tokens with 8 completions of 256 tokens each; no completion 
     update-always         scoring, loss, backward and optimizer step, each prompt once for its group
     update-never          the same, each prompt once for every completion
     update-full_logits    the same, with benchmarks.logprobs.full_logits_logprobs
+    train-full, train-lora, train-lora-checkpointing
+                          whole steps: all weights trained, or an adapter of rank 16, or that with activations recomputed
     trl-step              TRL's GRPOTrainer on the same step: sampling, update and all else; where TRL is installed
 
 Each part has a fresh process; a GPU that does nothing else is steady enough to be timed there. Results go to
@@ -43,7 +45,7 @@ from benchmarks.logprobs import Scorer, full_logits_logprobs
 from grpo.config import load_config
 from grpo.logprobs import compute_logprobs
 from grpo.loss import clipped_surrogate, loss_weights
-from grpo.policy import make_autocast, make_optimizer
+from grpo.policy import make_autocast, make_optimizer, make_trainable
 from grpo.rollout import generate_completions
 
 # By the name that torch gives a device, from NVIDIA's data sheets, without sparsity.
@@ -57,7 +59,7 @@ DENSE_BF16_TFLOPS = {
     "NVIDIA L4": 121,
     "NVIDIA GeForce RTX 4090": 165,
 }
-REPEATS = {"sampling": 3, "update": 5, "trl": 3}
+REPEATS = {"sampling": 3, "update": 5, "training": 3, "trl": 3}
 CHECKS = "python -m pytest tests/fidelity/test_bfloat16.py"  # its tests on CUDA are skipped where there is none
 
 
@@ -232,6 +234,34 @@ def measure_update(part: str, shape: Shape, device: torch.device) -> dict[str, A
     return summary(seconds, num_tokens, flops, device)
 
 
+TRAINED = {
+    "train-full": (),
+    "train-lora": ("lora_rank=16",),
+    "train-lora-checkpointing": ("lora_rank=16", "gradient_checkpointing=true"),
+}
+
+
+def measure_training(part: str, shape: Shape, device: torch.device) -> dict[str, Any]:
+    """Tokens a second of whole steps, sampling and update, with all weights trained or an adapter."""
+    config = load_config(overrides=TRAINED[part])
+    model, tokenizer = build_model(shape, device), make_tokenizer(shape)
+    make_trainable(model, tokenizer, config)
+    optimizer = make_optimizer(model, config)
+    scorer: Scorer = partial(compute_logprobs, group_size=shape.group_size)
+
+    def work() -> None:
+        sample(model, tokenizer, shape, device)
+        accumulate(model.train(), scorer, shape, device)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    seconds = interleaved({part: work}, REPEATS["training"])[part]
+    num_tokens = shape.num_rows * (shape.prompt_length + shape.completion_length)
+    passes = 5 if config.gradient_checkpointing else 4  # sampling, forward, backward as two, forward once more
+    return summary(seconds, num_tokens, passes * forward_flops(model, shape, is_shared=True), device)
+
+
 def measure_trl(part: str, shape: Shape, device: torch.device) -> dict[str, Any]:
     """Seconds of TRL's steps: what ours are the sum of sampling and update of, plus rewards and records."""
     from datasets import Dataset  # type: ignore[import-untyped]
@@ -288,6 +318,7 @@ def measure_trl(part: str, shape: Shape, device: torch.device) -> dict[str, Any]
 MEASURES: dict[str, Callable[[str, Shape, torch.device], dict[str, Any]]] = {
     **dict.fromkeys(SAMPLERS, measure_sampling),
     **dict.fromkeys(scorers(Shape()), measure_update),
+    **dict.fromkeys(TRAINED, measure_training),
     "trl-step": measure_trl,
 }
 

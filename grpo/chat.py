@@ -78,7 +78,7 @@ class PromptFormat:
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Rendered texts -> token ids. A template writes its own special tokens, so none are added to its text."""
-        rows: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=not self.has_template)["input_ids"]  # type: ignore[assignment]
+        rows: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=not self.has_template)["input_ids"]
         return [self._with_one_bos(ids) for ids in rows]
 
     def _with_one_bos(self, ids: list[int]) -> list[int]:
@@ -86,6 +86,13 @@ class PromptFormat:
         while len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_token_id:
             ids = ids[1:]
         return ids
+
+
+def unused_template(tokenizer: PreTrainedTokenizerBase, chat_template: str, prompt: Prompt) -> bool:
+    """Whether the tokenizer's template, which `chat_template` leaves aside, would make something else of the prompt."""
+    if chat_template != "none" or tokenizer.chat_template is None or not isinstance(prompt, str):
+        return False
+    return PromptFormat(tokenizer, "auto").text(prompt) != prompt
 
 
 def tokenized(dataset: Dataset, form: PromptFormat, *, max_prompt_length: int, drop_long: bool = False) -> Dataset:

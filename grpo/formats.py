@@ -85,7 +85,7 @@ def _csv_rows(path: str) -> Rows:
 
 def _parquet_rows(path: str) -> Rows:
     try:
-        from pyarrow import parquet
+        from pyarrow import parquet  # type: ignore[import-untyped]
     except ImportError as error:
         raise missing_package("datasets", f"{path}: Parquet files") from error
     try:
@@ -106,7 +106,7 @@ def _hub_rows(path: str) -> Rows:
             f"{path}: there is no such file; a data set of the Hugging Face Hub is named OWNER/NAME[:SUBSET]:SPLIT"
         )
     try:
-        import datasets
+        import datasets  # type: ignore[import-untyped]
     except ImportError as error:
         raise missing_package("datasets", f"{path}: data sets of the Hugging Face Hub") from error
     *subset, split = rest

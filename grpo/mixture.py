@@ -6,13 +6,14 @@ exact, every row of a data set comes as often as any other of it, and sample n i
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from itertools import accumulate
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from grpo.chat import PromptFormat, tokenized
+from grpo.chat import PromptFormat, tokenized, unused_template
 from grpo.config import Config
 from grpo.data import Dataset, Sample
 from grpo.errors import InputError
@@ -68,6 +69,8 @@ def load_train_set(config: Config, tokenizer: PreTrainedTokenizerBase) -> Datase
     """The data set to train on, or the mixture of them."""
     sources = sources_of(vars(config))
     parts = [_load(source.path, source, config, tokenizer) for source in sources]
+    if unused_template(tokenizer, config.chat_template, parts[0][0]["prompt"]):
+        print("warning: chat_template none: the tokenizer has a template, which auto would use", file=sys.stderr)
     if config.datasets is None:
         return parts[0]
     sizes = divide(config.total_rows or sum(map(len, parts)), [source.weight for source in sources])

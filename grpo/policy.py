@@ -55,7 +55,7 @@ def load_policy(
     how = {"dtype": torch.float32, "attn_implementation": attn_implementation, **_quantized(quantization, device)}
     with _foreign_files(model_name):
         tokenizer = _load_tokenizer(source, base, chat_template)
-        model = AutoModelForCausalLM.from_pretrained(base, **how, **_options(base))
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base, **how, **_options(base))
         if base is not source:
             model = merge(model, Path(source))
     _check_eos(model_name, tokenizer)
@@ -132,7 +132,7 @@ def make_trainable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, c
 
 def _base_for_adapter(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, model_name: str) -> str:
     """Where these weights can be had again. Merged with an earlier adapter they are nowhere yet: kept in the cache."""
-    folder = Path(model.name_or_path)
+    folder = Path(str(model.name_or_path))
     if model_name != "tiny" and _is_adapter(find_model(model_name)):
         cache = Path(os.environ.get("GRPO_CACHE") or Path.home() / ".cache" / "grpo")
         folder = cache / f"merged-{weights_sha256(model)[:12]}"

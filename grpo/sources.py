@@ -74,7 +74,7 @@ def _source(entry: Any, number: int, common: dict[str, Any]) -> Source:
         if key == "rewards" and not (isinstance(value, list) and value):
             raise InputError(f"{where}: rewards: got {value!r}, expected a list, such as [math]")
     own = {key: value for key, value in entry.items() if key not in ("weight", "percentage")}
-    weight = float(entry.get("weight", entry.get("percentage", 1.0)))
+    weight = float(entry["weight"] if "weight" in entry else entry.get("percentage", 1.0))
     return Source(**({"eval_path": None, "name": Path(entry["path"]).stem} | common | own), weight=weight)
 
 

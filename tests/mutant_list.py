@@ -74,8 +74,8 @@ MUTANTS = [
     Mutant(
         "EOS left out of the mask",
         ROLLOUT,
-        "is_stop.int().cumsum(1) - is_stop.int() == 0",
-        "is_stop.int().cumsum(1) == 0",
+        "is_end.int().cumsum(1) - is_end.int() == 0",
+        "is_end.int().cumsum(1) == 0",
         (f"{TOKENS}test_eos_left_out_of_the_mask_or_what_follows_it_kept",),
     ),
     Mutant(
@@ -158,8 +158,8 @@ MUTANTS = [
     Mutant(
         "weights in the file's bfloat16",
         POLICY,
-        "AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **_options(source))",
-        "AutoModelForCausalLM.from_pretrained(source, **_options(source))",
+        '{"dtype": torch.float32, "attn_implementation"',
+        '{"attn_implementation"',
         (
             "tests/fidelity/test_models.py::"
             "test_a_bf16_checkpoint_is_loaded_in_the_files_dtype_unless_float32_is_asked_for",

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from grpo.chat import PromptFormat, set_chat_template, tokenized
+from grpo.chat import PromptFormat, set_chat_template, tokenized, unused_template
 from grpo.data import Dataset
 from grpo.errors import InputError
 from tests.conftest import make_tokenizer
@@ -104,6 +104,13 @@ def test_auto_and_none_leave_the_tokenizer_alone(setting: str) -> None:
     tokenizer = chat_tokenizer()
     set_chat_template(tokenizer, setting)
     assert tokenizer.chat_template == CHATML
+
+
+def test_a_template_that_is_left_aside_is_noticed_where_it_would_matter() -> None:
+    assert unused_template(chat_tokenizer(), "none", "1+1")
+    assert not unused_template(chat_tokenizer(), "auto", "1+1")
+    assert not unused_template(chat_tokenizer("{{ messages[0]['content'] }}"), "none", "1+1")
+    assert not unused_template(make_tokenizer(), "none", "1+1")
 
 
 # Token ids
