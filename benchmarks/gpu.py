@@ -12,7 +12,7 @@ is 8 prompts of 256 tokens with 8 completions of 256 tokens each; no completion 
     update-never          the same, each prompt once for every completion
     update-full_logits    the same, with benchmarks.logprobs.full_logits_logprobs
     train-full, train-lora, train-lora-checkpointing
-                          whole steps: all weights trained, or an adapter of rank 16, or that with activations recomputed
+                          whole steps: all weights trained, or an adapter of rank 16, or that and less memory
     trl-step              TRL's GRPOTrainer on the same step: sampling, update and all else; where TRL is installed
 
 Each part has a fresh process; a GPU that does nothing else is steady enough to be timed there. Results go to

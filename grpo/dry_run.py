@@ -1,13 +1,16 @@
 """What the settings of a run amount to, without loading any weights: sizes, estimated memory, one rendered prompt."""
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from grpo.config import Config
 from grpo.data import Dataset
 from grpo.lm_head import CHUNK
 
 BYTES = 4  # of a float32
+BITS = {"none": 32, "8bit": 8, "4bit": 4}  # of a weight
 
 
 def opening_line(config: Config, device: torch.device, *, writes: bool) -> str:
@@ -38,7 +41,8 @@ def describe(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokeni
             f"{config.num_train_steps * updates:,} optimizer steps, at most {config.num_train_steps * tokens:,} tokens"
             + (f"; up to {1 + rounds} times as many with dynamic sampling" if rounds else ""),
             f"the method   {_method(config)}",
-            f"the model    {config.model_name}: {type(model).__name__}, {model.num_parameters():,} weights",
+            f"the model    {config.model_name}: {type(model).__name__}, {model.num_parameters():,} weights"
+            + (f", of which none but an adapter of {num_trained(config, model):,} is trained" * (config.lora_rank > 0)),
             f"memory       about {_size(sum(memory.values()))}, besides Python and torch themselves",
             f"             {parts}",
             f"a prompt     {tokenizer.decode(prompt_ids)!r}",
@@ -59,22 +63,37 @@ def estimate_memory(config: Config, model: PreTrainedModel, prompt_length: int) 
     heads = getattr(architecture, "num_attention_heads", 1)
     head_size = getattr(architecture, "head_dim", None) or hidden // heads
     kv_heads = getattr(architecture, "num_key_value_heads", None) or heads
-    weights = model.num_parameters()
+    weights, trained = model.num_parameters(), num_trained(config, model)
     length = prompt_length + config.max_completion_length
     completions = config.batch_size * config.group_size
     rows = _micro_batch_rows(config, prompt_length)
-    update = rows * layers * (24 * hidden * length + 2 * heads * length**2)
+    kept = 24 * hidden * length + 2 * heads * length**2  # of a layer
+    update = rows * (layers * hidden * length + kept if config.gradient_checkpointing else layers * kept)
     update += 5 * min(rows * config.max_completion_length * architecture.vocab_size, CHUNK)
     rollout = completions * (length * layers * 2 * kv_heads * head_size + 4 * architecture.vocab_size)
     critic = {"critic": 4 * BYTES * weights} if config.advantage_baseline == "critic" else {}  # and what trains it
+    needs_copy = config.kl_coeff > 0 and config.lora_rank == 0  # else the reference is the model without its adapter
     return {
-        "weights": BYTES * weights,
-        "reference": BYTES * weights if config.kl_coeff > 0 else 0,
-        "gradients": BYTES * weights,
-        "AdamW": 2 * BYTES * weights,
+        "weights": round(BITS[config.quantization] / 8 * weights) + BYTES * (trained if config.lora_rank > 0 else 0),
+        "reference": BYTES * weights if needs_copy else 0,
+        "gradients": BYTES * trained,
+        "AdamW": 2 * BYTES * trained,
         **critic,
         "rollout or update": BYTES * max(update, rollout),
     }
+
+
+def num_trained(config: Config, model: PreTrainedModel) -> int:
+    """Weights that get a gradient: all of them, or rank * (in + out) for every layer with an adapter."""
+    if config.lora_rank == 0:
+        return model.num_parameters()
+    wanted, head = [name.strip() for name in config.lora_target_modules.split(",")], model.get_output_embeddings()
+    return sum(
+        config.lora_rank * sum(module.weight.shape)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+        if "all-linear" in wanted or name.rpartition(".")[2] in wanted
+    )
 
 
 def _method(config: Config) -> str:

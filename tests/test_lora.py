@@ -17,6 +17,7 @@ import train_grpo
 from grpo import merge_lora
 from grpo.checkpoint import weights_sha256
 from grpo.config import load_config
+from grpo.dry_run import num_trained
 from grpo.errors import InputError
 from grpo.logprobs import compute_logprobs
 from grpo.lora import ADAPTER_CONFIG, ADAPTER_FILE, adapter_off, add_adapter, has_adapter
@@ -74,6 +75,20 @@ def test_a_fresh_adapter_changes_nothing_and_is_all_that_is_trained(
     optimized = [weight for group in make_optimizer(model, load_config()).param_groups for weight in group["params"]]
     assert len(optimized) == len(names)
     assert weights_sha256(model) == weights_sha256(base)
+
+
+@pytest.mark.parametrize("modules", ["all-linear", "q_proj, down_proj", "c_attn", "query_key_value"])
+def test_a_dry_run_counts_the_weights_of_the_adapter(
+    modules: str, architecture: str, make_model: Callable[..., PreTrainedModel]
+) -> None:
+    config = load_config(None, ["lora_rank=3", f"lora_target_modules={modules}"])
+    counted = num_trained(config, make_model(architecture))
+    if counted == 0:  # another architecture's names
+        with pytest.raises(InputError):
+            adapted(architecture, make_model, target_modules=modules)
+        return
+    model = adapted(architecture, make_model, rank=3, target_modules=modules)
+    assert counted == sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
 
 
 def test_the_random_half_of_an_adapter_is_a_function_of_the_seed_alone(
