@@ -107,7 +107,7 @@ def train(config: Config, run: RunFolder) -> None:
     clip = {key: getattr(config, key) for key in CLIP_KEYS[config.surrogate]}
     surrogate = partial(SURROGATES[config.surrogate].loss, **clip)
     where_clipped = partial(SURROGATES[config.surrogate].clipped, **clip)
-    limits: dict[str, Any] = {key: getattr(config, key) for key in ("max_completion_length", "stop_strings")}
+    ends: dict[str, Any] = {key: getattr(config, key) for key in ("max_completion_length", "stop_strings")}
     length = config.max_completion_length
     weigh = partial(loss_weights, aggregation=config.loss_aggregation, max_completion_length=length)
     kl_to_reference = partial(kl_divergence, estimator=config.kl_estimator)
@@ -132,7 +132,7 @@ def train(config: Config, run: RunFolder) -> None:
                 tokenizer,
                 [sample["prompt_ids"] for sample in samples],
                 group_size=config.group_size,
-                **limits,
+                **ends,
                 temperature=config.temperature,
                 top_p=config.top_p,
                 top_k=config.top_k,
@@ -189,7 +189,7 @@ def train(config: Config, run: RunFolder) -> None:
     def evaluate() -> Evaluation:
         """Greedy answers to the held-out problems."""
         with autocast(), eager():
-            return evaluate_greedy(policy, tokenizer, eval_set, score, **limits, batch_rows=num_rows)
+            return evaluate_greedy(policy, tokenizer, eval_set, score, **ends, batch_rows=num_rows)
 
     def is_due(step: int) -> bool:
         return step % config.eval_every == 0 or step == last_step

@@ -204,7 +204,7 @@ RULES: dict[str, Rule] = {
 
 # What a resumed run may change; any other setting would make it another run.
 MAY_CHANGE_ON_RESUME = (
-    "num_train_steps", "eval_every", "save_every", "keep_checkpoints", "micro_batch_size", "micro_batch_tokens",
+    "num_train_steps", "num_train_epochs", "eval_every", "save_every", "keep_checkpoints", "micro_batch_size", "micro_batch_tokens",
     "shared_prefix", "device", "compile",
 )  # fmt: skip
 
@@ -231,7 +231,10 @@ def load_config(
         InputError: an unknown key, a wrong type or value, a contradiction; named with what is allowed.
     """
     settings = _read_yaml(DEFAULTS_FILE) | _known(recorded or {}, where="run.json")
-    settings |= _asked_for(path, overrides)
+    wanted = _asked_for(path, overrides)
+    if wanted.get("num_train_epochs") is not None and wanted.get("num_train_steps") is not None:
+        raise InputError("num_train_epochs: got with num_train_steps too, allowed: one of them")
+    settings |= wanted
     asked_for = {key: _checked(key, settings[key]) for key in TYPES}
     values = filled(asked_for)
     _check_contradictions(values)
@@ -255,6 +258,8 @@ def resumed_config(path: str | Path | None = None, overrides: Iterable[str] = ()
                     f"only {', '.join(MAY_CHANGE_ON_RESUME)} may change"
                 )
 
+    if "num_train_steps" in _asked_for(path, overrides):  # in place of the run's number of epochs
+        recorded["num_train_epochs"] = None
     # First what was asked for: it may contradict settings of the run that nobody has named.
     asked_for = {key: _checked(key, value) for key, value in _asked_for(path, overrides).items()}
     check({key: value for key, value in asked_for.items() if value is not None})

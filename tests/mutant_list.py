@@ -1257,8 +1257,8 @@ MUTANTS = [
     Mutant(
         "evaluation on training prompts",
         LOOP,
-        "policy, tokenizer, eval_set, score, **limits",
-        "policy, tokenizer, train_set, score, **limits",
+        "policy, tokenizer, eval_set, score, **ends",
+        "policy, tokenizer, train_set, score, **ends",
         ("tests/test_train.py::test_the_evaluation_is_of_held_out_problems_and_greedy",),
     ),
     Mutant(

@@ -226,6 +226,7 @@ def test_a_resumed_mixture_is_the_same_to_the_bit(mixed: dict[str, Any], tmp_pat
 
 
 def test_epochs_are_turned_into_steps(mixed: dict[str, Any], tmp_path: Path) -> None:
+    del mixed["num_train_steps"]
     rows = train(mixed, tmp_path / "run", num_train_epochs=0.2, total_rows=33)
     assert rows[-1]["step"] == 2  # 0.2 * 33 / 4, rounded up
     settings = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
@@ -235,3 +236,13 @@ def test_epochs_are_turned_into_steps(mixed: dict[str, Any], tmp_path: Path) -> 
 def test_a_share_of_less_than_a_row_is_refused(mixed: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"datasets: other: its share of an epoch of 1 rows is less than one row"):
         train(mixed, tmp_path / "run", total_rows=1)
+
+
+def test_epochs_and_steps_are_alternatives(mixed: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="num_train_epochs: got with num_train_steps too, allowed: one of them"):
+        load_config(None, ["num_train_epochs=1", "num_train_steps=5"])
+    del mixed["num_train_steps"]
+    train(mixed, tmp_path / "run", num_train_epochs=0.2, total_rows=33)
+    assert resume(tmp_path / "run", num_train_steps=3)[-1]["step"] == 3
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["num_train_epochs"] is None
+    assert resume(tmp_path / "run", num_train_epochs=0.4)[-1]["step"] == 4
