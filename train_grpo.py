@@ -59,7 +59,6 @@ from grpo.policy import (
     make_trainable,
     set_learning_rate,
     uncompiled,
-    with_num_steps,
 )
 from grpo.records import TokenMeans, check_finite, metrics_by_dataset, sample_rows
 from grpo.resample import Groups, check_rewards_vary, replace_idle_groups
@@ -89,7 +88,7 @@ def train(config: Config, run: RunFolder) -> None:
     for dataset in (train_set, eval_set):
         check_mixture(rewards, dataset, dataset.place)
         check_lengths(dataset, skeleton, config)
-    run.config = config = with_num_steps(config, train_set.epoch_size)
+    config = run.plan(train_set.epoch_size)
     if run.options.dry_run:
         print(describe(config, skeleton, tokenizer, train_set))
         return

@@ -72,7 +72,6 @@ from grpo.policy import (
     make_optimizer,
     set_learning_rate,
     uncompiled,
-    with_num_steps,
 )
 from grpo.records import TokenMeans, check_finite, sample_rows
 from grpo.rollout import Rollout, generate_completions, step_seed
@@ -118,7 +117,7 @@ def train(config: Config, run: RunFolder) -> None:
     for dataset in (train_set, eval_set):
         check_samples(rewards, dataset, dataset.place)
         check_lengths(dataset, skeleton, config)
-    run.config = config = with_num_steps(config, train_set.epoch_size)
+    config = run.plan(train_set.epoch_size)
     if run.options.dry_run:
         print(describe(config, skeleton, tokenizer, train_set))
         return

@@ -204,8 +204,8 @@ RULES: dict[str, Rule] = {
 
 # What a resumed run may change; any other setting would make it another run.
 MAY_CHANGE_ON_RESUME = (
-    "num_train_steps", "num_train_epochs", "eval_every", "save_every", "keep_checkpoints", "micro_batch_size", "micro_batch_tokens",
-    "shared_prefix", "device", "compile",
+    "num_train_steps", "num_train_epochs", "eval_every", "save_every", "keep_checkpoints", "micro_batch_size",
+    "micro_batch_tokens", "shared_prefix", "device", "compile",
 )  # fmt: skip
 
 

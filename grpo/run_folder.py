@@ -32,7 +32,7 @@ from grpo.data import Dataset
 from grpo.errors import InputError, NotFiniteError, RunError
 from grpo.evaluation import Evaluation, side_by_side
 from grpo.plots import draw_curves
-from grpo.policy import learning_rate_at
+from grpo.policy import learning_rate_at, with_num_steps
 from grpo.process import acquire_lock, origin, signals_ask
 from grpo.records import append_jsonl, read_jsonl, to_jsonl
 from grpo.sources import sources_of
@@ -80,6 +80,15 @@ class RunFolder:
     def checkpoint(self) -> Path | None:
         """The checkpoint that --resume goes on from; None: the run starts at step 0."""
         return next(reversed(checkpoints(self.folder)), None) if self.options.resume else None
+
+    def plan(self, epoch_size: int) -> Config:
+        """The settings with num_train_epochs in steps. A resumed run that is as far already ends here."""
+        self.config = with_num_steps(self.config, epoch_size)
+        step, last_step = step_of(self.checkpoint) if self.checkpoint else 0, self.config.num_train_steps
+        if self.options.resume and (step > last_step or (step == last_step and self.is_finished)):
+            print(f"{self.folder} is already at step {step}; --num_train_steps {last_step} asks for no more")
+            sys.exit(0)
+        return self.config
 
     def begin(self, **facts: Any) -> None:
         """Step 0: make room, then write run.json with `facts` beside settings and versions."""
@@ -313,10 +322,6 @@ def _check_folder(run: RunFolder) -> None:
         for path, expected in run.facts.get("data_sha256", {}).items():
             if Path(path).is_file() and sha256(Path(path)) != expected:
                 raise InputError(f"--resume: {path} is no longer the file that this run started with")
-        step, num_train_steps = step_of(run.checkpoint) if run.checkpoint else 0, run.config.num_train_steps
-        if step > num_train_steps or (step == num_train_steps and run.is_finished):
-            print(f"{run.folder} is already at step {step}; --num_train_steps {num_train_steps} asks for no more")
-            sys.exit(0)
     elif not (run.is_finished or run.options.overwrite or run.holds_nothing):
         raise InputError(
             f"output_dir: {run.folder} holds an unfinished run; --resume goes on with it, --overwrite deletes it, "
