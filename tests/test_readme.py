@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import grpo.plots
 from benchmarks.readme import BLOCKS, RESULTS, parts_of, rendered
 from grpo.advantages import group_advantages
 from grpo.base_model import build_model, train_tokenizer
@@ -133,6 +134,26 @@ def test_the_snippet_that_loads_the_trained_model_answers(
         temperature=0.0,
     ).completions  # fmt: skip
     assert answer == expected + "\n"
+
+
+@pytest.mark.slow
+def test_the_notebook_trains_and_evaluates(
+    small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As it stands, but for the model and the data: those of the other tests, whose base need not be built."""
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    (snippet,) = [code for code in blocks if "evaluate_model" in code]
+    assert '["num_train_steps=10", "output_dir=checkpoints-notebook"]' in snippet
+    others = "".join(f', "{key}={small[key]}"' for key in small.keys() - {"num_train_steps"})
+    monkeypatch.setattr(grpo.plots, "_save", lambda figure, path: None)
+    exec(
+        snippet.replace('"output_dir=checkpoints-notebook"]', f'"output_dir={tmp_path}/checkpoints-notebook"{others}]')
+        .replace('"configs/', f'"{ROOT}/configs/')
+        .replace('"checkpoints-notebook/', f'"{tmp_path}/checkpoints-notebook/'),
+        {},
+    )
+    accuracy, low, high = map(float, capsys.readouterr().out.splitlines()[-1].split())
+    assert 0 <= low <= accuracy <= high <= 1
 
 
 def test_the_reward_it_shows_runs_with_the_command_it_shows(
