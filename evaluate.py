@@ -151,7 +151,7 @@ def measure(
 
     device = choose_device(config.device)
     model, tokenizer = load_policy(name, **loading_settings(config), device=device)
-    generate = kept.of(model) if kept is not None else generate_completions
+    generate = kept.of(model) if kept is not None else None
     limits: dict[str, Any] = {key: getattr(config, key) for key in ("max_completion_length", "stop_strings")}
     rows = config.batch_size * config.group_size
     with make_autocast(config.dtype, device)():

@@ -59,7 +59,7 @@ DENSE_BF16_TFLOPS = {
     "NVIDIA L4": 121,
     "NVIDIA GeForce RTX 4090": 165,
 }
-REPEATS = {"sampling": 3, "update": 5, "training": 3, "trl": 3}
+REPEATS = {"sampling": 3, "update": 5, "train": 3, "trl": 3}
 CHECKS = "python -m pytest tests/fidelity/test_bfloat16.py"  # its tests on CUDA are skipped where there is none
 
 
@@ -256,7 +256,7 @@ def measure_training(part: str, shape: Shape, device: torch.device) -> dict[str,
         optimizer.step()
         optimizer.zero_grad()
 
-    seconds = interleaved({part: work}, REPEATS["training"])[part]
+    seconds = interleaved({part: work}, REPEATS["train"])[part]
     num_tokens = shape.num_rows * (shape.prompt_length + shape.completion_length)
     passes = 5 if config.gradient_checkpointing else 4  # sampling, forward, backward as two, forward once more
     return summary(seconds, num_tokens, passes * forward_flops(model, shape, is_shared=True), device)

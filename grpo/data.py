@@ -127,7 +127,7 @@ def check_messages(messages: list[Any], place: str) -> None:
         raise InputError(f'{place}: "prompt" must end with a message of the user')
 
 
-def model_input(sample: Sample) -> str | list[int]:
+def model_input(sample: Sample) -> Any:
     """What the sampler is given: the token ids where the sample has met a tokenizer, else its text."""
     ids: list[int] | None = sample.get("prompt_ids")
     return sample["prompt"] if ids is None else ids

@@ -152,7 +152,7 @@ def evaluate_greedy(
     batch_rows: int,
     stop_strings: Sequence[str] = (),
     progress: str | None = None,
-    generate: Callable[..., Rollout] = generate_completions,
+    generate: Callable[..., Rollout] | None = None,
 ) -> Evaluation:
     """One greedy completion for every sample, `batch_rows` at a time; `progress` names a bar.
 
@@ -163,7 +163,7 @@ def evaluate_greedy(
     parts: list[Scored] = []
     for start in _batches(len(samples), batch_rows, progress):
         batch = samples[start : start + batch_rows]
-        rollout = generate(
+        rollout = (generate or generate_completions)(
             model,
             tokenizer,
             [model_input(sample) for sample in batch],
@@ -201,7 +201,7 @@ def count_right(
     seed: int,
     stop_strings: Sequence[str] = (),
     progress: str | None = None,
-    generate: Callable[..., Rollout] = generate_completions,
+    generate: Callable[..., Rollout] | None = None,
 ) -> list[int | None]:
     """How many of k completions sampled at temperature 1 are right, for every sample; None where not all are scored.
 
@@ -211,7 +211,7 @@ def count_right(
     size = max(1, batch_rows // k)  # samples a batch
     for start in _batches(len(samples), size, progress):
         batch = samples[start : start + size]
-        rollout = generate(
+        rollout = (generate or generate_completions)(
             model,
             tokenizer,
             [model_input(sample) for sample in batch],

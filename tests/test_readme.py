@@ -76,6 +76,8 @@ OWN_FLAGS = {
     "examples/train_ppo.py": {"config", "help", *(field.name for field in dataclasses.fields(Options))},
     "evaluate.py": {"config", "help", "compare", "data", "k", "prompt", "output"},
     "-m grpo.plots": {"output", "help"},
+    "-m grpo.merge_lora": {"dtype", "help"},
+    "data/prepare_gsm8k.py": {"train", "test", "out", "help"},
 }
 
 
@@ -107,12 +109,13 @@ def test_every_command_it_shows_is_accepted(script: str, arguments: list[str]) -
     """Flags exist for this script, settings have allowed values, files exist."""
     own = OWN_FLAGS[script]
     flags = [word.removeprefix("--") for word in arguments if word.startswith("--")]
-    assert set(flags) <= own | (set() if script == "-m grpo.plots" else set(TYPES))
+    assert set(flags) <= own | (set(TYPES) if "config" in own else set())
     pairs = dict(itertools.pairwise(arguments))
     overrides = [f"{flag}={pairs[f'--{flag}']}" for flag in flags if flag in TYPES]
     config = load_config(pairs.get("--config"), overrides, recorded={"algorithm": "ppo"} if "ppo" in script else None)
     assert (config.advantage_baseline == "critic") == ("ppo" in script)
-    assert all((ROOT / path).exists() for path in (config.train_file, config.eval_file))
+    made = {f"data/gsm8k_{split}.jsonl" for split in ("train", "test")}  # by a command above
+    assert all((ROOT / path).exists() or path in made for path in (config.train_file, config.eval_file))
     assert "--data" not in pairs or (ROOT / pairs["--data"]).is_file()
 
 

@@ -276,7 +276,7 @@ def test_what_may_change_changes_and_everything_else_is_the_runs_own(whole: Path
     }  # fmt: skip
     config = resumed_config(None, [f"output_dir={whole}"] + [f"{key}={value}" for key, value in changes.items()])
     recorded = json.loads((whole / "run.json").read_text())["settings"]
-    assert set(changes) | {"device"} == set(MAY_CHANGE_ON_RESUME)
+    assert set(changes) | {"device", "num_train_epochs"} == set(MAY_CHANGE_ON_RESUME)
     for key in TYPES:
         assert getattr(config, key) == changes.get(key, recorded[key]), key
 

@@ -203,7 +203,7 @@ def test_a_reference_that_is_the_resumed_weights_is_another_run(
     two_iterations: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = power_cut(two_iterations, 3, tmp_path / "run")
-    load, copy, references = train_grpo.load_checkpoint, train_grpo.frozen_copy, list[Any]()
+    load, copy, references = train_grpo.load_checkpoint, train_grpo.make_reference, list[Any]()
 
     def remembered(model: Any) -> Any:
         references.append(copy(model))
@@ -214,7 +214,7 @@ def test_a_reference_that_is_the_resumed_weights_is_another_run(
         references[-1].load_state_dict(policy.state_dict())
         return state
 
-    monkeypatch.setattr(train_grpo, "frozen_copy", remembered)
+    monkeypatch.setattr(train_grpo, "make_reference", remembered)
     monkeypatch.setattr(train_grpo, "load_checkpoint", load_both)
     resume(folder)
     assert len(references) == 1

@@ -500,7 +500,7 @@ def test_reference_trained_in_the_loop(
         references.append(frozen_copy(model))
         return references[-1]
 
-    monkeypatch.setattr(train_grpo, "frozen_copy", recorded)
+    monkeypatch.setattr(train_grpo, "make_reference", recorded)
     rows = run_training(num_train_steps=2, learning_rate=1e-2).steps
     base, _ = load_policy(str(tmp_path / "model"), base_seed=0, device=torch.device("cpu"))
     trained, _ = load_policy(str(tmp_path / "run-0" / "final"), base_seed=0, device=torch.device("cpu"))
