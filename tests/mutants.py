@@ -26,7 +26,7 @@ from typing import Any
 from tests.mutant_list import MUTANTS, Mutant
 
 ROOT = Path(__file__).parent.parent
-TIMEOUT = 25  # seconds a mutant
+TIMEOUT = 60  # seconds a mutant
 CONTROL = "control: nothing is changed"
 COPIED = Path.cwd()  # within pytest, the copy: read before a test changes it
 OWN_CHECKS = ("AssertionError", "Failed", "GradcheckError")  # Failed is pytest's DID NOT RAISE

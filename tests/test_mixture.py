@@ -158,17 +158,19 @@ def test_rows_of_one_data_set_are_not_scored_by_the_rewards_of_another() -> None
             Source("", None, ["math"], "idle"),
         ]
     )
-    samples = [{"prompt": "x", "answer": "5", "dataset": name} for name in ("boxes", "tags", "boxes", "tags")]
+    # Five rows, so that putting them back into their order is not what took them out of it.
+    names = ("boxes", "tags", "boxes", "tags", "boxes")
+    samples = [{"prompt": "x", "answer": "5", "dataset": name} for name in names]
     good = "<reasoning>a</reasoning><answer>5</answer>"
-    scores = score_mixture(own, samples, [r"\boxed{5}", good, good, r"\boxed{5}"], [[1]] * 4)
+    scores = score_mixture(own, samples, [r"\boxed{5}", good, good, r"\boxed{5}", r"\boxed{5}"], [[1]] * 5)
     nan = pytest.approx(float("nan"), nan_ok=True)
-    assert scores.by_name["gsm8k"].tolist() == [nan, 1.0, nan, 0.0]
-    assert scores.by_name["format"].tolist() == [nan, 0.5, nan, 0.0]
-    assert scores.by_name["boxed"].tolist() == [1.0, nan, 0.0, nan]
-    assert scores.by_name["math"].tolist() == [nan] * 4
-    assert scores.combined.tolist() == [1.0, 2.5, 0.0, 0.0]
-    assert scores.is_right.tolist() == [1.0, 1.0, 0.0, 0.0]
-    assert scores.is_right_leniently.tolist() == [1.0, 1.0, 1.0, 1.0]
+    assert scores.by_name["gsm8k"].tolist() == [nan, 1.0, nan, 0.0, nan]
+    assert scores.by_name["format"].tolist() == [nan, 0.5, nan, 0.0, nan]
+    assert scores.by_name["boxed"].tolist() == [1.0, nan, 0.0, nan, 1.0]
+    assert scores.by_name["math"].tolist() == [nan] * 5
+    assert scores.combined.tolist() == [1.0, 2.5, 0.0, 0.0, 1.0]
+    assert scores.is_right.tolist() == [1.0, 1.0, 0.0, 0.0, 1.0]
+    assert scores.is_right_leniently.tolist() == [1.0] * 5
 
 
 def test_a_reward_that_is_wrong_names_its_data_set() -> None:
