@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -117,17 +118,19 @@ def loading_settings(config: Config) -> dict[str, Any]:
 
 def make_trainable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
     """What is trained, and how its activations are kept: an adapter if there is a lora_rank, else all weights."""
-    if config.gradient_checkpointing:  # in train mode alone: rollouts run in eval mode, with their cache
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    if config.lora_rank > 0:
-        add_adapter(
-            model,
-            rank=config.lora_rank,
-            alpha=config.lora_alpha,
-            target_modules=config.lora_target_modules,
-            seed=config.seed,
-            base=_base_for_adapter(model, tokenizer, config.model_name),
-        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer versions of transformers 5 have another name for it
+        if config.gradient_checkpointing:  # in train mode alone: rollouts run in eval mode, with their cache
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if config.lora_rank > 0:
+            add_adapter(
+                model,
+                rank=config.lora_rank,
+                alpha=config.lora_alpha,
+                target_modules=config.lora_target_modules,
+                seed=config.seed,
+                base=_base_for_adapter(model, tokenizer, config.model_name),
+            )
 
 
 def _base_for_adapter(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, model_name: str) -> str:
