@@ -19,6 +19,7 @@ from typing import Any
 
 from grpo.config import Config, SettingsParser, load_config, read_run_json
 from grpo.errors import InputError, errors_explained
+from grpo.sources import sources_of
 
 MAX_CHANGED_SHOWN = 5
 
@@ -46,8 +47,24 @@ def parse_arguments() -> tuple[argparse.Namespace, Config]:
     recorded = read_run_json(run_folder)["settings"] if has_run else None
     config = load_config(arguments.config, overrides, recorded=recorded)
     if arguments.data is not None:
-        config = dataclasses.replace(config, eval_file=arguments.data, datasets=None)
+        config = _on_file(config, arguments.data, judged_anew=any(item.startswith("rewards=") for item in overrides))
+    config = dataclasses.replace(config, quantization="none")  # the adapter is merged, into weights as they are
     return arguments, config
+
+
+def _on_file(config: Config, path: str, *, judged_anew: bool) -> Config:
+    """The settings for one file: of a mixture, those of the data set that it belongs to."""
+    changes: dict[str, Any] = {"eval_file": path, "datasets": None, "total_rows": None}
+    if config.datasets is not None and not judged_anew:
+        sources = sources_of(vars(config))
+        sources = [own for own in sources if path == own.eval_path] + [own for own in sources if path == own.path]
+        if not sources:
+            raise InputError(
+                f"--data: {path} is of none of the run's data sets, so nothing says its rewards: add --rewards"
+            )
+        keys = ("rewards", "system_prompt", "prompt_column", "answer_column")
+        changes |= {key: getattr(sources[0], key) for key in keys}
+    return dataclasses.replace(config, **changes)
 
 
 if __name__ == "__main__":  # before the slow imports: --help and a misspelt flag answer at once
@@ -77,7 +94,6 @@ from grpo.policy import (
 )
 from grpo.records import without_nan
 from grpo.rollout import Rollout, generate_completions
-from grpo.sources import sources_of
 from reward_model import RewardsOf, Scores, check_mixture, load_rewards_of, score_mixture
 
 
@@ -102,7 +118,8 @@ def main(arguments: argparse.Namespace, config: Config) -> None:
         )
     print(f"{len(datasets[0])} problems of {datasets[0].path}")
     evaluations, reports = [], []
-    kept = KeptRollouts(output.with_name(f"{output.name}.unfinished.jsonl"))
+    circumstances = {key: getattr(config, key) for key in ("dtype", "device", "attn_implementation")}
+    kept = KeptRollouts(output.with_name(f"{output.name}.unfinished.jsonl"), **circumstances)
     try:
         for name, dataset in zip(names, datasets, strict=True):
             evaluation, report = measure(name, dataset, rewards, config, arguments.k, kept)

@@ -43,6 +43,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from grpo.data import SOURCE
 from grpo.errors import InputError, RunError
 from grpo.rewards.answers import after_mark, between_tags, boxed, in_tags
 from grpo.sources import Source
@@ -86,6 +87,8 @@ def only_integer(text: str) -> str | None:
     >>> [only_integer(text) for text in ["-1,234", " $72$.", "5.0", "5 apples", "3,4", "\\\\frac{1}{2}", ""]]
     ['-1234', '72', '5', None, None, None, None]
     """
+    for latex, plain in (("{,}", ","), (",\\!", ","), ("\\$", "")):  # 1{,}234 and 1,\!234 are 1,234
+        text = text.replace(latex, plain)
     stripped = text.strip().removesuffix(".").strip("$").strip()
     number = stripped.removeprefix("-").removeprefix("\u2212")
     return last_integer(stripped) if _INTEGER.fullmatch(number) else None
@@ -421,7 +424,7 @@ def score_mixture(
 def _rows_by_dataset(samples: Sequence[dict[str, Any]]) -> dict[str | None, list[int]]:
     rows: dict[str | None, list[int]] = {}
     for row, sample in enumerate(samples):
-        rows.setdefault(sample.get("dataset"), []).append(row)
+        rows.setdefault(sample.get(SOURCE), []).append(row)
     return rows
 
 
@@ -457,7 +460,11 @@ def score_completions(
             of values, or a value that is neither a finite number nor None (the sample is named too), or a list of
             values where `per_token` is false or which is not as long as the completion.
     """
-    keys = {key for sample in samples for key in sample} - {"prompt", "prompt_ids"}  # the union: rows may differ
+    keys = {key for sample in samples for key in sample} - {
+        "prompt",
+        "prompt_ids",
+        SOURCE,
+    }  # the union: rows may differ
     columns = {key: [sample.get(key) for sample in samples] for key in sorted(keys)}
     prompts = [sample["prompt"] for sample in samples]
     answers = [_like(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]

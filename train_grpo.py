@@ -48,6 +48,7 @@ from grpo.mixture import load_datasets
 from grpo.policy import (
     check_compile,
     check_lengths,
+    check_trainable,
     choose_device,
     compile_trunks,
     load_policy,
@@ -84,6 +85,7 @@ def train(config: Config, run: RunFolder) -> None:
     eager = uncompiled if config.compile else nullcontext  # where the shapes change with every token
     rewards = load_rewards_of(sources_of(vars(config)))
     skeleton, tokenizer = load_skeleton(config.model_name, chat_template=config.chat_template)
+    check_trainable(skeleton, config, device)
     train_set, eval_set = load_datasets(config, tokenizer)
     for dataset in (train_set, eval_set):
         check_mixture(rewards, dataset, dataset.place)

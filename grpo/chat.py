@@ -8,28 +8,18 @@ chat_template: FILE     a Jinja file, or the template itself; it is saved with t
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from grpo.data import Dataset, Prompt
-from grpo.errors import InputError, unreadable
+from grpo.errors import InputError
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> None:
-    """Give the tokenizer the template that the setting names; auto and none leave it alone."""
-    if chat_template in ("auto", "none"):
-        return
-    path = Path(chat_template).expanduser()
-    if "{" not in chat_template:
-        try:
-            chat_template = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"chat_template: {unreadable(path, error)}; allowed: auto | none | a Jinja file or text"
-            ) from error
-    tokenizer.chat_template = chat_template
+    """Give the tokenizer the template that the setting is; auto and none leave it alone."""
+    if chat_template not in ("auto", "none"):
+        tokenizer.chat_template = chat_template
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.utils.logging import disable_progress_bar
 
 from grpo.errors import InputError, RunError
-from grpo.lora import ADAPTER_FILE, has_adapter, load_adapter
+from grpo.lora import ADAPTER_FILE, has_adapter, load_adapter, save_base
 
 COUNTS = ("num_tokens", "num_completions")  # of the whole run so far
 STATE = ("step", "samples_size", *COUNTS)  # what state.json holds
@@ -51,6 +51,7 @@ def save_model(
     """
     with complete_folder(folder, replace=replace) as unfinished:
         model.save_pretrained(unfinished)
+        save_base(model, unfinished)
         tokenizer.save_pretrained(unfinished)
         if about is not None:
             (unfinished / "about.json").write_text(json.dumps(about) + "\n")
@@ -77,6 +78,7 @@ def save_checkpoint(
         return  # a run has one state after a step
     with complete_folder(run_folder / f"step-{step:06d}") as unfinished:
         policy.save_pretrained(unfinished)
+        save_base(policy, unfinished)
         tokenizer.save_pretrained(unfinished)
         torch.save(optimizer.state_dict(), unfinished / "optimizer.pt")
         for name, module in modules.items():

@@ -231,15 +231,30 @@ def load_config(
         InputError: an unknown key, a wrong type or value, a contradiction; named with what is allowed.
     """
     settings = _read_yaml(DEFAULTS_FILE) | _known(recorded or {}, where="run.json")
-    wanted = _asked_for(path, overrides)
-    if wanted.get("num_train_epochs") is not None and wanted.get("num_train_steps") is not None:
-        raise InputError("num_train_epochs: got with num_train_steps too, allowed: one of them")
-    settings |= wanted
+    overrides = list(overrides)
+    for wanted in (_asked_for(path, ()), _asked_for(None, overrides)):  # what comes later wins
+        epochs, steps = (wanted.get(key) for key in ("num_train_epochs", "num_train_steps"))
+        if epochs is not None and steps is not None:
+            raise InputError("num_train_epochs: got with num_train_steps too, allowed: one of them")
+        settings |= ({"num_train_epochs": None} if steps is not None else {}) | wanted
     asked_for = {key: _checked(key, settings[key]) for key in TYPES}
-    values = filled(asked_for)
+    values = filled(asked_for) | {"chat_template": _template(asked_for["chat_template"])}
     _check_contradictions(values)
     _check_data_and_model(values)
     return Config(**values)
+
+
+def _template(chat_template: str) -> str:
+    """The text of a template file: a run keeps what it began with, whatever becomes of the file."""
+    if chat_template in ("auto", "none") or "{" in chat_template:
+        return chat_template
+    path = Path(chat_template).expanduser()
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"chat_template: {unreadable(path, error)}; allowed: auto | none | a Jinja file or text"
+        ) from error
 
 
 def resumed_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
@@ -538,7 +553,7 @@ _TYPE_NAMES = {
     float: "a number",
     str: "a text",
     bool: "true or false",
-    list: "a list, such as [math]",
+    list: "a list",
 }
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from grpo.errors import InputError, unreadable
 
 Sample = dict[str, Any]  # "prompt" and the columns of its data set; also "prompt_ids" where it has met a tokenizer
+SOURCE = "data set"  # key of a sample in a mixture: the name of its data set; no column that a function could name
 Prompt = str | list[dict[str, str]]  # a text, or messages: [{"role": "user", "content": ...}, ...]
 
 
@@ -123,7 +124,9 @@ def check_messages(messages: list[Any], place: str) -> None:
             raise InputError(f'{place}: "prompt": unknown role {message["role"]!r}, allowed: {", ".join(ROLES)}')
         if not isinstance(message["content"], str):
             raise InputError(f'{place}: "prompt": content: got {type(message["content"]).__name__}, expected a text')
-    if not messages or messages[-1]["role"] != "user":
+    if not messages:
+        raise InputError(f'{place}: "prompt" is an empty list of messages')
+    if messages[-1]["role"] != "user":
         raise InputError(f'{place}: "prompt" must end with a message of the user')
 
 

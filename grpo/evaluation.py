@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.advantages import groups_without_spread
-from grpo.data import Sample, model_input, text_of
+from grpo.data import SOURCE, Sample, model_input, text_of
 from grpo.errors import InputError
 from grpo.rollout import Rollout, generate_completions
 
@@ -185,7 +185,7 @@ def evaluate_greedy(
         seconds=time.perf_counter() - start_time,
         is_right_leniently=_verdicts(scores.is_right_leniently),
         combined=scores.combined.tolist(),
-        datasets=[sample.get("dataset") for sample in samples],
+        datasets=[sample.get(SOURCE) for sample in samples],
     )
 
 

@@ -165,8 +165,8 @@ def _split(turns: list[Any], place: str) -> tuple[list[dict[str, str]], str | No
     who, what = ("from", "value") if is_sharegpt else ("role", "content")
     messages = []
     for turn in turns:
-        if not isinstance(turn, dict) or who not in turn or not isinstance(turn.get(what), str):
-            raise InputError(f'{place}: got the turn {turn!r}, expected {{"{who}": …, "{what}": a text}}')
+        if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in (who, what)):
+            raise InputError(f'{place}: got the turn {turn!r}, expected {{"{who}": …, "{what}": …}}, two texts')
         if turn[who] not in SPEAKERS:
             allowed = ", ".join(SPEAKERS if is_sharegpt else dict.fromkeys(SPEAKERS.values()))
             raise InputError(f"{place}: unknown role {turn[who]!r}, allowed: {allowed}")

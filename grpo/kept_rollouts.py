@@ -16,16 +16,18 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from grpo.checkpoint import weights_sha256
-from grpo.records import append_jsonl, read_jsonl
-from grpo.rollout import Rollout, generate_completions
+from grpo.checkpoint import weights_sha256, write_atomically
+from grpo.records import append_jsonl, read_jsonl, to_jsonl
+from grpo.rollout import Rollout, generate_completions, stop_token_ids
 
 
 class KeptRollouts:
     """What was sampled so far, in a file that `forget` deletes."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, **circumstances: Any) -> None:
+        """`circumstances`: what else the answers depend on, such as the dtype."""
+        self.path, self.circumstances = path, circumstances
+        self.used: set[str] = set()
         self.rows: dict[str, dict[str, Any]] = {}
         if path.is_file():
             self.rows = {row["key"]: row for row in read_jsonl(path)}
@@ -39,8 +41,10 @@ class KeptRollouts:
             model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], **settings: Any
         ) -> Rollout:
             asked = {name: list(value) if isinstance(value, range) else value for name, value in settings.items()}
-            text = json.dumps([weights, list(prompts), asked], sort_keys=True)
+            stop_ids = sorted(stop_token_ids(model, tokenizer))
+            text = json.dumps([weights, self.circumstances, stop_ids, list(prompts), asked], sort_keys=True)
             key = hashlib.sha256(text.encode()).hexdigest()
+            self.used.add(key)
             if key in self.rows:
                 return _rollout(self.rows[key])
             rollout = generate_completions(model, tokenizer, prompts, **settings)
@@ -53,8 +57,12 @@ class KeptRollouts:
         return generate
 
     def forget(self) -> None:
-        """All of it was of use."""
-        self.path.unlink(missing_ok=True)
+        """What was of use is done with; what somebody else's evaluation left stays."""
+        others = [row for key, row in self.rows.items() if key not in self.used]
+        if others:
+            write_atomically(self.path, to_jsonl(others))
+        else:
+            self.path.unlink(missing_ok=True)
 
 
 def _rollout(row: dict[str, Any]) -> Rollout:

@@ -19,10 +19,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from grpo.errors import InputError, missing_package
 
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+BASE_FILE = "base.json"  # ours, beside them: sha256 of the base's weights
 PREFIX = "base_model.model."  # of every name in ADAPTER_FILE
 
 
@@ -34,6 +36,33 @@ def _peft() -> Any:
     return peft
 
 
+def _names(target_modules: str) -> list[str]:
+    return [name.strip() for name in target_modules.split(",")]
+
+
+def check_targets(model: PreTrainedModel, target_modules: str) -> None:
+    """Every name must fit a layer that can have an adapter; also of a model without weights.
+
+    Raises:
+        InputError: peft is not installed; a name fits no layer, or one that shares its weights with another: merged, an
+            adapter of the head would change the embedding too.
+    """
+    _peft()
+    shared = [model.get_input_embeddings(), model.get_output_embeddings()]
+    is_tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+    layers = {
+        name for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Embedding | Conv1D) and not (is_tied and module in shared)
+    }  # fmt: skip
+    for name in _names(target_modules):
+        if name != "all-linear" and not any(layer == name or layer.endswith(f".{name}") for layer in layers):
+            allowed = sorted({layer.rpartition(".")[2] for layer in layers})
+            raise InputError(
+                f"lora_target_modules: got {name}, which fits no layer of {type(model).__name__} that can have its own "
+                f"adapter; allowed: all-linear, or some of {', '.join(allowed)}"
+            )
+
+
 def add_adapter(model: PreTrainedModel, *, rank: int, alpha: float, target_modules: str, seed: int, base: str) -> None:
     """Give `model` an adapter, which from now on is all of it that is trained.
 
@@ -43,10 +72,10 @@ def add_adapter(model: PreTrainedModel, *, rank: int, alpha: float, target_modul
         seed: of A's random values.
 
     Raises:
-        InputError: peft is not installed, or no layer has such a name.
+        InputError: as `check_targets`.
     """
-    peft = _peft()
-    names = [name.strip() for name in target_modules.split(",")]
+    check_targets(model, target_modules)
+    peft, names = _peft(), _names(target_modules)
     settings = peft.LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -54,16 +83,9 @@ def add_adapter(model: PreTrainedModel, *, rank: int, alpha: float, target_modul
         lora_dropout=0.0,
         task_type="CAUSAL_LM",
     )
-    linear = {name.rpartition(".")[2] for name, module in model.named_modules() if type(module) is nn.Linear}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        try:
-            model.add_adapter(settings)
-        except ValueError as error:
-            raise InputError(
-                f"lora_target_modules: got {target_modules}, which fits no layer of {type(model).__name__}; "
-                f"allowed: all-linear, or some of {', '.join(sorted(linear))}"
-            ) from error
+        model.add_adapter(settings)
     model.peft_config["default"].base_model_name_or_path = base
 
 
@@ -92,6 +114,24 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> None:
     if {name: weight.shape for name, weight in saved.items()} != {name: weight.shape for name, weight in own.items()}:
         raise ValueError(f"{ADAPTER_FILE} is not an adapter of these layers and this rank")
     _peft().set_peft_model_state_dict(model, saved, adapter_name="default")
+
+
+def note_base(model: PreTrainedModel, sha256: str) -> None:
+    """Remember which weights the adapter of `model` was added to; `save_base` writes it beside the adapter."""
+    model.base_sha256 = sha256  # type: ignore[assignment]
+
+
+def save_base(model: PreTrainedModel, folder: Path) -> None:
+    """BASE_FILE, where the model has an adapter whose base is known."""
+    if (sha256 := getattr(model, "base_sha256", None)) is not None:
+        (folder / BASE_FILE).write_text(json.dumps({"sha256": sha256}) + "\n")
+
+
+def check_base(folder: Path, sha256: str) -> None:
+    """The base must still have the weights that the adapter was trained on, where that is known."""
+    path = folder / BASE_FILE
+    if path.is_file() and sha256 not in path.read_text(encoding="utf-8"):
+        raise InputError(f"{folder}: its base, {base_of(folder)}, no longer has the weights that it was trained on")
 
 
 def is_adapter_folder(folder: Path) -> bool:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo.chat import PromptFormat, tokenized, unused_template
 from grpo.config import Config
-from grpo.data import Dataset, Sample
+from grpo.data import SOURCE, Dataset, Sample
 from grpo.errors import InputError
 from grpo.formats import Columns, load_dataset
 from grpo.sources import Source, sources_of
@@ -61,7 +61,7 @@ def divide(total: int, weights: Sequence[float]) -> list[int]:
 
 
 def load_datasets(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset]:
-    """What to train on and what to evaluate on, with "prompt_ids"; in a mixture each sample also has its "dataset"."""
+    """What to train on and what to evaluate on, with "prompt_ids"; in a mixture each sample also has its SOURCE."""
     return load_train_set(config, tokenizer), load_eval_set(config, tokenizer)
 
 
@@ -89,12 +89,21 @@ def load_eval_set(config: Config, tokenizer: PreTrainedTokenizerBase) -> Dataset
     return parts[0] if config.datasets is None else Mixture(parts, [len(part) for part in parts])
 
 
+def _of(source: Source, sample: Sample, place: str) -> Sample:
+    """The sample with the name of its data set, and its system prompt unless it has one of its own."""
+    own = sample.get("system_prompt")
+    if own is not None and not isinstance(own, str):
+        raise InputError(f"{place}: system_prompt: got {own!r}, expected a text")
+    marks = {SOURCE: source.name, "system_prompt": source.system_prompt if own is None else own}
+    return sample | {key: value for key, value in marks.items() if value is not None or key in sample}
+
+
 def _load(path: str, source: Source, config: Config, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     ratio = 1.0 if config.force_single_turn else config.single_turn_ratio
     columns = Columns(source.prompt_column, source.answer_column, ratio, config.seed)
     dataset = load_dataset(path, columns)
-    usual = {} if source.system_prompt is None else {"system_prompt": source.system_prompt}  # a row may have its own
-    mark = {} if source.name is None else {"dataset": source.name}
-    dataset = Dataset(path, [(dataset.place(index), usual | sample | mark) for index, sample in enumerate(dataset)])
+    dataset = Dataset(
+        path, [(dataset.place(i), _of(source, sample, dataset.place(i))) for i, sample in enumerate(dataset)]
+    )
     form = PromptFormat(tokenizer, config.chat_template)
     return tokenized(dataset, form, max_prompt_length=config.max_prompt_length, drop_long=config.long_prompts == "drop")

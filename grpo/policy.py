@@ -32,7 +32,7 @@ from grpo.config import Config
 from grpo.data import Dataset, JSONLinesDataset
 from grpo.errors import InputError, missing_package
 from grpo.logprobs import find_head
-from grpo.lora import add_adapter, base_of, has_adapter, is_adapter_folder, merge
+from grpo.lora import add_adapter, base_of, check_base, check_targets, has_adapter, is_adapter_folder, merge, note_base
 from grpo.rollout import stop_token_ids
 
 
@@ -53,11 +53,17 @@ def load_policy(
     """
     source = tiny_base_model(base_seed, base_steps) if model_name == "tiny" else find_model(model_name)
     base = find_model(base_of(source)) if _is_adapter(source) else source
+    if base is not source and quantization != "none":
+        raise InputError(
+            f"quantization: got {quantization} with an adapter as the model, allowed there: none; or first merge it: "
+            f"python -m grpo.merge_lora {source} OUT"
+        )
     how = {"dtype": torch.float32, "attn_implementation": attn_implementation, **_quantized(quantization, device)}
     with _foreign_files(model_name):
         tokenizer = _load_tokenizer(source, base, chat_template)
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base, **how, **_options(base))
         if base is not source:
+            check_base(Path(source), weights_sha256(model))
             model = merge(model, Path(source))
     _check_eos(model_name, tokenizer)
     disable_dropout(model)
@@ -116,6 +122,13 @@ def loading_settings(config: Config) -> dict[str, Any]:
     return {key: getattr(config, key) for key in keys}
 
 
+def check_trainable(skeleton: PreTrainedModel, config: Config, device: torch.device) -> None:
+    """What training needs besides the weights, before they are loaded."""
+    _quantized(config.quantization, device)
+    if config.lora_rank > 0:
+        check_targets(skeleton, config.lora_target_modules)
+
+
 def make_trainable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
     """What is trained, and how its activations are kept: an adapter if there is a lora_rank, else all weights."""
     with warnings.catch_warnings():
@@ -131,6 +144,8 @@ def make_trainable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, c
                 seed=config.seed,
                 base=_base_for_adapter(model, tokenizer, config.model_name),
             )
+            if config.quantization == "none":  # else these are not the weights that others will load
+                note_base(model, weights_sha256(model))
 
 
 def _base_for_adapter(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, model_name: str) -> str:
@@ -151,6 +166,8 @@ def _foreign_files(model_name: str) -> Iterator[None]:
     """Foreign files are read by foreign code, which may raise anything, pages long."""
     try:
         yield
+    except InputError:
+        raise
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"model_name: {model_name!r} cannot be loaded: {reason}") from error

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from grpo.data import Sample
+from grpo.data import SOURCE, Sample
 from grpo.errors import InputError, NotFiniteError, RunError
 from grpo.evaluation import Scored
 from grpo.rollout import Rollout
@@ -90,7 +90,7 @@ class TokenMeans:
 
 def metrics_by_dataset(samples: Sequence[Sample], scores: Scored) -> dict[str, float]:
     """Mean reward and share of right answers of each data set of a mixture; empty where there is only one."""
-    names = [sample.get("dataset") for sample in samples]
+    names = [sample.get(SOURCE) for sample in samples]
     row = {}
     for name in dict.fromkeys(name for name in names if name is not None):
         own = torch.tensor([other == name for other in names])

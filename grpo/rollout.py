@@ -276,7 +276,7 @@ def _ends(
     is_end = torch.isin(ids[rows, -1], stop_ids)
     if stop_strings:
         window = ids[rows, -(4 * max(map(len, stop_strings)) + 8) :].tolist()
-        texts = _decode_texts(tokenizer, window)
+        texts = _decode_texts(tokenizer, window, skip_special_tokens=False)  # a special token may be looked for
         found = [any(string in text for string in stop_strings) for text in texts]
         is_end = is_end | torch.tensor(found, device=ids.device)
     return is_end
@@ -397,10 +397,12 @@ def _unpadded(ids: Tensor, mask: Tensor) -> list[list[int]]:
     return [row[:length] for row, length in zip(ids.tolist(), mask.sum(1).tolist(), strict=True)]
 
 
-def _decode_texts(tokenizer: PreTrainedTokenizerBase, sequences: list[list[int]]) -> list[str]:
+def _decode_texts(
+    tokenizer: PreTrainedTokenizerBase, sequences: list[list[int]], *, skip_special_tokens: bool = True
+) -> list[str]:
     """Their texts, without special tokens; one that occurs several times is decoded once."""
     distinct = list({tuple(ids): ids for ids in sequences}.values())
-    texts = tokenizer.batch_decode(distinct, skip_special_tokens=True)
+    texts = tokenizer.batch_decode(distinct, skip_special_tokens=skip_special_tokens)
     text_of = {tuple(ids): text for ids, text in zip(distinct, texts, strict=True)}
     return [text_of[tuple(ids)] for ids in sequences]
 

@@ -266,6 +266,11 @@ def open_run(config: Config, options: Options, script: str = "train_grpo.py") ->
         raise InputError(
             f"output_dir: got {config.output_dir}, expected a folder that can be moved aside, not this one"
         )
+    model = Path(config.model_name).expanduser()
+    if not options.resume and model.is_dir() and model.resolve().is_relative_to(run.folder.resolve()):
+        raise InputError(
+            f"model_name: {model} lies in output_dir, which this run needs for itself; choose another output_dir"
+        )
     missing = [path for path in (run.folder, *run.folder.parents) if not path.exists()]
     try:
         run.folder.mkdir(parents=True, exist_ok=True)

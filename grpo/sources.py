@@ -9,6 +9,7 @@ Nothing here imports torch or opens a file.
 
 import difflib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,8 @@ def _source(entry: Any, number: int, common: dict[str, Any]) -> Source:
             raise InputError(f"{where}: {key}: not a key of a data set, allowed: {', '.join(ENTRY_KEYS)}{hint}")
         if key in TEXTS and not isinstance(value, str):
             raise InputError(f"{where}: {key}: got {value!r}, expected a text")
+        if key == "name" and not re.fullmatch(r"[\w.-]+", value):
+            raise InputError(f"{where}: name: got {value!r}, allowed: letters, digits, _ . -")
         if key in ("weight", "percentage"):
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise InputError(f"{where}: {key}: got {value!r}, expected a number")

@@ -1235,8 +1235,8 @@ MUTANTS = [
     Mutant(
         "rows of one data set scored by another's rewards",
         REWARD_MODEL,
-        'rows.setdefault(sample.get("dataset"), []).append(row)',
-        'rows.setdefault(samples[0].get("dataset"), []).append(row)',
+        "rows.setdefault(sample.get(SOURCE), []).append(row)",
+        "rows.setdefault(samples[0].get(SOURCE), []).append(row)",
         (f"{OF_MIXTURE}test_rows_of_one_data_set_are_not_scored_by_the_rewards_of_another",),
     ),
     Mutant(

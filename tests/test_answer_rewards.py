@@ -69,6 +69,7 @@ def test_leniently_an_answer_may_stand_anywhere() -> None:
     [
         ("-1,234", "-1234"), ("\u22127", "-7"), ("$5$", "5"), (" 5. ", "5"), ("1,23", None), ("5 apples", None),
         ("--5", None), ("5-", None), ("\u0665", None), ("", None), ("1e3", None), ("0005", "5"),
+        ("1{,}800", "1800"), (r"10,\!000", "10000"), (r"\$5", "5"), ("1{,}80", None),
     ],
 )  # fmt: skip
 def test_only_an_integer_is_one(text: str, expected: str | None) -> None:

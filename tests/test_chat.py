@@ -7,6 +7,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from grpo.chat import PromptFormat, set_chat_template, tokenized, unused_template
+from grpo.config import load_config
 from grpo.data import Dataset
 from grpo.errors import InputError
 from tests.conftest import make_tokenizer
@@ -86,17 +87,20 @@ def test_a_template_that_fails_or_drops_what_is_said_is_refused(template: str, m
 
 
 def test_the_setting_may_be_a_file_or_the_template_itself(tmp_path: Path) -> None:
+    """A file is read once: what becomes of it later changes no run."""
     path = tmp_path / "chat.jinja"
     path.write_text(CHATML)
-    for setting in (str(path), CHATML):
+    configs = [load_config(None, [f"chat_template={setting}"]) for setting in (path, CHATML)]
+    path.unlink()
+    for config in configs:
+        assert config.chat_template == CHATML
         tokenizer = make_tokenizer()
-        set_chat_template(tokenizer, setting)
-        assert tokenizer.chat_template == CHATML
-        assert PromptFormat(tokenizer, setting).text("1+1") == "(u)1+1/(a)"
+        set_chat_template(tokenizer, config.chat_template)
+        assert PromptFormat(tokenizer, config.chat_template).text("1+1") == "(u)1+1/(a)"
         tokenizer.save_pretrained(tmp_path / "saved")
         assert type(tokenizer).from_pretrained(tmp_path / "saved").chat_template == CHATML
     with pytest.raises(InputError, match=r"chat_template: nowhere\.jinja: cannot be read: .*allowed: auto \| none \|"):
-        set_chat_template(make_tokenizer(), "nowhere.jinja")
+        load_config(None, ["chat_template=nowhere.jinja"])
 
 
 @pytest.mark.parametrize("setting", ["auto", "none"])

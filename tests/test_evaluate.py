@@ -19,6 +19,7 @@ import evaluate
 import grpo.plots
 from grpo.config import TYPES, Config, load_config, parse_command_line
 from grpo.data import JSONLinesDataset
+from grpo.errors import InputError
 from grpo.evaluation import (
     Evaluation,
     count_right,
@@ -509,6 +510,11 @@ def test_a_mixture_is_reported_by_data_set_and_leniently(
         report["accuracy"] != report["compare"]["accuracy"] or report["mean_length"] != report["compare"]["mean_length"]
     )
     assert not list(tmp_path.glob("*.unfinished.jsonl"))
+    # One file of the mixture is judged as the run judged it; another file needs to be told how.
+    _, config = parsed(monkeypatch, tmp_path / "run" / "final", "--data", small["train_file"])
+    assert (config.rewards, config.eval_file, config.datasets) == (["lucky_mix:fn"], small["train_file"], None)
+    with pytest.raises(InputError, match=r"--data: other\.jsonl is of none of the run's data sets.*add --rewards"):
+        parsed(monkeypatch, tmp_path / "run" / "final", "--data", "other.jsonl")
 
 
 def test_a_stopped_command_says_how_to_go_on(

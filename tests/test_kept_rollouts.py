@@ -74,10 +74,11 @@ def test_a_stopped_evaluation_goes_on_and_ends_alike(
         with path.open("a") as file:
             file.write('{"key": "half')  # killed while it wrote
     calls = sampled(99)
-    assert same(evaluated(llama, tokenizer, KeptRollouts(path)), whole)
+    kept = KeptRollouts(path)
+    assert same(evaluated(llama, tokenizer, kept), whole)
     assert len(calls) == 2  # three batches of greedy answers, five of samples: six of the eight were there
     assert all(json.loads(line) for line in path.read_text().splitlines())
-    KeptRollouts(path).forget()
+    kept.forget()
     assert not path.exists()
 
 
@@ -101,3 +102,8 @@ def test_nothing_stale_is_taken_for_fresh(
         next(llama.parameters()).view(-1)[0] += 1
     kept.of(llama)(llama, tokenizer, [[5]], **settings)
     assert len(calls) == 4
+    other = KeptRollouts(tmp_path / "kept.jsonl", dtype="bfloat16")
+    other.of(llama)(llama, tokenizer, [[5]], **settings)
+    assert len(calls) == 5
+    other.forget()  # its own answer; those of the others stay
+    assert len(KeptRollouts(tmp_path / "kept.jsonl").rows) == 5

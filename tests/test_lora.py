@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -305,3 +305,48 @@ def test_the_loop_scores_the_reference_with_the_adapter_off(
     monkeypatch.setattr(train_grpo, "adapter_off", nullcontext)
     rows = train(small | LORA, tmp_path / "run", num_train_steps=3)
     assert rows[-1]["kl"] == 0
+
+
+# What the base of an adapter is
+
+
+def test_a_head_that_is_tied_to_the_embedding_gets_no_adapter_of_its_own(small: dict[str, Any], tmp_path: Path) -> None:
+    """Merged, it would change the embedding as well: another model than the one that was trained."""
+    for name in ("lm_head", "embed_tokens", "q_proj,lm_head"):
+        with pytest.raises(InputError, match=r"lora_target_modules: got (lm_head|embed_tokens), which fits no layer"):
+            train(small | LORA, tmp_path / "run", lora_target_modules=name)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_untied_head_may_have_one(make_model: Callable[..., PreTrainedModel]) -> None:
+    model = adapted("llama", make_model, target_modules="lm_head")
+    assert any("lm_head" in name for name, weight in model.named_parameters() if weight.requires_grad)
+
+
+def test_of_several_targets_each_must_fit(make_model: Callable[..., PreTrainedModel]) -> None:
+    with pytest.raises(InputError, match=r"lora_target_modules: got foo, which fits no layer"):
+        adapted("llama", make_model, target_modules="q_proj,foo")
+
+
+def test_a_base_with_other_weights_is_not_the_base(trained: Path, small: dict[str, Any], tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(small["model_name"], base)
+    train(small | LORA | {"model_name": base}, tmp_path / "run", num_train_steps=1)
+    weights = load_file(base / "model.safetensors")
+    name = next(name for name in weights if "q_proj" in name)
+    save_file(weights | {name: weights[name] + 0.01}, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"final: its base, .*base, no longer has the weights that it was trained on"):
+        save_merged(tmp_path / "run" / "final", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_within_the_runs_own_folder_is_refused(trained: Path, small: dict[str, Any]) -> None:
+    """It would be moved aside with the earlier run, and the new adapter would name itself as its base."""
+    with pytest.raises(InputError, match=r"model_name: .*final lies in output_dir, which this run needs for itself"):
+        train(small | LORA | {"model_name": trained / "final"}, trained)
+    assert (trained / "final" / ADAPTER_FILE).is_file()
+
+
+def test_an_adapter_is_not_merged_into_quantized_weights(trained: Path) -> None:
+    with pytest.raises(InputError, match=r"quantization: got 4bit with an adapter as the model, allowed there: none"):
+        load_policy(str(trained / "final"), base_seed=0, device=torch.device("cuda"), quantization="4bit")

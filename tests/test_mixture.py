@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 import grpo.plots
 from grpo.config import load_config
-from grpo.data import Dataset, Sample, samples_for_step
+from grpo.data import SOURCE, Dataset, Sample, samples_for_step
 from grpo.errors import InputError
-from grpo.mixture import Mixture, divide
+from grpo.mixture import Mixture, divide, load_train_set
 from grpo.sources import Source, sources_of
 from reward_model import load_rewards_of, score_mixture
 from tests import test_train as helpers
@@ -28,7 +29,7 @@ def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def part(name: str, size: int) -> Dataset:
     rows: list[tuple[str, Sample]] = [
-        (f"{name}, line {index + 1}", {"prompt": f"{name}{index}", "dataset": name}) for index in range(size)
+        (f"{name}, line {index + 1}", {"prompt": f"{name}{index}", SOURCE: name}) for index in range(size)
     ]
     return Dataset(name, rows)
 
@@ -72,7 +73,7 @@ def test_one_part_of_a_mixture_does_not_change_what_is_read_of_another() -> None
 def test_a_resampling_round_draws_by_the_shares_too() -> None:
     mixture = Mixture([part("a", 10), part("b", 10)], [30, 10])
     samples = samples_for_step(mixture, step=3, batch_size=40, seed=0, round=1)
-    assert Counter(sample["dataset"] for sample in samples) == {"a": 30, "b": 10}
+    assert Counter(sample[SOURCE] for sample in samples) == {"a": 30, "b": 10}
 
 
 @pytest.mark.parametrize(
@@ -124,6 +125,7 @@ A, B = {"path": "a.jsonl", "eval_path": "a.jsonl"}, {"path": "b.jsonl"}
             {},
             r"datasets, entry 1: weigth: not a key of a data set, allowed: .*; did you mean weight\?",
         ),
+        ([A | {"name": "a/b"}], {}, r"datasets, entry 1: name: got 'a/b', allowed: letters"),
         ([A, A], {}, r"datasets: a stands there 2 times; give each a name of its own"),
         ([B], {}, r"datasets: none has an eval_path: nothing is held out"),
         ([{"eval_path": "x"}], {}, r"datasets, entry 1: got .* expected \{path: "),
@@ -160,7 +162,7 @@ def test_rows_of_one_data_set_are_not_scored_by_the_rewards_of_another() -> None
     )
     # Five rows, so that putting them back into their order is not what took them out of it.
     names = ("boxes", "tags", "boxes", "tags", "boxes")
-    samples = [{"prompt": "x", "answer": "5", "dataset": name} for name in names]
+    samples = [{"prompt": "x", "answer": "5", SOURCE: name} for name in names]
     good = "<reasoning>a</reasoning><answer>5</answer>"
     scores = score_mixture(own, samples, [r"\boxed{5}", good, good, r"\boxed{5}", r"\boxed{5}"], [[1]] * 5)
     nan = pytest.approx(float("nan"), nan_ok=True)
@@ -243,8 +245,33 @@ def test_a_share_of_less_than_a_row_is_refused(mixed: dict[str, Any], tmp_path: 
 def test_epochs_and_steps_are_alternatives(mixed: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="num_train_epochs: got with num_train_steps too, allowed: one of them"):
         load_config(None, ["num_train_epochs=1", "num_train_steps=5"])
+    (tmp_path / "steps.yaml").write_text("num_train_steps: 5\n")
+    (tmp_path / "epochs.yaml").write_text("num_train_epochs: 2\n")  # a flag beats either
+    assert load_config(tmp_path / "steps.yaml", ["num_train_epochs=1"]).num_train_epochs == 1
+    assert load_config(tmp_path / "epochs.yaml", ["num_train_steps=7"]).num_train_epochs is None
     del mixed["num_train_steps"]
     train(mixed, tmp_path / "run", num_train_epochs=0.2, total_rows=33)
     assert resume(tmp_path / "run", num_train_steps=3)[-1]["step"] == 3
     assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["num_train_epochs"] is None
     assert resume(tmp_path / "run", num_train_epochs=0.4)[-1]["step"] == 4
+
+
+def test_columns_with_our_names_are_the_users(small: dict[str, Any], tmp_path: Path) -> None:
+    """ "dataset" is a column as any other; a system prompt that is null is none of its own."""
+    rows = [
+        {"prompt": f"{n}+1", "dataset": [n], "system_prompt": own} for n, own in enumerate([None, "mine", None, "mine"])
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    template = "{% for m in messages %}{{ m['content'] }};{% endfor %}"
+    settings = small | {"train_file": data, "eval_file": data, "eval_metric": "eval/reward", "system_prompt": "usual"}
+    train(settings, tmp_path / "run", chat_template=template, num_train_steps=1, batch_size=4)
+    tokenizer = AutoTokenizer.from_pretrained(small["model_name"])
+    train_set = load_train_set(
+        load_config(None, [f"{k}={v}" for k, v in (settings | {"chat_template": template}).items()]), tokenizer
+    )
+    texts = [tokenizer.decode(sample["prompt_ids"]) for sample in train_set]
+    assert [text[:4] for text in texts] == ["usua", "mine", "usua", "mine"]
+    data.write_text('{"prompt": "x", "system_prompt": 5}\n')
+    with pytest.raises(InputError, match=r"data\.jsonl, line 1: system_prompt: got 5, expected a text"):
+        train(settings, tmp_path / "other")

@@ -94,6 +94,20 @@ def test_a_character_of_several_tokens_is_complete_with_its_last(stop: str) -> N
     assert rollout.completions[0].endswith(stop)
 
 
+def test_a_special_token_may_be_a_stop_string() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<unk>"]})
+    rollout = generate_completions(
+        ScriptedModel([[5, 6, 2, 7, 8]]),  # type: ignore[arg-type]
+        tokenizer,
+        [[5]],
+        group_size=1,
+        max_completion_length=5,
+        stop_strings=["<unk>"],
+    )
+    assert rollout.token_lists() == [[5, 6, 2]]
+
+
 class Echo(ScriptedModel):
     """A script in a vocabulary of bytes."""
 
