@@ -274,4 +274,4 @@ def test_columns_with_our_names_are_the_users(small: dict[str, Any], tmp_path: P
     assert [text[:4] for text in texts] == ["usua", "mine", "usua", "mine"]
     data.write_text('{"prompt": "x", "system_prompt": 5}\n')
     with pytest.raises(InputError, match=r"data\.jsonl, line 1: system_prompt: got 5, expected a text"):
-        train(settings, tmp_path / "other")
+        train(settings, tmp_path / "other", chat_template=template)
