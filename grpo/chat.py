@@ -3,7 +3,7 @@
 chat_template: auto     a tokenizer with a template gets messages: a text becomes the user's one message, behind
                         system_prompt; what opens the assistant's turn (the generation prompt) is added
 chat_template: none     texts are tokenised as they stand; messages are refused
-chat_template: FILE     a Jinja file, or the template itself; it is saved with the model
+chat_template: TEXT     the template itself, or the name of its file, which is read at once; saved with the model
 """
 
 from collections.abc import Sequence
