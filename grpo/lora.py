@@ -10,6 +10,7 @@ Paper: "LoRA" (2106.09685) eq. 3.
 """
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -155,5 +156,7 @@ def merge(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
     In float32, whatever the file's dtype: in bfloat16 a sixth of the weights change in a single merge and its undoing.
     """
-    model: PreTrainedModel = _peft().PeftModel.from_pretrained(base.float(), folder).merge_and_unload()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, about a name that peft uses
+        model: PreTrainedModel = _peft().PeftModel.from_pretrained(base.float(), folder).merge_and_unload()
     return model.requires_grad_(True)  # peft froze them
