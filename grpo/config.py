@@ -612,6 +612,10 @@ def _check_contradictions(settings: dict[str, Any]) -> None:
 def _check_data_and_model(settings: dict[str, Any]) -> None:
     """Contradictions among what is trained, and on what."""
     sources_of(settings)
+    defaults = _read_yaml(DEFAULTS_FILE)
+    for key in ("train_file", "eval_file"):
+        if settings["datasets"] is not None and settings[key] != defaults[key]:
+            raise InputError(f"{key}: got {settings[key]} with datasets, which take its place; allowed: one of the two")
     if settings["total_rows"] is not None and settings["datasets"] is None:
         raise InputError(f"total_rows: got {settings['total_rows']} without datasets, allowed there: null")
     if settings["lora_rank"] > 0 and settings["ref_update_every"] > 0:

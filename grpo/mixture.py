@@ -94,8 +94,9 @@ def _of(source: Source, sample: Sample, place: str) -> Sample:
     own = sample.get("system_prompt")
     if own is not None and not isinstance(own, str):
         raise InputError(f"{place}: system_prompt: got {own!r}, expected a text")
-    marks = {SOURCE: source.name, "system_prompt": source.system_prompt if own is None else own}
-    return sample | {key: value for key, value in marks.items() if value is not None or key in sample}
+    if own is None and source.system_prompt is not None:
+        sample = sample | {"system_prompt": source.system_prompt}
+    return sample if source.name is None else sample | {SOURCE: source.name}
 
 
 def _load(path: str, source: Source, config: Config, tokenizer: PreTrainedTokenizerBase) -> Dataset:

@@ -144,6 +144,12 @@ def test_entries_that_are_wrong_are_named(entries: list[Any], changes: dict[str,
         sources(*entries, **changes)
 
 
+@pytest.mark.parametrize("key", ["train_file", "eval_file"])
+def test_a_file_beside_datasets_is_refused(key: str) -> None:
+    with pytest.raises(InputError, match=f"{key}: got x.jsonl with datasets, which take its place"):
+        sources(A, B, **{key: "x.jsonl"})
+
+
 def test_total_rows_without_datasets_is_refused() -> None:
     with pytest.raises(InputError, match="total_rows: got 5 without datasets, allowed there: null"):
         load_config(None, ["total_rows=5"])
