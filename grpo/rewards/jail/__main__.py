@@ -1,0 +1,160 @@
+"""The supervisor of one batch: starts a sandbox for each program, some at a time, and sees that all of them end.
+
+It reads one line, the request, from standard input, and answers with a line that says what the kernel gives, then one
+for each program as it is done. When standard input ends, so does everything else: whoever started this may be killed.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import selectors
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from grpo.rewards.jail import inside, kernel
+
+GRACE = 1.0  # seconds that a judge has beyond its program's, to say so itself
+MAX_REPORT = 1 << 23  # bytes of all that a judge says
+USUAL = (  # what solutions import most: loaded once instead of once a program
+    "bisect", "collections", "copy", "datetime", "decimal", "fractions", "functools", "heapq", "itertools", "math",
+    "operator", "random", "re", "statistics", "string", "typing",
+)  # fmt: skip
+
+
+@dataclass
+class Running:
+    """One sandbox."""
+
+    number: int
+    process: int
+    result: int  # descriptor
+    deadline: float
+    text: bytes = b""
+
+    def lines(self) -> list[dict[str, Any]]:
+        """What its judge said; half a line, where it was killed, is left out."""
+        return [json.loads(line) for line in self.text.split(b"\n")[:-1]]
+
+
+def start(number: int, parts: inside.Parts, cell: inside.Cell) -> Running:
+    """Fork one sandbox."""
+    reading, writing = os.pipe()
+    process = os.fork()
+    if process == 0:
+        inside.run_job(parts, replace(cell, work=own_folder(cell, number)), writing)
+    os.close(writing)
+    return Running(number, process, reading, time.monotonic() + cell.seconds + GRACE)
+
+
+def own_folder(cell: inside.Cell, number: int) -> str:
+    """Where a program without namespaces writes."""
+    return f"{cell.work}/program-{number}"
+
+
+def end(job: Running, cell: inside.Cell) -> None:
+    """Kill what is left of a sandbox, and delete what it wrote. Without namespaces the program survives its judge, and becomes our child."""
+    for kill in (os.killpg, os.kill):  # it may not have a group of its own yet
+        with contextlib.suppress(ProcessLookupError):
+            kill(job.process, signal.SIGKILL)
+    os.waitpid(job.process, 0)
+    os.close(job.result)
+    for line in job.lines():
+        with contextlib.suppress(KeyError, ChildProcessError, ProcessLookupError):
+            os.kill(line["process"], 0 if os.waitpid(line["process"], os.WNOHANG)[0] else signal.SIGKILL)
+            os.waitpid(line["process"], 0)
+    shutil.rmtree(own_folder(cell, job.number), ignore_errors=True)
+
+
+def refusal(try_it: Callable[[], Any]) -> str | None:
+    """Why the kernel refuses something, tried in a process of its own; None if it does not."""
+    reading, writing = os.pipe()
+    process = os.fork()
+    if process == 0:
+        try:
+            try_it()
+        except OSError as error:
+            os.write(writing, str(error).encode()[:500])
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as file:
+        reason = file.read().decode()
+    os.waitpid(process, 0)
+    return reason or None
+
+
+def walls(cell: inside.Cell) -> tuple[inside.Cell, dict[str, str]]:
+    """The cell with the walls that this kernel gives, of those asked for, and why not the others."""
+
+    def need_landlock() -> None:
+        if kernel.landlock_version() == 0:
+            raise OSError("the kernel has none")
+
+    def need_seccomp() -> None:
+        kernel.drop_privileges(None)
+        kernel.deny_system_calls()
+
+    trials = {
+        "namespaces": lambda: inside.enter(replace(cell, namespaces=True)),
+        "landlock": need_landlock,
+        "seccomp": need_seccomp,
+    }
+    reasons = {name: refusal(trial) if getattr(cell, name) else "not asked for" for name, trial in trials.items()}
+    return replace(cell, **{name: reason is None for name, reason in reasons.items()}), {
+        name: reason for name, reason in reasons.items() if reason is not None
+    }
+
+
+def say(line: dict[str, Any]) -> None:
+    """One line to whoever started this."""
+    print(json.dumps(line), flush=True)
+
+
+def main() -> None:
+    """The batch."""
+    request = json.loads(sys.stdin.buffer.readline())
+    os.chdir("/")
+    sys.path.pop(0)  # the project: nothing to be imported in a sandbox
+    kernel.prctl(kernel.DUMPABLE, 0)
+    kernel.prctl(kernel.CHILD_SUBREAPER, 1)
+    for name in USUAL:
+        importlib.import_module(name)
+    cell, missing = walls(inside.Cell(**request["cell"]))
+    say({"missing": missing})
+    waiting = [(number, inside.Parts(request["file"], *parts)) for number, parts in enumerate(request["jobs"])][::-1]
+    running: dict[int, Running] = {}  # by their descriptors
+    stdin = sys.stdin.fileno()
+    with selectors.DefaultSelector() as selector:
+        selector.register(stdin, selectors.EVENT_READ)
+        try:
+            while waiting or running:
+                while waiting and len(running) < request["parallel"]:
+                    job = start(*waiting.pop(), cell)
+                    running[job.result] = job
+                    selector.register(job.result, selectors.EVENT_READ)
+                first = min(job.deadline for job in running.values())
+                ready = {key.fd for key, _ in selector.select(max(first - time.monotonic(), 0))}
+                if stdin in ready:
+                    return
+                for job in list(running.values()):
+                    part = os.read(job.result, 1 << 16) if job.result in ready else None
+                    job.text += part or b""
+                    if part == b"" or time.monotonic() > job.deadline or len(job.text) > MAX_REPORT:
+                        selector.unregister(running.pop(job.result).result)
+                        end(job, cell)
+                        say({"number": job.number, "lines": job.lines()})
+        finally:
+            for job in running.values():
+                end(job, cell)
+            with contextlib.suppress(OSError):  # whoever made it removes it, if still alive
+                os.rmdir(cell.work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""What Linux offers to shut a process in, each as one function: namespaces, a root of its own, limits, privileges,
+Landlock, seccomp. Plain ctypes, nothing but the standard library. Each raises an OSError where the kernel refuses.
+
+Sources: the manual pages unshare(2), pivot_root(2), mount_setattr(2), setrlimit(2), landlock(7), seccomp(2); the order of
+the steps is bubblewrap's.
+"""
+
+import ctypes
+import os
+import platform
+import resource
+import struct
+from collections.abc import Sequence
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+# Namespaces of unshare(2)
+NEWNS, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
+# Flags of mount(2)
+_RDONLY, _NOSUID, _NODEV, _NOEXEC, _REMOUNT, _BIND, _REC, _PRIVATE = 1, 2, 4, 8, 32, 4096, 16384, 1 << 18
+_DETACH = 2  # of umount2(2)
+_AT_FDCWD, _AT_RECURSIVE = -100, 0x8000
+# Operations of prctl(2)
+PDEATHSIG, DUMPABLE, SECCOMP, CHILD_SUBREAPER, NO_NEW_PRIVS = 1, 4, 22, 36, 38
+
+_MACHINES = ("x86_64", "aarch64")  # the columns of the tables below
+_MACHINE = _MACHINES.index(platform.machine()) if platform.machine() in _MACHINES else None
+_PIVOT_ROOT = (155, 41)
+_MOUNT_SETATTR, _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 442, 444, 445, 446  # the same on all machines
+
+
+def _call(function: str, *arguments: int | bytes | None) -> int:
+    """A function of the C library; an OSError where it returns a negative number."""
+    values = [ctypes.c_long(value) if isinstance(value, int) else value for value in arguments]
+    result: int = getattr(_libc, function)(*values)
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{function}: {os.strerror(number)}")
+    return result
+
+
+def prctl(operation: int, value: int) -> None:
+    """prctl(2) with one argument."""
+    _call("prctl", operation, value, 0, 0, 0)
+
+
+# Namespaces and a root of its own
+
+
+def enter_namespaces() -> bool:
+    """New mount, network, IPC and host-name namespaces for this process, and a process namespace for its children.
+
+    What only root may do is allowed within a new user namespace, in which this user is known by the same number and
+    nobody else is. Returns whether there is one: root itself needs none.
+    """
+    uid, gid, flags = os.geteuid(), os.getegid(), NEWNS | NEWPID | NEWNET | NEWIPC | NEWUTS
+    if uid == 0:
+        try:
+            _call("unshare", flags)
+            return False
+        except PermissionError:  # root of a container
+            pass
+    _call("unshare", flags | NEWUSER)
+    for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
+        with open(f"/proc/self/{name}", "w") as file:
+            file.write(text)
+    return True
+
+
+def _mount(source: str, target: str, kind: str = "", flags: int = 0, options: str = "") -> None:
+    _call("mount", source.encode(), target.encode(), kind.encode(), flags, options.encode())
+
+
+def build_root(shown: Sequence[str], writable_bytes: int) -> None:
+    """A root with nothing but the folders `shown`, read-only, three devices, and an empty /tmp, which is where we are.
+
+    `shown`: absolute paths, links in them resolved; the links by which programs look for them (/lib -> usr/lib) are set.
+    """
+    if _MACHINE is None:
+        raise OSError(f"pivot_root: its number is not known on {platform.machine()}")
+    links = {name: os.readlink(name) for name in ("/lib", "/lib64") if os.path.islink(name)}
+    _mount("none", "/", flags=_REC | _PRIVATE)  # what is mounted from here on, nobody else sees
+    _mount("tmpfs", "/tmp", "tmpfs", _NOSUID | _NODEV, "size=1m,mode=755")  # any folder would do
+    os.mkdir("/tmp/old")
+    _call("syscall", _PIVOT_ROOT[_MACHINE], b"/tmp", b"/tmp/old")
+    os.chdir("/")
+    os.mkdir("/tmp")
+    own = f"size={writable_bytes},nr_inodes=1000,mode=1777"
+    _mount("tmpfs", "/tmp", "tmpfs", _NOSUID | _NODEV | _NOEXEC, own)
+    for path in shown:
+        os.makedirs(path, exist_ok=True)
+        _mount(f"/old{path}", path, flags=_BIND | _REC)
+        attributes = struct.pack("QQQQ", _RDONLY | _NOSUID | _NODEV, 0, 0, 0)  # to set, to clear, propagation, user ns
+        _call("syscall", _MOUNT_SETATTR, _AT_FDCWD, path.encode(), _AT_RECURSIVE, attributes, len(attributes))
+    for name, target in links.items():
+        if not os.path.lexists(name):
+            os.symlink(target, name)
+    os.mkdir("/dev")
+    for name in ("null", "zero", "urandom"):
+        os.close(os.open(f"/dev/{name}", os.O_CREAT))
+        _mount(f"/old/dev/{name}", f"/dev/{name}", flags=_BIND)
+    _call("umount2", b"/old", _DETACH)
+    os.rmdir("/old")
+    _mount("none", "/", flags=_REMOUNT | _BIND | _RDONLY | _NOSUID | _NODEV)
+    os.chdir("/tmp")
+
+
+# Limits and privileges
+
+
+def set_limits(*, seconds: int, memory_bytes: int, file_bytes: int) -> None:
+    """CPU time, address space, size of any file, no further process, few open files, no core dump."""
+    limits = {
+        resource.RLIMIT_CPU: seconds,
+        resource.RLIMIT_AS: memory_bytes,
+        resource.RLIMIT_FSIZE: file_bytes,
+        resource.RLIMIT_NPROC: 0,
+        resource.RLIMIT_NOFILE: 64,
+        resource.RLIMIT_CORE: 0,
+    }
+    for kind, limit in limits.items():
+        resource.setrlimit(kind, (limit, limit))
+
+
+def drop_privileges(uid: int | None) -> None:
+    """Become `uid`, where one is given; no capability, and no way to gain one."""
+    if uid is not None:
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+    header = ctypes.create_string_buffer(struct.pack("Ii", 0x20080522, 0))  # version 3 of capset(2)
+    _call("capset", ctypes.addressof(header), bytes(24))  # three sets of 64 bits
+    prctl(NO_NEW_PRIVS, 1)
+
+
+# Landlock: which files a process may open, where it cannot have a root of its own
+
+
+def landlock_version() -> int:
+    """0 where the kernel has none."""
+    try:
+        return _call("syscall", _LANDLOCK_CREATE, None, 0, 1)
+    except OSError:
+        return 0
+
+
+def restrict_files(readable: Sequence[str], writable: str) -> None:
+    """From now on this process reads only below `readable`, and writes only below `writable` and to /dev/null."""
+    known = (1 << {1: 13, 2: 14}.get(landlock_version(), 15)) - 1  # every right that this version knows
+    attributes = struct.pack("Q", known)
+    ruleset = _call("syscall", _LANDLOCK_CREATE, attributes, len(attributes), 0)
+    read = 0b1100  # files and folders
+    special = 0b1 | 1 << 6 | 1 << 9 | 1 << 10 | 1 << 11  # execute; make devices of characters or blocks, sockets, pipes
+    read_write_truncate = 0b110 | 1 << 14
+    rules = dict.fromkeys(readable, read) | {writable: known & ~special, "/dev/null": read_write_truncate & known}
+    for path, rights in rules.items():
+        folder = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        _call("syscall", _LANDLOCK_ADD, ruleset, 1, struct.pack("=Qi", rights, folder), 0)
+        os.close(folder)
+    _call("syscall", _LANDLOCK_RESTRICT, ruleset, 0)
+    os.close(ruleset)
+
+
+# seccomp: which system calls fail
+
+DENIED = {  # name -> number on x86_64, on aarch64
+    # no other process: neither made nor touched, nor left
+    "fork": (57, None), "vfork": (58, None), "clone": (56, 220), "clone3": (435, 435), "execve": (59, 221),
+    "execveat": (322, 281), "kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131), "rt_sigqueueinfo": (129, 138),
+    "rt_tgsigqueueinfo": (297, 240), "pidfd_send_signal": (424, 424), "pidfd_open": (434, 434),
+    "pidfd_getfd": (438, 438), "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271),
+    "kcmp": (312, 272), "setsid": (112, 157), "setpgid": (109, 154), "setpriority": (141, 140),
+    "prlimit64": (302, 261), "setrlimit": (160, 164), "prctl": (157, 167), "sched_setaffinity": (203, 122),
+    # no file's owner, rights, times or length by its name: Landlock does not ask about these
+    "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452), "chown": (92, None),
+    "fchown": (93, 55), "lchown": (94, None), "fchownat": (260, 54), "utime": (132, None), "utimes": (235, None),
+    "futimesat": (261, None), "utimensat": (280, 88), "truncate": (76, 45), "setxattr": (188, 5), "lsetxattr": (189, 6),
+    "fsetxattr": (190, 7), "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16),
+    "setxattrat": (463, 463), "removexattrat": (466, 466), "file_setattr": (469, 469),
+    # no network, and nothing that outlives the process
+    "socket": (41, 198), "shmget": (29, 194), "semget": (64, 190), "msgget": (68, 186), "mq_open": (240, 180),
+    # no new namespaces and mounts
+    "unshare": (272, 97), "setns": (308, 268), "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41),
+    "chroot": (161, 51), "open_tree": (428, 428), "move_mount": (429, 429), "fsopen": (430, 430),
+    "fspick": (433, 433), "mount_setattr": (442, 442), "open_by_handle_at": (304, 265),
+    # no parts of the kernel that a program has no use for
+    "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282), "io_uring_setup": (425, 425),
+    "io_uring_enter": (426, 426), "io_uring_register": (427, 427), "add_key": (248, 217), "request_key": (249, 218),
+    "keyctl": (250, 219), "fanotify_init": (300, 262), "personality": (135, 92), "seccomp": (317, 277),
+}  # fmt: skip
+_AUDIT_ARCH = (0xC000003E, 0xC00000B7)
+_LOAD, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06  # instructions of classic BPF
+_ALLOW, _EPERM, _KILL = 0x7FFF0000, 0x00050001, 0x80000000
+
+
+def deny_system_calls() -> None:
+    """From now on the calls of DENIED fail with EPERM, and those of another machine's numbering are fatal."""
+    if _MACHINE is None:
+        raise OSError(f"seccomp: no table of system calls for {platform.machine()}")
+    numbers = [row[_MACHINE] for row in DENIED.values() if row[_MACHINE] is not None]
+    program = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, _AUDIT_ARCH[_MACHINE]), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, 0)]
+    program += [(_AT_LEAST, 0, 1, 0x40000000), (_RETURN, 0, 0, _EPERM)]  # x32's numbers on x86_64
+    for left, number in zip(range(len(numbers), 0, -1), numbers, strict=True):
+        program.append((_EQUAL, left, 0, number))  # on to the last instruction
+    program += [(_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _EPERM)]
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *instruction) for instruction in program))
+    filter_ = struct.pack("HP", len(program), ctypes.addressof(code))
+    _call("prctl", SECCOMP, 2, filter_, 0, 0)  # a filter; needs NO_NEW_PRIVS
