@@ -102,7 +102,7 @@ def main(arguments: argparse.Namespace, config: Config) -> None:
     if arguments.prompt is not None:
         print(answer(arguments.model, arguments.prompt, config))
         return
-    rewards = load_rewards_of(sources_of(vars(config)))
+    rewards = load_rewards_of(sources_of(vars(config)), config.combine)
     output = Path(arguments.output)
     if output.is_dir() or not output.parent.is_dir():
         raise InputError(f"--output: got {output}, expected a file in a folder that exists")
@@ -142,7 +142,7 @@ def main(arguments: argparse.Namespace, config: Config) -> None:
 
 def evaluate_model(name: str, config: Config, *, k: int = 8) -> dict[str, Any]:
     """What this command says of one model, as a dict: for notebooks."""
-    rewards = load_rewards_of(sources_of(vars(config)))
+    rewards = load_rewards_of(sources_of(vars(config)), config.combine)
     return measure(name, problems_for(name, config, rewards), rewards, config, k)[1]
 
 
@@ -164,7 +164,8 @@ def measure(
     """One model: its greedy answers, and the numbers for people and for the file. `kept`: what it answered before."""
 
     def score(samples: Sequence[Sample], rollout: Rollout) -> Scores:
-        return score_mixture(rewards, samples, rollout.completions, rollout.token_lists(), per_token=True)
+        how: dict[str, Any] = {"combine": config.combine, "per_token": config.combine == "sum"}  # lists: of PPO's runs
+        return score_mixture(rewards, samples, rollout.completions, rollout.token_lists(), **how)
 
     device = choose_device(config.device)
     model, tokenizer = load_policy(name, **loading_settings(config), device=device)

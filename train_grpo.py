@@ -63,6 +63,7 @@ from grpo.policy import (
 )
 from grpo.records import TokenMeans, check_finite, metrics_by_dataset, sample_rows
 from grpo.resample import Groups, check_rewards_vary, replace_idle_groups
+from grpo.rewards.scores import scaled
 from grpo.rollout import Rollout, generate_completions, step_seed
 from grpo.run_folder import RunFolder, open_run
 from grpo.sources import sources_of
@@ -83,7 +84,7 @@ def train(config: Config, run: RunFolder) -> None:
     check_compile(config, device)
     autocast = make_autocast(config.dtype, device)
     eager = uncompiled if config.compile else nullcontext  # where the shapes change with every token
-    rewards = load_rewards_of(sources_of(vars(config)))
+    rewards = load_rewards_of(sources_of(vars(config)), config.combine)
     skeleton, tokenizer = load_skeleton(config.model_name, chat_template=config.chat_template)
     check_trainable(skeleton, config, device)
     train_set, eval_set = load_datasets(config, tokenizer)
@@ -102,6 +103,8 @@ def train(config: Config, run: RunFolder) -> None:
         compile_trunks(policy, reference)
     optimizer = make_optimizer(policy, config)
     moved = {"reference": reference} if reference is not None and config.ref_update_every else {}  # besides the policy
+
+    scale = partial(scaled, scaling=config.reward_scaling, bound=config.reward_clip)  # of the combined rewards
 
     # The four choices that make the algorithm: advantage, surrogate, aggregation, KL.
     advantages_of = partial(penalized_advantages, baseline=config.advantage_baseline, scale=config.advantage_scale)
@@ -143,12 +146,12 @@ def train(config: Config, run: RunFolder) -> None:
 
     def score(samples: Sequence[Sample], rollout: Rollout) -> Scores:
         """What each completion is worth; one sample a completion."""
-        return score_mixture(rewards, samples, rollout.completions, rollout.token_lists())
+        return score_mixture(rewards, samples, rollout.completions, rollout.token_lists(), combine=config.combine)
 
     def judged(samples: Sequence[Sample], rollout: Rollout) -> Groups:
         """The groups of these prompts with what they are worth; row p * G + g belongs to prompt p."""
         row_samples = [sample for sample in samples for _ in range(config.group_size)]
-        return Groups(row_samples, rollout, score(row_samples, rollout))
+        return Groups(row_samples, rollout, score(row_samples, rollout), scale)
 
     def sample_groups(step: int, round: int, places: Sequence[int]) -> Groups:
         """Dynamic sampling: [1], [2] and [3] once more, for places whose groups are to be replaced."""
@@ -250,7 +253,7 @@ def train(config: Config, run: RunFolder) -> None:
             batch = judged(samples, rollout)
             batch, discarded = replace_idle_groups(batch, *resampling, partial(sample_groups, step))
         rollout, scores = batch.rollout, batch.scores
-        grouped_rewards = scores.combined.view(num_groups, config.group_size)  # (P, G)
+        grouped_rewards = batch.rewards(config.group_size)  # (P, G)
         is_idle = groups_without_spread(grouped_rewards)  # (P,) nothing to tell siblings apart by
         mask = rollout.completion_mask  # (B, C)
         if config.mask_truncated_completions:

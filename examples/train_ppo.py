@@ -94,6 +94,8 @@ def check_settings(config: Config) -> None:
         "surrogate": ("clipped",),
         "kl_in": ("reward",) if config.kl_coeff > 0 else ("reward", "loss"),  # where there is no KL, it is nowhere
         "datasets": (None,),
+        "combine": ("sum",),  # single tokens have rewards, which add up
+        "reward_scaling": ("identity",),
         "lora_rank": (0,),  # the critic has a trunk of its own, all of which is trained
         "gradient_checkpointing": (False,),
     }

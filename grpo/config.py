@@ -48,6 +48,10 @@ class Config:
     single_turn_ratio: float
     force_single_turn: bool
     rewards: list[Any]
+    combine: Literal["sum", "mean", "product"]
+    reward_scaling: Literal["identity", "standardize", "clip"]
+    reward_clip: float | None
+    save_threshold: float | None
     chat_template: str
     system_prompt: str | None
     max_prompt_length: int
@@ -159,6 +163,7 @@ RULES: dict[str, Rule] = {
     "total_rows": _AT_LEAST_1,
     "single_turn_ratio": (lambda value: 0 <= value <= 1, "in [0, 1]"),
     "rewards": (lambda value: len(value) > 0 and _is_json(value), "a list of at least one reward, as JSON has it"),
+    "reward_clip": _POSITIVE,
     "lora_rank": _AT_LEAST_0,
     "lora_alpha": _POSITIVE,
     "stop_strings": (
@@ -358,6 +363,11 @@ def warnings_about(config: Config) -> list[str]:
                 f"rewards: overlong: punishes nothing up to {longest - cache} tokens, and max_completion_length cuts "
                 f"off at {config.max_completion_length}"
             )
+    if config.reward_scaling == "standardize" and config.advantage_scale != "none" and config.kl_in == "loss":
+        warnings.append(
+            f"reward_scaling standardize: advantage_scale {config.advantage_scale} divides it out again; it matters "
+            "with none, or with a KL in the reward"
+        )
     num_updates = config.num_iterations * config.num_minibatches
     if config.surrogate == "reinforce" and num_updates > 1:
         warnings.append(
@@ -594,6 +604,12 @@ def _check_contradictions(settings: dict[str, Any]) -> None:
     if settings["kl_in"] == "reward" and settings["kl_estimator"] != "k1":
         raise InputError(
             f"kl_estimator: got {settings['kl_estimator']} with kl_in reward, allowed there: null (it is always k1)"
+        )
+    if (settings["reward_clip"] is not None) != (settings["reward_scaling"] == "clip"):
+        allowed = "a number > 0" if settings["reward_scaling"] == "clip" else "null"
+        raise InputError(
+            f"reward_clip: got {_as_yaml(settings['reward_clip'])} with reward_scaling {settings['reward_scaling']}, "
+            f"allowed there: {allowed}"
         )
     if baseline != "critic":
         defaults = _read_yaml(DEFAULTS_FILE)

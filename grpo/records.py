@@ -127,6 +127,12 @@ def sample_rows(
     ]
 
 
+def high_scoring(samples: Sequence[dict[str, Any]], threshold: float) -> list[dict[str, Any]]:
+    """Of the lines of samples.jsonl those with a reward above the threshold, without what is of this run alone."""
+    keys = ("step", "prompt", "completion", "answer", "reward", "rewards")
+    return [{key: sample[key] for key in keys} for sample in samples if sample["reward"] > threshold]
+
+
 def check_finite(
     loss: Tensor, grad_norm: Tensor, folder: Path, rows: Sequence[dict[str, Any]], rollout: Rollout, advantages: Tensor
 ) -> None:

@@ -27,20 +27,25 @@ from grpo.rollout import Rollout
 
 @dataclass(frozen=True)
 class Groups:
-    """Groups of G completions, row p * G + g: the sample of each completion, what was sampled, what it is worth."""
+    """P groups of G completions, row p * G + g: the sample of each, what was sampled, what it is worth."""
 
     samples: list[Sample]
     rollout: Rollout
     scores: Scored
+    scale: Callable[[Tensor], Tensor] = lambda rewards: rewards  # the config's reward_scaling: (B,) -> (B,)
+
+    def rewards(self, group_size: int) -> Tensor:
+        """(P, G), scaled: what advantages are made from."""
+        return self.scale(self.scores.combined).view(-1, group_size)
 
     def are_idle(self, group_size: int) -> Tensor:
         """(P,) bool: the rewards of the group are all alike."""
-        return groups_without_spread(self.scores.combined.view(-1, group_size))
+        return groups_without_spread(self.rewards(group_size))
 
     def select(self, rows: Tensor) -> Self:
         """These rows alone, whole groups of them."""
         samples = [self.samples[row] for row in rows.tolist()]
-        return type(self)(samples, self.rollout.select(rows), self.scores.select(rows))
+        return type(self)(samples, self.rollout.select(rows), self.scores.select(rows), self.scale)
 
     @classmethod
     def cat(cls, parts: Sequence[Self]) -> Self:
@@ -49,6 +54,7 @@ class Groups:
             [sample for part in parts for sample in part.samples],
             Rollout.cat([part.rollout for part in parts]),
             type(parts[0].scores).cat([part.scores for part in parts]),
+            parts[0].scale,
         )
 
 

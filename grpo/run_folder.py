@@ -3,6 +3,7 @@
 run.json               settings, command, versions, commit, sha256 of the base's weights, three of its answers
 metrics.jsonl          one row a step
 samples.jsonl          every completion with its rewards
+high_scoring.jsonl     those above save_threshold
 training_curves.png    redrawn at every evaluation
 step-000100/           checkpoints to resume from; best/ and final/ beside them; all three are Hugging Face folders
 """
@@ -34,12 +35,13 @@ from grpo.evaluation import Evaluation, side_by_side
 from grpo.plots import draw_curves
 from grpo.policy import learning_rate_at, with_num_steps
 from grpo.process import acquire_lock, origin, signals_ask
-from grpo.records import append_jsonl, read_jsonl, to_jsonl
+from grpo.records import append_jsonl, high_scoring, read_jsonl, to_jsonl
 from grpo.sources import sources_of
 
+HIGH_SCORING = "high_scoring.jsonl"
 # What a run leaves behind; the only names that --overwrite deletes.
 RUN_FILES = re.compile(
-    r"run\.json|metrics\.jsonl|samples\.jsonl|training_curves\.png|best|final|step-\d+|failed-\d+\.(jsonl|safetensors)"
+    r"run\.json|metrics\.jsonl|samples\.jsonl|high_scoring\.jsonl|training_curves\.png|best|final|step-\d+|failed-\d+\.(jsonl|safetensors)"
 )
 
 
@@ -115,6 +117,9 @@ class RunFolder:
                 raise InputError(f"--resume: {samples} is damaged: it is shorter than it was at step {step}")
             self._write_rows(rows)
             os.truncate(samples, state["samples_size"])
+            high = self.folder / HIGH_SCORING
+            if high.is_file():
+                write_atomically(high, to_jsonl([row for row in read_jsonl(high) if row["step"] <= step]))
             self._forget_later_models(step)
             _remove_unfinished(self.folder)
         except (OSError, UnicodeDecodeError, KeyError, TypeError) as error:
@@ -131,6 +136,8 @@ class RunFolder:
     def append(self, row: dict[str, Any], samples: Sequence[dict[str, Any]] = ()) -> None:
         """One row of metrics.jsonl and the completions it came from."""
         append_jsonl(self.folder / "samples.jsonl", samples)
+        if self.config.save_threshold is not None:
+            append_jsonl(self.folder / HIGH_SCORING, high_scoring(samples, self.config.save_threshold))
         append_jsonl(self.folder / "metrics.jsonl", [row])
         self.rows.append(row)
 

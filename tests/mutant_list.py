@@ -16,11 +16,12 @@ class Mutant:
 
 (
     LOOP, LOSS, ADVANTAGES, LOGPROBS, LM_HEAD, ROLLOUT, CACHE, POLICY, CHECKPOINT, RESAMPLE, GAE, CRITIC, PPO,
-    REWARD_MODEL, CHAT, MIXTURE, LORA,
+    REWARD_MODEL, CHAT, MIXTURE, LORA, SCORES, NUMERALS,
 ) = (
     "train_grpo.py", "grpo/loss.py", "grpo/advantages.py", "grpo/logprobs.py", "grpo/lm_head.py", "grpo/rollout.py",
     "grpo/cache.py", "grpo/policy.py", "grpo/checkpoint.py", "grpo/resample.py", "grpo/gae.py",
     "grpo/critic.py", "examples/train_ppo.py", "reward_model.py", "grpo/chat.py", "grpo/mixture.py", "grpo/lora.py",
+    "grpo/rewards/scores.py", "grpo/rewards/numerals.py",
 )  # fmt: skip
 TOKENS = "tests/fidelity/test_traps_tokens.py::"
 REWARDS = "tests/fidelity/test_traps_rewards.py::"
@@ -482,14 +483,14 @@ MUTANTS = [
     ),
     Mutant(
         "a completion that no reward applies to gets 0",
-        "reward_model.py",
-        "combined=combined.masked_fill(~applies.any(0), torch.nan)",
-        "combined=combined",
+        SCORES,
+        ".masked_fill(~applies.any(0), torch.nan)",
+        "",
         ("tests/test_rewards.py::test_rewards_combine_by_weight_over_those_that_apply",),
     ),
     Mutant(
         "the first number of the text, not the last",
-        "reward_model.py",
+        NUMERALS,
         "last = numbers_found[-1]",
         "last = numbers_found[0]",
         (f"{REWARDS}test_first_number_instead_of_the_last",),
@@ -1107,7 +1108,7 @@ MUTANTS = [
     ),
     Mutant(
         "overlong punished from the start",
-        REWARD_MODEL,
+        "grpo/rewards/length.py",
         "- (max_length - cache), 0) / cache",
         "- max_length, 0) / cache",
         (f"{OF_REWARDS}test_overlong_falls_from_0_to_minus_1_over_the_cache",),
@@ -1248,10 +1249,10 @@ MUTANTS = [
     ),
     Mutant(
         "half of a fraction taken for the answer",
-        REWARD_MODEL,
-        "return last_integer(stripped) if _INTEGER.fullmatch(number) else None",
-        "return last_integer(stripped)",
-        (f"{OF_ANSWERS}test_a_box_holds_an_integer_and_nothing_else",),
+        NUMERALS,
+        'found = _FORMS.fullmatch(_UNIT.sub("", _bare(text)).strip())',
+        'found = _FORMS.match(_UNIT.sub("", _bare(text)).strip())',
+        (f"{OF_ANSWERS}test_a_box_holds_the_answer_and_nothing_else",),
     ),
     # Runs
     Mutant(

@@ -676,7 +676,7 @@ os.execve(python, [python, *command], environment)
 @pytest.mark.skipif(os.geteuid() != 0, reason="an ordinary user makes all these attacks anyway")
 def test_all_of_it_holds_for_an_ordinary_user() -> None:
     """The attacks once more as nobody, who reads interpreter, packages and project where anybody may."""
-    with tempfile.TemporaryDirectory() as top:
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as top:
         os.chmod(top, 0o755)
         os.mkdir(f"{top}/home")
         os.chmod(f"{top}/home", 0o777)

@@ -1,5 +1,7 @@
 """Where in a text the answer stands: in tags, after a mark, in a box. Text in, text out; every search is linear."""
 
+from collections.abc import Sequence
+
 
 def between_tags(text: str, tag: str = "answer") -> str | None:
     """What the last <tag> ... </tag> holds, or None.
@@ -39,16 +41,59 @@ def boxed(text: str) -> str | None:
     return None
 
 
-def in_tags(text: str, tags: tuple[str, ...]) -> bool:
+def elements_at_start(text: str, tags: Sequence[str]) -> str | None:
+    """What follows these elements, where the text begins with them, one after another, each tag of them once; or None.
+
+    >>> elements_at_start("<reasoning>a</reasoning> <answer>b</answer> c", ("reasoning", "answer"))
+    ' c'
+    """
+    rest = text.lstrip()
+    for tag in tags:
+        opening, closing = f"<{tag}>", f"</{tag}>"
+        if text.count(opening) != 1 or text.count(closing) != 1 or not rest.lstrip().startswith(opening):
+            return None
+        rest = rest.partition(closing)[2]
+    return rest
+
+
+def in_tags(text: str, tags: Sequence[str]) -> bool:
     """Whether the text is these elements one after another, each once, and nothing else but white space.
 
     >>> in_tags("<reasoning>a</reasoning> <answer>b</answer>", ("reasoning", "answer"))
     True
     """
-    rest = text.strip()
+    rest = elements_at_start(text, tags)
+    return rest is not None and not rest.strip()
+
+
+def in_tag_lines(text: str, tags: Sequence[str]) -> bool:
+    """The same with every tag alone on its line, no other line between the elements, and at least one within each.
+
+    >>> in_tag_lines("<reasoning>\\na\\n</reasoning>\\n<answer>\\nb\\n</answer>\\n", ("reasoning", "answer"))
+    True
+    """
+    lines = iter(text.removesuffix("\n").split("\n"))
     for tag in tags:
-        opening, closing = f"<{tag}>", f"</{tag}>"
-        if rest.count(opening) != 1 or rest.count(closing) != 1 or not rest.startswith(opening):
+        if next(lines, None) != f"<{tag}>" or next(lines, None) in (None, f"</{tag}>"):
             return False
-        rest = rest.partition(closing)[2].lstrip()
-    return not rest
+        if not any(line == f"</{tag}>" for line in lines):  # reads on to it
+            return False
+    return next(lines, None) is None and in_tags(text, tags)
+
+
+def tags_in_place(text: str, tags: Sequence[str]) -> int:
+    """How many of the opening and closing tags the text has once, alone on a line, behind those of them before it; and
+    behind the last one, nothing.
+
+    >>> tags_in_place("<reasoning>\\na\\n</reasoning>\\nso <answer>b</answer>", ("reasoning", "answer"))
+    2
+    """
+    marks = [mark for tag in tags for mark in (f"<{tag}>", f"</{tag}>")]
+    lines = text.rstrip().split("\n")
+    count, place = 0, -1
+    for mark in marks:
+        if text.count(mark) == 1 and mark in lines and lines.index(mark) > place:
+            if mark == marks[-1] and lines[-1] != mark:
+                continue
+            count, place = count + 1, lines.index(mark)
+    return count

@@ -194,8 +194,11 @@ class Program:
 
     def ask(self, message: Any) -> Any:
         """Its answer; a ProgramError where there is none."""
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise ProgramError("took too long")
         try:
-            self.connection.settimeout(max(self.deadline - time.monotonic(), 1e-3))
+            self.connection.settimeout(left)
             if message is not None:
                 send(self.connection, message)
             return receive(self.connection)

@@ -1,0 +1,149 @@
+"""Does the program work? The completion's Python block against the row's tests, in the sandbox.
+
+A row's "tests" is a list; each entry is one test, and each is worth the same:
+
+    "assert add(2, 3) == 5"                     Python with an assert, which calls what the program must define
+    {"input": "2 3\\n", "output": "5\\n"}         the program as a script: what it reads, what it must print
+
+One text alone stands for a list of one. A test may be of several lines and import what it needs; the program's functions
+take and return plain data (None, numbers, texts, bytes, lists, tuples, sets, dicts), copies of it. What a script prints
+is compared line by line, but for white space at the end of lines and of the text.
+"""
+
+import ast
+from collections.abc import Sequence
+from typing import Any
+
+from grpo.rewards.base import RewardFn, RewardValue, check_count, check_numbers, declare, text_of
+from grpo.rewards.jail.inside import names_of_program
+from grpo.rewards.sandbox import Job, Limits, check_platform, run
+
+Test = str | dict[str, str]
+FENCE = "```"
+MODES = ("fraction", "all")
+
+
+def code_block(text: str, *, bare: bool = False) -> str | None:
+    """What the last fenced block of Python holds, or None. With `bare`, a text without any fence is code as it is.
+
+    >>> code_block("So:\\n```python\\nx = 1\\n```\\nDone.")
+    'x = 1\\n'
+    """
+    if bare and FENCE not in text:
+        return text
+    found, start, is_python = None, None, False
+    lines = text.splitlines(keepends=True)
+    for number, line in enumerate(lines):
+        mark = line.strip()
+        if start is None and mark.startswith(FENCE):
+            start, is_python = number + 1, mark.removeprefix(FENCE).strip().lower() in ("python", "py", "python3")
+        elif start is not None and mark == FENCE:
+            found = (start, number) if is_python else found
+            start = None
+    return "".join(lines[slice(*found)]) if found else None
+
+
+def tests_of(value: Any) -> list[Test]:
+    """A row's "tests" as a list; a ValueError if they are none."""
+    tests = [value] if isinstance(value, str) else value
+    if not isinstance(tests, list) or not tests:
+        raise ValueError(f'"tests": got {_short(value)}, expected a list of tests that is not empty')
+    for number, test in enumerate(tests, start=1):
+        if isinstance(test, dict):
+            if test.keys() != {"input", "output"} or not all(isinstance(text, str) for text in test.values()):
+                raise ValueError(f'"tests", test {number}: got {_short(test)}, expected texts "input" and "output"')
+        elif isinstance(test, str):
+            _check_python(number, test)
+        else:
+            raise ValueError(f'"tests", test {number}: got {_short(test)}, expected Python or {{"input": …, "output": …}}')
+    return tests
+
+
+def _check_python(number: int, test: str) -> None:
+    """A test must be able to fail: it asserts something, about something of the program's."""
+    try:
+        has_assert = any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(test)))
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f'"tests", test {number}: {_short(test)} is no Python: {error}') from error
+    if not has_assert:
+        raise ValueError(f'"tests", test {number}: {_short(test)} asserts nothing')
+    if not names_of_program(test):
+        raise ValueError(f'"tests", test {number}: {_short(test)} calls nothing that the program would have to define')
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
+
+
+def code_reward(
+    mode: str = "fraction",
+    timeout: float = 5.0,
+    memory_mb: int = 256,
+    parallel: int | None = None,
+    bare: bool = False,
+) -> RewardFn:
+    """How many of the row's "tests" the completion's program passes.
+
+    Args:
+        mode: fraction = the share of tests that pass; all = 1 if all of them do, else 0.
+        timeout: seconds for all asserts of a row together, and for each script.
+        memory_mb: address space of a program, Python's own included.
+        parallel: programs at a time; None: as many as there are cores.
+        bare: a completion without any fenced block is a program as it stands.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode: got {mode!r}, allowed: {' | '.join(MODES)}")
+    check_numbers(timeout=timeout)
+    if timeout <= 0:
+        raise ValueError(f"timeout: got {timeout!r}, expected > 0")
+    check_count("memory_mb", memory_mb, least=64)
+    if parallel is not None:
+        check_count("parallel", parallel)
+    check_platform()
+    limits = Limits(seconds=float(timeout), memory_mb=memory_mb)
+
+    def code_fn(completions: list, tests: list, **_: Any) -> list[RewardValue]:
+        jobs: dict[Job, int] = {}  # what is the same is run once
+        rows: list[list[tuple[int, str | None]]] = []  # of each completion: number of the job, what it must print
+        for completion, own in zip(completions, tests, strict=True):
+            planned = _jobs(code_block(text_of(completion), bare=bare), tests_of(own))
+            rows.append([(jobs.setdefault(job, len(jobs)), output) for job, output in planned])
+        verdicts = run(list(jobs), limits, parallel=parallel)
+        values: list[RewardValue] = []
+        for row in rows:
+            passed = [
+                right
+                for number, output in row
+                for right in (
+                    verdicts[number].passed
+                    if output is None
+                    else [not verdicts[number].why and _same_output(verdicts[number].output, output)]
+                )
+            ]
+            share = sum(passed) / len(passed) if passed else 0.0
+            values.append(share if mode == "fraction" else float(share == 1.0))
+        return values
+
+    return declare(
+        code_fn,
+        full_mark=1.0,
+        has_answer=lambda completion: code_block(completion, bare=bare) is not None,
+        check_sample=lambda sample: tests_of(sample["tests"]),
+    )
+
+
+def _jobs(program: str | None, tests: Sequence[Test]) -> list[tuple[Job, str | None]]:
+    """What to run for one completion: all its asserts together, each script by itself with what it must print."""
+    if program is None:
+        return []
+    asserts = tuple(test for test in tests if isinstance(test, str))
+    scripts = [test for test in tests if isinstance(test, dict)]
+    jobs: list[tuple[Job, str | None]] = [(Job(program, asserts), None)] if asserts else []
+    return jobs + [(Job(program, stdin=test["input"]), test["output"]) for test in scripts]
+
+
+def _same_output(written: str, expected: str) -> bool:
+    return [line.rstrip() for line in written.rstrip().split("\n")] == [
+        line.rstrip() for line in expected.rstrip().split("\n")
+    ]

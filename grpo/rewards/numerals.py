@@ -1,0 +1,87 @@
+"""Numbers as texts write them: the last integer of a text, the number that a text is. Nothing is ever evaluated."""
+
+import re
+from fractions import Fraction
+from functools import lru_cache
+
+# A run of ASCII digits with the commas and points inside it, an optional minus (ASCII or U+2212) before it. After a
+# digit a minus is an operator. One run never overlaps the next, so the search is linear in the text.
+_NUMBER = re.compile(r"(?P<minus>(?<![0-9])[-\u2212])?(?P<point>(?<!\.)\.)?(?P<digits>[0-9]+(?:[.,][0-9]+)*)")
+_INTEGER = re.compile(r"(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)(?:\.0+)?")
+
+
+@lru_cache(maxsize=1024)  # siblings are often the same, and each is asked for several times
+def last_integer(text: str) -> str | None:
+    """The last number of a text, if it is an integer: canonical digits, or None.
+
+    Canonical text instead of an int: a model may well write ten thousand digits, which int() refuses.
+
+    >>> [last_integer(text) for text in ["5 or 6", "1,234", "\u22127", "12-7", "5.0", "3.5", "007", "", "x=5 y"]]
+    ['6', '1234', '-7', '7', '5', None, '7', None, '5']
+    """
+    numbers_found = list(_NUMBER.finditer(text))
+    if not numbers_found:
+        return None
+    last = numbers_found[-1]
+    digits, minus = last["digits"], last["minus"]
+    if last["point"]:  # ".5"
+        return None
+    if not _INTEGER.fullmatch(digits) and "," in digits:
+        digits, minus = digits.rpartition(",")[2], None  # "7,8" and "1,2345" are lists: their last entry counts
+    if not _INTEGER.fullmatch(digits):
+        return None  # "3.5"
+    canonical = digits.partition(".")[0].replace(",", "").lstrip("0") or "0"
+    return f"-{canonical}" if minus and canonical != "0" else canonical
+
+
+def only_integer(text: str) -> str | None:
+    """The integer that a text is, not one among other things: canonical digits, or None.
+
+    >>> [only_integer(text) for text in ["-1,234", " $72$.", "5.0", "5 apples", "3,4", "\\\\frac{1}{2}", ""]]
+    ['-1234', '72', '5', None, None, None, None]
+    """
+    stripped = _bare(text)
+    digits = stripped.removeprefix("-").removeprefix("\u2212")
+    return last_integer(stripped) if _INTEGER.fullmatch(digits) else None
+
+
+LONGEST = 200  # characters of a number: what is longer is none
+_DECIMAL = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+"
+_FORMS = re.compile(
+    rf"(?P<sign>[-+\u2212]?)(?:(?P<decimal>{_DECIMAL})"
+    rf"|(?P<whole>[0-9]*)\\[dt]?frac(?:\{{(?P<top>[0-9]+)\}}\{{?(?P<bottom>[0-9]+)\}}?|(?P<digits>[0-9]{{2}}))"
+    rf"|(?P<over>[0-9]+)/(?P<under>[0-9]+))"
+)
+_UNIT = re.compile(r"(?:\\?%|\^\\circ|\^\{\\circ\}|\\(?:text|mbox|mathrm)\{[^{}]*\})$")
+
+
+def number(text: str) -> Fraction | None:
+    """The number that a text is, not one among other things, exactly; or None.
+
+    Dollars, percent, degrees and a unit in \\text{...} do not count: what is compared has the same ones or none.
+
+    >>> [str(number(t)) for t in ["72.0", "1,234", "1/2", "\\\\frac{1}{2}", "-.5", "2\\\\frac{1}{4}", "50\\\\%", "5 or 6", "1/0"]]
+    ['72', '1234', '1/2', '1/2', '-1/2', '9/4', '50', 'None', 'None']
+    """
+    if len(text) > LONGEST:
+        return None
+    found = _FORMS.fullmatch(_UNIT.sub("", _bare(text)).strip())
+    if not found:
+        return None
+    if found["decimal"] is not None:
+        value = Fraction(found["decimal"].replace(",", "").rstrip("."))
+    else:
+        top, bottom = found["top"] or found["over"], found["bottom"] or found["under"]
+        if found["digits"]:
+            top, bottom = found["digits"]  # \frac12
+        if int(bottom) == 0:
+            return None
+        value = int(found["whole"] or 0) + Fraction(int(top), int(bottom))
+    return -value if found["sign"] in ("-", "\u2212") else value
+
+
+def _bare(text: str) -> str:
+    """Without what LaTeX writes around a number and within it: $1{,}234$. and 1,\\!234 are 1,234."""
+    for latex, plain in (("{,}", ","), (",\\!", ","), ("\\$", "")):
+        text = text.replace(latex, plain)
+    return text.strip().removesuffix(".").strip("$").strip()
