@@ -24,6 +24,9 @@ def after_mark(text: str, mark: str = "####") -> str | None:
     return rest.strip().split("\n")[0].strip() if found else None
 
 
+LONGEST_BOX = 10_000  # characters: what is longer is no answer
+
+
 def boxed(text: str) -> str | None:
     """What the last \\boxed{...} holds, braces within it balanced, or None.
 
@@ -34,7 +37,7 @@ def boxed(text: str) -> str | None:
     if start < 0:
         return None
     depth, start = 1, start + len("\\boxed{")
-    for place in range(start, len(text)):
+    for place in range(start, min(len(text), start + LONGEST_BOX)):
         depth += {"{": 1, "}": -1}.get(text[place], 0)
         if depth == 0:
             return text[start:place].strip()

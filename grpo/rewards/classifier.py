@@ -128,7 +128,7 @@ def _load(
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, prompt: Any, completion: Any, reads: str) -> str:
-    written = text_of(completion)
+    written = text_of(completion).encode(errors="replace").decode()  # no tokenizer takes half a surrogate pair
     if reads == "completion":
         return written
     messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
