@@ -2,7 +2,7 @@
 
 Reading order: ... -> grpo/rollout.py -> [reward_model.py] -> grpo/advantages.py -> ...
 
-    python -m reward_model --data FILE --completions FILE     scores of ready-made completions: try a reward before training
+    python -m reward_model --data FILE --completions FILE     a reward tried on ready-made completions
 
 A reward function has TRL's signature: it takes all completions of a step at once and returns one value each,
 
@@ -38,29 +38,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from grpo.config import Config, SettingsParser, load_config
+from grpo.config import Config
 from grpo.errors import InputError, errors_explained
-
-
-def parse_arguments() -> tuple[argparse.Namespace, Config]:
-    """The files to score, and the settings to score them with."""
-    parser = SettingsParser(__doc__, "--data FILE --completions FILE")
-    add = parser.own.add_argument
-    add("--data", metavar="FILE", required=True, help="rows as a run has them: prompts and the columns of the rewards")
-    add("--completions", metavar="FILE", required=True, help='JSON lines with a "completion": one a row, in order, or '
-        'with the "prompt" that it answers, as samples.jsonl has them')  # fmt: skip
-    arguments, overrides = parser.parse()
-    return arguments, load_config(arguments.config, overrides)
-
+from grpo.rewards.trial import parse_arguments, source_of, try_rewards
 
 if __name__ == "__main__":  # before the slow imports: --help and a misspelt flag answer at once
     with errors_explained():
-        ARGUMENTS, CONFIG = parse_arguments()
+        ARGUMENTS, CONFIG = parse_arguments(__doc__)
 
 import torch
 from torch import Tensor
 
-from grpo.data import SOURCE, Dataset, json_lines
+from grpo.data import SOURCE, Sample
+from grpo.policy import load_skeleton
 from grpo.rewards.base import (
     SAID_OF_ITSELF,
     RewardFn,
@@ -70,7 +60,7 @@ from grpo.rewards.base import (
     is_number,
     text_of,
 )
-from grpo.rewards.calls import RewardError, call
+from grpo.rewards.calls import RewardError, call, short
 from grpo.rewards.classifier import classifier_reward
 from grpo.rewards.code import code_reward
 from grpo.rewards.exact import boxed_reward, correctness_reward, gsm8k_reward, integer_reward
@@ -79,9 +69,10 @@ from grpo.rewards.length import length_reward, overlong_reward
 from grpo.rewards.numerals import last_integer, only_integer
 from grpo.rewards.repetition import repetition_reward
 from grpo.rewards.scores import Scores, combined, nan_std
-from grpo.sources import Source, sources_of
+from grpo.sources import Source
 
-__all__ = ["MathRewardModel", "RewardError", "Scores", "last_integer", "nan_std", "only_integer", "text_of"]  # for others
+# For those who write rewards of their own, and for tests.
+__all__ = ["MathRewardModel", "RewardError", "Scores", "last_integer", "nan_std", "only_integer", "text_of"]
 
 
 class MathRewardModel:
@@ -178,7 +169,8 @@ def load_rewards(specs: Sequence[str | dict[str, Any]], combine: str = "sum") ->
         raise InputError("rewards: got weight 0 everywhere, at least one must count")
     for reward in rewards:
         if reward.weight < 0 and combine != "sum":
-            raise InputError(f"rewards: {reward.name}: weight: got {reward.weight}, allowed with combine {combine}: >= 0")
+            allowed = f"allowed with combine {combine}: >= 0"
+            raise InputError(f"rewards: {reward.name}: weight: got {reward.weight}, {allowed}")
     return rewards
 
 
@@ -362,8 +354,10 @@ def _check_positive(rewards: Sequence[Reward], by_name: dict[str, Tensor], promp
     for reward in rewards:
         negative = (by_name[reward.name] < 0).nonzero().flatten().tolist() if reward.weight else []
         if negative:
-            value, prompt = by_name[reward.name][negative[0]].item(), prompts[negative[0]]
-            raise RewardError(f"reward {reward.name} returned {value:g} for {prompt!r}, expected >= 0 with combine product")
+            value, prompt = by_name[reward.name][negative[0]].item(), short(prompts[negative[0]])
+            raise RewardError(
+                f"reward {reward.name} returned {value:g} for {prompt}, expected >= 0 with combine product"
+            )
 
 
 def _leniently(reward: Reward, samples: Sequence[dict[str, Any]], completions: Sequence[str]) -> Tensor:
@@ -395,81 +389,18 @@ def _by_token(values: Sequence[RewardValue], lengths: Sequence[int]) -> Tensor:
     return table
 
 
-# Try a reward before training
-
-
 def main(arguments: argparse.Namespace, config: Config) -> None:
-    """Print what the config's rewards say of ready-made completions, a line each."""
-    from grpo.formats import Columns, load_dataset
-    from grpo.policy import load_skeleton
-
-    source = _source_of(arguments.data, config)
+    """What the config's rewards say of ready-made completions."""
+    source = source_of(arguments.data, config)
     rewards = load_rewards(source.rewards, config.combine)
-    data = load_dataset(arguments.data, Columns(source.prompt_column, source.answer_column))
-    check_samples(rewards, data, data.place)
-    rows, completions = pair(data, arguments.data, arguments.completions)
     _, tokenizer = load_skeleton(config.model_name, chat_template=config.chat_template)
-    ids = [[*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for text in completions]
-    scores = score_completions(rewards, [data[row] for row in rows], completions, ids, combine=config.combine)
-    print(report(rows, completions, scores))
 
+    def score(samples: Sequence[Sample], completions: Sequence[str]) -> Scores:
+        texts = [text.encode(errors="replace").decode() for text in completions]
+        ids = [[*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for text in texts]
+        return score_completions(rewards, samples, completions, ids, combine=config.combine)
 
-def _source_of(path: str, config: Config) -> Source:
-    """What the config says of the data at `path`: of a mixture, that of the data set it belongs to."""
-    sources = sources_of(vars(config))
-    if config.datasets is None:
-        return sources[0]
-    for source in sources:
-        if path in (source.path, source.eval_path):
-            return source
-    raise InputError(f"--data: {path} is none of the data sets of the mixture: {', '.join(own.path for own in sources)}")
-
-
-def pair(data: Dataset, data_name: str, path: str) -> tuple[list[int], list[str]]:
-    """Which row of the data each completion of a file answers, and its text.
-
-    Raises:
-        InputError: a line has no completion, or a prompt that the data has not; there are not as many lines as rows.
-    """
-    lines = list(json_lines(path))
-    rows: dict[str, int] = {}
-    for row, sample in enumerate(data):
-        rows.setdefault(str(sample["prompt"]), row)
-    for place, line in lines:
-        if not isinstance(line.get("completion"), str):
-            raise InputError(f'{place}: "completion": got {line.get("completion")!r}, expected a text')
-        if "prompt" in line and str(line["prompt"]) not in rows:
-            raise InputError(f'{place}: "prompt": {line["prompt"]!r} is no prompt of {data_name}')
-    named = sum("prompt" in line for _, line in lines)
-    if named not in (0, len(lines)) or not lines:
-        raise InputError(f"{path}: {named} of {len(lines)} lines have a \"prompt\", expected all or none, of at least one")
-    if not named and len(lines) != len(data):
-        raise InputError(f"{path}: has {len(lines)} completions without a \"prompt\" for the {len(data)} rows of {data_name}")
-    texts = [line["completion"] for _, line in lines]
-    return [rows[str(line["prompt"])] if named else row for row, (_, line) in enumerate(lines)], texts
-
-
-def report(rows: Sequence[int], completions: Sequence[str], scores: Scores) -> str:
-    """A line for every completion, then the mean of each column, and what looks wrong."""
-    columns = {"reward": scores.combined, **scores.by_name}
-    widths = {name: max(len(name), 8) for name in columns}
-    lines = ["  row  " + "  ".join(f"{name:>{widths[name]}}" for name in columns) + "  right  completion"]
-    verdicts = {1.0: "yes", 0.0: "no"}
-    for number, (row, text) in enumerate(zip(rows, completions, strict=True)):
-        numbers = "  ".join(_cell(values[number].item(), widths[name]) for name, values in columns.items())
-        shown = " ".join(text.split())[:60]
-        lines.append(f"{row + 1:5}  {numbers}  {verdicts.get(scores.is_right[number].item(), '-'):>5}  {shown}")
-    means = "  ".join(_cell(values.nanmean().item(), widths[name]) for name, values in columns.items())
-    right = scores.is_right.nanmean().item()
-    lines.append(f" mean  {means}  {_cell(right, 5)}")
-    lines += [f"{name} applies to none of these completions" for name, v in scores.by_name.items() if v.isnan().all()]
-    if len(completions) > 1 and nan_std(scores.combined) == 0:
-        lines.append("All rewards are alike: of such completions nothing is learned")
-    return "\n".join(lines)
-
-
-def _cell(value: float, width: int) -> str:
-    return f"{'-':>{width}}" if math.isnan(value) else f"{value:{width}.3f}"
+    print(try_rewards(arguments, source, lambda data: check_samples(rewards, data, data.place), score))
 
 
 if __name__ == "__main__":

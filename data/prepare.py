@@ -12,7 +12,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Python itself
 from grpo.checkpoint import write_atomically
 from grpo.errors import InputError, errors_explained
 from grpo.formats import Columns, load_dataset
-from reward_model import only_integer
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -25,7 +24,7 @@ class Task:
     sources: dict[str, str]  # split -> where it is: a file or a Hub name
     question: str  # the column that becomes "prompt"
     solution: str  # the column that ends with the answer
-    find_answer: Callable[[str], str | None]  # where in the solution it stands
+    find_answer: Callable[[str], str | None]  # the answer in the solution; None: the row is left out
 
 
 def main(task: Task, description: str | None) -> None:
@@ -58,15 +57,14 @@ def prepared(task: Task, source: str) -> str:
         solution = sample.get(task.solution)
         if not isinstance(solution, str):
             raise InputError(f'{dataset.place(index)}: has no "{task.solution}"; it has {", ".join(sample)}')
-        answer = only_integer(task.find_answer(solution) or "")
-        if answer is not None:
+        answer = task.find_answer(solution)
+        if answer:
             others = {key: value for key, value in sample.items() if key not in ("prompt", task.solution)}
             row = {"prompt": sample["prompt"], "answer": answer, "solution": solution, **others}
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     if not lines:
-        raise InputError(f"{source}: no row has an answer that is an integer")
+        raise InputError(f"{source}: no row has an answer that can be judged")
     if len(lines) < len(dataset):
-        print(
-            f"{source}: {len(dataset) - len(lines)} of {len(dataset)} rows have no answer that is an integer: left out"
-        )
+        num_without = len(dataset) - len(lines)
+        print(f"{source}: {num_without} of {len(dataset)} rows have no answer that can be judged: left out")
     return "".join(lines)

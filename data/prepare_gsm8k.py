@@ -13,13 +13,14 @@ Source: "Training Verifiers to Solve Math Word Problems" (2110.14168), https://h
 from prepare import Task, main
 
 from grpo.rewards.answers import after_mark
+from grpo.rewards.numerals import only_integer
 
 TASK = Task(
     name="gsm8k",
     sources={"train": "openai/gsm8k:main:train", "test": "openai/gsm8k:main:test"},
     question="question",
     solution="answer",
-    find_answer=after_mark,
+    find_answer=lambda solution: only_integer(after_mark(solution) or ""),
 )
 
 if __name__ == "__main__":

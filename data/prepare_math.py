@@ -5,8 +5,8 @@
     python data/prepare_math.py --train a.parquet --test b.jsonl  from files with the same columns
 
 A row has "problem" and "solution", whose last \\boxed{...} holds the answer. Here the problem is the "prompt", what the
-box holds the "answer", and all other columns (level, type) stay. Rows whose answer is no integer are left out and
-counted: the reward `boxed` judges integers.
+box holds the "answer", and all other columns (level, type) stay. Numbers are judged as numbers; for formulas the reward
+`boxed` uses math-verify where it is installed, and compares texts where it is not.
 
 Source: "Measuring Mathematical Problem Solving With the MATH Dataset" (2103.03874)
 """
@@ -14,6 +14,14 @@ Source: "Measuring Mathematical Problem Solving With the MATH Dataset" (2103.038
 from prepare import Task, main
 
 from grpo.rewards.answers import boxed
+from grpo.rewards.numerals import only_integer
+
+
+def answer_of(solution: str) -> str | None:
+    """What the last box holds; 1,000 as 1000."""
+    answer = boxed(solution)
+    return answer and (only_integer(answer) or answer)
+
 
 TASK = Task(
     name="math",
@@ -23,7 +31,7 @@ TASK = Task(
     },
     question="problem",
     solution="solution",
-    find_answer=boxed,
+    find_answer=answer_of,
 )
 
 if __name__ == "__main__":

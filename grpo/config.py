@@ -356,8 +356,15 @@ def warnings_about(config: Config) -> list[str]:
             f"ref_update_every {config.ref_update_every}: kl_coeff is 0, so there is no reference to update"
         )
     for spec in config.rewards:
-        arguments: dict[str, Any] = spec if isinstance(spec, dict) and spec.get("name") == "overlong" else {}
-        longest, cache = arguments.get("max_length"), arguments.get("cache")
+        arguments: dict[str, Any] = spec if isinstance(spec, dict) else {}
+        target = arguments.get("target") if arguments.get("name") == "length" else None
+        if type(target) is int and target > config.max_completion_length:
+            warnings.append(
+                f"rewards: length: its target of {target} tokens is out of reach: max_completion_length cuts off at "
+                f"{config.max_completion_length}"
+            )
+        is_overlong = arguments.get("name") == "overlong"
+        longest, cache = (arguments.get(key) if is_overlong else None for key in ("max_length", "cache"))
         if type(longest) is int and type(cache) is int and longest - cache >= config.max_completion_length:
             warnings.append(
                 f"rewards: overlong: punishes nothing up to {longest - cache} tokens, and max_completion_length cuts "

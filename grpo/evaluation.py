@@ -281,6 +281,11 @@ def preflight(samples: Sequence[Sample], rollout: Rollout, score_fn: ScoreFn) ->
     terms = ", ".join(f"{name} {values[row]:.2f}" for name, values in scores.by_name.items())
     reward = f"reward {scores.combined[row]:.2f}" + (f" ({terms})" if len(scores.by_name) > 1 else "")
     lines.append(side_by_side(sample, {reward: rollout.completions[row]}))
+    lines += [
+        f"  The reward {name} applies to none of these completions."
+        for name, values in scores.by_name.items()
+        if values.isnan().all()
+    ]
     if not kinds["mixed"]:
         lines.append(f"  No group is mixed: {_advice(kinds, cut)}")
         if num_signal:

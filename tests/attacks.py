@@ -12,15 +12,66 @@ PLACES = {  # where rewards look for an answer
 }
 DIGITS = {"fullwidth": 0xFF10, "Arabic": 0x660, "Devanagari": 0x966, "mathematical": 0x1D7CE}
 UNITS = (  # of what a huge text is made
-    *("a", "1", " ", "\n", "{", "}", "<", "\\", "`", "\t", "-", ".", ",", "\u0661", "\U0001d7d7", "\0", "\ud800", "\u200b"),
-    *("1,", "1.", "-1", "1,111,", "--", "9**", "\\frac{1}{", "\\boxed{", "\\boxed{{", "{}", "####", "#### 1\n", "<answer>"),
-    *("</answer>", "<answer>1</answer>", "<reasoning>", "<reasoning>\n</reasoning>\n<answer>\n</answer>\n", "<reasoning>\n"),
-    *("```", "```python\n", "```\n", "```python\n```\n", "a b ", "aa!", "x=1 ", "\\text{", "\\left", "((", "\n<answer>\n"),
+    *(
+        "a",
+        "1",
+        " ",
+        "\n",
+        "{",
+        "}",
+        "<",
+        "\\",
+        "`",
+        "\t",
+        "-",
+        ".",
+        ",",
+        "\u0661",
+        "\U0001d7d7",
+        "\0",
+        "\ud800",
+        "\u200b",
+    ),
+    *(
+        "1,",
+        "1.",
+        "-1",
+        "1,111,",
+        "--",
+        "9**",
+        "\\frac{1}{",
+        "\\boxed{",
+        "\\boxed{{",
+        "{}",
+        "####",
+        "#### 1\n",
+        "<answer>",
+    ),
+    *(
+        "</answer>",
+        "<answer>1</answer>",
+        "<reasoning>",
+        "<reasoning>\n</reasoning>\n<answer>\n</answer>\n",
+        "<reasoning>\n",
+    ),
+    *(
+        "```",
+        "```python\n",
+        "```\n",
+        "```python\n```\n",
+        "a b ",
+        "aa!",
+        "x=1 ",
+        "\\text{",
+        "\\left",
+        "((",
+        "\n<answer>\n",
+    ),
 )
 
 
 def attacks(prompt: str, answer: str) -> Iterator[tuple[str, str]]:
-    """(name, completion). `answer` is used only where it does not help: in digits that are none, among all the others."""
+    """(name, completion). The answer occurs only where it must not help: in digits that are none, among all others."""
     for name, text in [("empty", ""), ("blank", " \n\t\n"), ("a zero byte", "\0"), ("half a pair", "\ud83d")]:
         yield name, text
     numbers = [number for number in range(101) if str(number) != answer]
@@ -57,7 +108,10 @@ def attacks(prompt: str, answer: str) -> Iterator[tuple[str, str]]:
     yield "answers within answers", "<answer>" * 50 + answer + "0" + "</answer>" * 50
     yield "tags inside out", "</answer>\n<answer>\n</reasoning>\n<reasoning>\n"
     yield "all tags at once", "<reasoning><answer></reasoning></answer>" * 20
-    yield "tags within tags", "<reasoning>\n<reasoning>\n<answer>\n1\n</answer>\n</reasoning>\n</reasoning>\n<answer>\n1\n</answer>"
+    yield (
+        "tags within tags",
+        "<reasoning>\n<reasoning>\n<answer>\n1\n</answer>\n</reasoning>\n</reasoning>\n<answer>\n1\n</answer>",
+    )
     yield "boxes within boxes", "\\boxed{" * 50 + "1" + "}" * 50
     yield "a box that does not close", f"\\boxed{{{answer} or 1"
     yield "empty code", "```python\n```"
@@ -65,5 +119,8 @@ def attacks(prompt: str, answer: str) -> Iterator[tuple[str, str]]:
     for unit in UNITS:
         yield f"huge: {unit!r}", unit * (SIZE // len(unit))
         yield f"huge, with an end: {unit!r}", unit * (SIZE // len(unit)) + "!"
-        yield f"huge, in tags: {unit!r}", f"<reasoning>\n{unit * (SIZE // len(unit))}\n</reasoning>\n<answer>\n1\n</answer>"
+        yield (
+            f"huge, in tags: {unit!r}",
+            f"<reasoning>\n{unit * (SIZE // len(unit))}\n</reasoning>\n<answer>\n1\n</answer>",
+        )
         yield f"huge, in a box: {unit!r}", f"\\boxed{{{unit * (SIZE // len(unit))}}}"

@@ -35,7 +35,7 @@ CASES: dict[str, tuple[dict[str, Any], str, float]] = {
     "soft_format": ({}, WRONG, 0.5),
     "strict_format": ({}, WRONG, 0.5),
     "format": ({}, WRONG, 0.5),
-    "length": ({"target": len(WRONG), "slope": 0.01}, WRONG, 1.0),
+    "length": ({"target": len(WRONG.split()), "slope": 0.01}, WRONG, 1.0),
     "overlong": ({"max_length": 300, "cache": 50}, WRONG, 0.0),
     "repetition": ({}, WRONG, 0.0),
     "code": ({"timeout": 1.0}, PROGRAM, 0.0),
@@ -93,13 +93,15 @@ def loaded(name: str, arguments: dict[str, Any], classifier: str) -> Reward:
 
 
 def values(reward: Reward, completions: list[str]) -> list[float]:
-    """A token a character, as a tiny tokenizer has them."""
-    ids = [[7] * max(len(text), 1) for text in completions]
+    """A token a word."""
+    ids = [[hash(word) for word in text.split()] or [0] for text in completions]
     return score_completions([reward], [SAMPLE] * len(completions), completions, ids).combined.tolist()
 
 
 @pytest.mark.parametrize(("name", "arguments"), VARIANTS, ids=ids)
-def test_no_attack_earns_more_than_an_honest_wrong_answer(name: str, arguments: dict[str, Any], classifier: str) -> None:
+def test_no_attack_earns_more_than_an_honest_wrong_answer(
+    name: str, arguments: dict[str, Any], classifier: str
+) -> None:
     reward = loaded(name, arguments, classifier)
     honest = values(reward, [CASES[name][1]])[0]
     assert honest == pytest.approx(CASES[name][2], abs=1e-4)
@@ -115,14 +117,20 @@ def test_a_text_of_100_kilobytes_takes_no_more_than_50_milliseconds(
     """All that is asked of a reward for one completion; the best of three, a busy machine is no fault of its."""
     if name in ("code", "classifier"):  # these have limits of their own: a program's timeout, max_length tokens
         arguments = {**arguments, "timeout": 0.5} if name == "code" else {**arguments, "max_length": 512}
-        allowed, texts = 3.0, {"huge": "1" * SIZE, "huge code": f"```python\n{'x = 1' + chr(10)}{'y = 2;' * 20_000}\n```"}
+        allowed, texts = (
+            3.0,
+            {"huge": "1" * SIZE, "huge code": f"```python\n{'x = 1' + chr(10)}{'y = 2;' * 20_000}\n```"},
+        )
     else:
         allowed, texts = 0.05, {attack: text for attack, text in ALL.items() if len(text) >= SIZE}
     reward = loaded(name, arguments, classifier)
 
     def seconds(text: str) -> float:
+        ids = [list(map(ord, text))]  # as many tokens as there can be
         start = time.perf_counter()
-        reward.fn(prompts=[SAMPLE["prompt"]], completions=[text], completion_ids=[[7]], answer=["37"], tests=[SAMPLE["tests"]])
+        reward.fn(
+            prompts=[SAMPLE["prompt"]], completions=[text], completion_ids=ids, answer=["37"], tests=[SAMPLE["tests"]]
+        )
         reward.has_answer(text)
         if reward.is_right_leniently is not None:
             reward.is_right_leniently(SAMPLE, text)

@@ -103,9 +103,11 @@ def test_the_data_scripts_write_our_columns(tmp_path: Path) -> None:
         "prompt": GSM8K[3]["question"], "answer": "1201", "solution": GSM8K[3]["answer"],
     }  # fmt: skip
     said = prepare("math", MATH, tmp_path)
-    assert "1 of 5 rows have no answer that is an integer: left out" in said
+    assert "5 problems" in said
     rows = read(tmp_path / "math_train.jsonl")
-    assert [row["answer"] for row in rows] == ["2", "8", "4", "1000"]
+    assert [row["answer"] for row in rows] == ["2", "8", "4", "\\frac{1}{2}", "1000"]
+    said = prepare("math", [*MATH, MATH[0] | {"solution": "It is 2."}], tmp_path)
+    assert "1 of 6 rows have no answer that can be judged: left out" in said
     assert set(rows[0]) == {"prompt", "answer", "solution", "level", "type"}
 
 

@@ -44,5 +44,6 @@ def check_numbers(**arguments: Any) -> None:
 def check_count(name: str, value: Any, least: int = 1, most: int | None = None, what: str = "") -> None:
     """A ValueError for an argument that is no whole number from `least` to `most`, which is called `what`."""
     if type(value) is not int or value < least or (most is not None and value > most):
-        allowed = f"a whole number >= {least}" if most is None else f"a whole number in {least} ... {what} ({most})"
+        limit = f"{what} ({most})" if what else most
+        allowed = f"a whole number >= {least}" if most is None else f"a whole number in {least} ... {limit}"
         raise ValueError(f"{name}: got {value!r}, expected {allowed}")

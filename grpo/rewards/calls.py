@@ -1,6 +1,5 @@
 """Calling a reward function: it may be anybody's code, so what it raises or returns is checked, and named."""
 
-import math
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,9 +34,15 @@ def call(
         place = traceback.extract_tb(error.__traceback__)[-1]
         message = f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"
         row = _first_failing_row(fn, given)
-        culprit = "" if row is None else f" for prompt {prompts[row]!r}, completion {completions[row]!r}"
+        culprit = "" if row is None else f" for prompt {short(prompts[row])}, completion {short(completions[row])}"
         raise RewardError(f"reward {name} raised {message}{culprit}") from error
     return checked(name, values, prompts, lengths)
+
+
+def short(value: Any, limit: int = 300) -> str:
+    """As Python writes it, the middle left out where it is long."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[: limit // 2]} … {text[-limit // 2 :]}"
 
 
 def _first_failing_row(fn: RewardFn, given: dict[str, Sequence[Any]]) -> int | None:
@@ -50,27 +55,28 @@ def _first_failing_row(fn: RewardFn, given: dict[str, Sequence[Any]]) -> int | N
     return None
 
 
-def checked(name: str, values: Any, prompts: Sequence[str], lengths: Sequence[int] | None) -> list[RewardValue]:
+def checked(name: str, values: Any, prompts: Sequence[Any], lengths: Sequence[int] | None) -> list[RewardValue]:
     """One value a completion; lists of so many token rewards are allowed where `lengths` are given."""
     if not isinstance(values, (list, tuple)) or len(values) != len(prompts):
         got = f"{len(values)} values" if isinstance(values, (list, tuple)) else type(values).__name__
         raise RewardError(f"reward {name} returned {got} for {len(prompts)} completions, expected a list of as many")
     for row, (value, prompt) in enumerate(zip(values, prompts, strict=True)):
-        if not isinstance(value, list):
-            if value is not None and not is_number(value):
-                raise RewardError(f"reward {name} returned {value!r} for {prompt!r}, expected a finite number or None")
-        elif lengths is None:
-            raise RewardError(
-                f"reward {name} returned a list for {prompt!r}, expected one number or None: rewards for single tokens "
-                "need a critic (examples/train_ppo.py)"
-            )
-        elif len(value) != lengths[row]:
-            raise RewardError(
-                f"reward {name} returned {len(value)} token rewards for {prompt!r}, whose completion has "
-                f"{lengths[row]} tokens"
-            )
-        elif wrong := [item for item in value if not is_number(item)]:
-            raise RewardError(f"reward {name} returned {wrong[0]!r} in a list for {prompt!r}, expected finite numbers")
-        elif not is_number(sum(value)):
-            raise RewardError(f"reward {name} returned a list for {prompt!r} whose sum is {sum(value)!r}: not finite")
+        if problem := _problem(value, None if lengths is None else lengths[row], short(prompt)):
+            raise RewardError(f"reward {name} returned {problem}")
     return list(values)
+
+
+def _problem(value: Any, length: int | None, prompt: str) -> str | None:
+    """What is wrong with the value for one completion, of `length` tokens where it may have one for each of them."""
+    if not isinstance(value, list):
+        is_right = value is None or is_number(value)
+        return None if is_right else f"{short(value)} for {prompt}, expected a finite number or None"
+    if length is None:
+        critic = "rewards for single tokens need a critic (examples/train_ppo.py)"
+        return f"a list for {prompt}, expected one number or None: {critic}"
+    if len(value) != length:
+        return f"{len(value)} token rewards for {prompt}, whose completion has {length} tokens"
+    for item in value:
+        if not is_number(item):
+            return f"{short(item)} in a list for {prompt}, expected finite numbers"
+    return None if is_number(sum(value)) else f"a list for {prompt} whose sum is {sum(value)!r}: not finite"

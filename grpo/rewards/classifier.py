@@ -3,6 +3,7 @@
 It says what it was trained to like, which a policy will find out: watch samples, and keep a KL.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -54,9 +55,15 @@ def classifier_reward(
     Raises:
         ValueError: there is no such model or label, or an argument is not among what is allowed.
     """
-    for name, value, allowed in (("reads", reads, READS), ("output", output, (None, *OUTPUTS)), ("dtype", dtype, DTYPES), ("device", device, DEVICES)):
+    choices: dict[str, tuple[Any, Sequence[str]]] = {
+        "reads": (reads, READS),
+        "output": (output or "logit", OUTPUTS),
+        "device": (device, DEVICES),
+        "dtype": (dtype, list(DTYPES)),
+    }
+    for name, (value, allowed) in choices.items():
         if value not in allowed:
-            raise ValueError(f"{name}: got {value!r}, allowed: {' | '.join(str(item) for item in allowed if item)}")
+            raise ValueError(f"{name}: got {value!r}, allowed: {' | '.join(allowed)}")
     check_count("batch_size", batch_size)
     check_count("max_length", max_length)
     try:
@@ -115,9 +122,7 @@ def _label_number(label: str | int | None, names: dict[int, str]) -> int:
 
 
 @lru_cache(maxsize=4)  # two data sets of a mixture may ask the same one
-def _load(
-    source: str | Path, device: torch.device, dtype: str, tokenizer: PreTrainedTokenizerBase
-) -> PreTrainedModel:
+def _load(source: str | Path, device: torch.device, dtype: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     model = AutoModelForSequenceClassification.from_pretrained(source, dtype=DTYPES[dtype], trust_remote_code=False)
     disable_dropout(model)
     if tokenizer.pad_token_id is None:

@@ -5,9 +5,9 @@ A row's "tests" is a list; each entry is one test, and each is worth the same:
     "assert add(2, 3) == 5"                     Python with an assert, which calls what the program must define
     {"input": "2 3\\n", "output": "5\\n"}         the program as a script: what it reads, what it must print
 
-One text alone stands for a list of one. A test may be of several lines and import what it needs; the program's functions
-take and return plain data (None, numbers, texts, bytes, lists, tuples, sets, dicts), copies of it. What a script prints
-is compared line by line, but for white space at the end of lines and of the text.
+One text alone stands for a list of one. A test may be of several lines and import what it needs; the program's
+functions take and return plain data (None, numbers, texts, bytes, lists, tuples, sets, dicts), copies of it. What a
+script prints is compared line by line, but for white space at the end of lines and of the text.
 """
 
 import ast
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from grpo.rewards.base import RewardFn, RewardValue, check_count, check_numbers, declare, text_of
+from grpo.rewards.calls import short
 from grpo.rewards.jail.inside import names_of_program
 from grpo.rewards.sandbox import Job, Limits, check_platform, run
 
@@ -47,15 +48,16 @@ def tests_of(value: Any) -> list[Test]:
     """A row's "tests" as a list; a ValueError if they are none."""
     tests = [value] if isinstance(value, str) else value
     if not isinstance(tests, list) or not tests:
-        raise ValueError(f'"tests": got {_short(value)}, expected a list of tests that is not empty')
+        raise ValueError(f'"tests": got {short(value)}, expected a list of tests that is not empty')
     for number, test in enumerate(tests, start=1):
         if isinstance(test, dict):
             if test.keys() != {"input", "output"} or not all(isinstance(text, str) for text in test.values()):
-                raise ValueError(f'"tests", test {number}: got {_short(test)}, expected texts "input" and "output"')
+                raise ValueError(f'"tests", test {number}: got {short(test)}, expected texts "input" and "output"')
         elif isinstance(test, str):
             _check_python(number, test)
         else:
-            raise ValueError(f'"tests", test {number}: got {_short(test)}, expected Python or {{"input": …, "output": …}}')
+            allowed = 'Python or {"input": …, "output": …}'
+            raise ValueError(f'"tests", test {number}: got {short(test)}, expected {allowed}')
     return tests
 
 
@@ -64,16 +66,11 @@ def _check_python(number: int, test: str) -> None:
     try:
         has_assert = any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(test)))
     except (SyntaxError, ValueError) as error:
-        raise ValueError(f'"tests", test {number}: {_short(test)} is no Python: {error}') from error
+        raise ValueError(f'"tests", test {number}: {short(test)} is no Python: {error}') from error
     if not has_assert:
-        raise ValueError(f'"tests", test {number}: {_short(test)} asserts nothing')
+        raise ValueError(f'"tests", test {number}: {short(test)} asserts nothing')
     if not names_of_program(test):
-        raise ValueError(f'"tests", test {number}: {_short(test)} calls nothing that the program would have to define')
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}…"
+        raise ValueError(f'"tests", test {number}: {short(test)} calls nothing that the program would have to define')
 
 
 def code_reward(

@@ -1,4 +1,4 @@
-"""Right or wrong where the answer has a place: after ####, in <answer>, in a box. What stands there is the whole answer.
+"""Right or wrong where the answer has a place: after ####, in <answer>, in a box. What stands there is all of it.
 
 The row's "answer" is compared as a number where it is one, so that 72.0, 72 and \\frac{144}{2} are the same, and as a
 text otherwise. Leniently, for evaluations, it may stand anywhere.

@@ -1,4 +1,4 @@
-"""The form of a text: tags in their places, a pattern. It calls nothing right, so it is a second reward, and a small one.
+"""The form of a text: tags in their places, a pattern. It calls nothing right: a second reward, and a small one.
 
 Four of the five rewards of a widely used recipe for small models are of this kind (xml_count, soft_format,
 strict_format here, integer in exact.py; correctness is the fifth). They earn at most 0.5 each, and the right answer 2.
@@ -30,13 +30,13 @@ def _paid_where(has_form: Callable[[str], bool], reward: float) -> RewardFn:
 
 
 def format_reward(tags: Sequence[str] | None = None, reward: float = 0.5, pattern: str | None = None) -> RewardFn:
-    """`reward` for a completion that is these elements in this order and nothing else, or that a pattern fits as a whole.
+    """`reward` for a completion that is these elements in this order and nothing else, or that fits a pattern.
 
     Args:
         tags: names of the elements; reasoning and answer where neither they nor a pattern are given.
         reward: what is paid.
-        pattern: a regular expression instead of tags. It has 20 ms a text, so one that backtracks without end pays
-            nothing, and cannot hold up the run.
+        pattern: a regular expression instead of tags, for the whole text. It has 20 ms, so one that backtracks without
+            end pays nothing, and cannot hold up the run.
     """
     if pattern is None:
         names = _check_tags(TAGS if tags is None else tags)
@@ -60,7 +60,7 @@ def format_reward(tags: Sequence[str] | None = None, reward: float = 0.5, patter
 
 
 def soft_format_reward(reward: float = 0.5, tags: Sequence[str] = TAGS) -> RewardFn:
-    """`reward` for <reasoning> ... </reasoning> <answer> ... </answer> at the start, whatever follows; each tag once."""
+    """`reward` for <reasoning> ... </reasoning> <answer> ... </answer> and whatever follows; each tag once."""
     names = _check_tags(tags)
     return _paid_where(lambda text: elements_at_start(text, names) is not None, reward)
 

@@ -1,34 +1,35 @@
-"""A text that repeats itself: the share of its word n-grams that it has written before, as a penalty."""
+"""A text that repeats itself: the share of its n-grams of tokens that it has written before, as a penalty."""
 
 from typing import Any
 
-from grpo.rewards.base import RewardFn, RewardValue, check_count, check_numbers, declare, text_of
+from grpo.rewards.base import RewardFn, RewardValue, check_count, check_numbers, declare
 
 
-def repetition_reward(ngram_size: int = 3, max_penalty: float = 1.0) -> RewardFn:
-    """0 for a text in which no n-gram of words comes twice, down to almost -max_penalty for one that says one thing only.
+def repetition_reward(ngram_size: int = 3, max_penalty: float = -1.0) -> RewardFn:
+    """0 where no n-gram of tokens comes twice, down to almost `max_penalty` where one thing is said over and over.
 
-        reward = -max_penalty * (1 - different n-grams / all n-grams)
+        reward = max_penalty * (1 - different n-grams / all n-grams)
 
-    Words are what white space separates, in lower case. A text of fewer than `ngram_size` words repeats nothing.
+    Args:
+        ngram_size: tokens, 1 ... 100. A completion of fewer tokens repeats nothing.
+        max_penalty: <= 0.
 
-    Source: "Demystifying Long Chain-of-Thought Reasoning in LLMs" (2502.03373) section 4.2, as in TRL.
+    Paper: "Demystifying Long Chain-of-Thought Reasoning in LLMs" (2502.03373) appendix C.2; as in TRL.
 
-    >>> repetition_reward(ngram_size=2)(completions=["a b c d", "a b A B a b"])
-    [0.0, -0.6]
+    >>> repetition_reward(ngram_size=2)(completion_ids=[[1, 2, 3, 4], [5, 5, 5, 5, 5]])
+    [0.0, -0.75]
     """
-    check_count("ngram_size", ngram_size, most=20, what="words")
+    check_count("ngram_size", ngram_size, most=100)
     check_numbers(max_penalty=max_penalty)
-    if max_penalty < 0:
-        raise ValueError(f"max_penalty: got {max_penalty!r}, expected >= 0: it is subtracted")
+    if max_penalty > 0:
+        raise ValueError(f"max_penalty: got {max_penalty!r}, expected <= 0")
 
-    def repetition_fn(completions: list, **_: Any) -> list[RewardValue]:
+    def repetition_fn(completion_ids: list, **_: Any) -> list[RewardValue]:
         values: list[RewardValue] = []
-        for completion in completions:
-            words = text_of(completion).lower().split()
-            num_ngrams = max(len(words) - ngram_size + 1, 0)
-            different = {tuple(words[start : start + ngram_size]) for start in range(num_ngrams)}
-            values.append(0.0 - max_penalty * (1 - len(different) / num_ngrams) if num_ngrams else 0.0)
+        for ids in completion_ids:
+            ngrams = list(zip(*(ids[start:] for start in range(ngram_size)), strict=False))
+            repeated = 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
+            values.append(max_penalty * repeated + 0.0)  # no -0.0
         return values
 
     return declare(repetition_fn, full_mark=None)

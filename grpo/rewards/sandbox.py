@@ -23,8 +23,8 @@ own that is deleted afterwards, and seccomp from sockets and processes; what is 
 What it does not cover:
   - a bug of the kernel itself: for programs of an adversary, rather than of a model in training, use a virtual machine
   - side channels, and the load on the machine: programs run side by side with the training, for as long as they may
-  - without namespaces: /tmp is a folder on the disk, whose files are limited one by one and not in their sum; the user's
-    processes and the machine's name can be seen
+  - without namespaces: /tmp is a folder on the disk, whose files are limited one by one and not in their sum, and the
+    machine's name can be seen
   - without namespaces and Landlock: the user's files can be read, and be written to
   - without seccomp as well: sockets can be opened, and the user's other processes be killed
   - tests that are wrong: a test that passes without the program's help pays for nothing, and what it does not ask for
@@ -36,7 +36,6 @@ It needs Linux.
 
 import functools
 import json
-import math
 import os
 import selectors
 import subprocess
@@ -88,7 +87,8 @@ class Verdict:
 def check_platform() -> None:
     """An InputError where there is no sandbox."""
     if sys.platform != "linux":
-        raise InputError(f"running programs of a model needs Linux, whose kernel can shut them in; this is {sys.platform}")
+        what = "running programs of a model needs Linux, whose kernel can shut them in"
+        raise InputError(f"{what}; this is {sys.platform}")
 
 
 def run(
@@ -222,7 +222,7 @@ def _shown_folders() -> tuple[str, ...]:
 
 
 CONSEQUENCES = {  # what is open where walls are missing
-    ("namespaces",): "it has no namespaces of its own: it can see other processes' names, and fill the disk",
+    ("namespaces",): "it has no namespaces of its own, so it can fill the disk",
     ("namespaces", "landlock"): "it can read and write this user's files",
     ("seccomp",): "the kernel's system calls are all open to it",
     ("namespaces", "seccomp"): "it can open sockets, and kill this user's processes",

@@ -128,7 +128,7 @@ def _answer_questions() -> None:
     import resource
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    from math_verify import LatexExtractionConfig, parse, verify  # type: ignore[import-not-found]
+    from math_verify import LatexExtractionConfig, parse, verify  # type: ignore[import-untyped]
 
     print("true", flush=True)
     config = [LatexExtractionConfig()]  # its other way of parsing would evaluate Python

@@ -58,7 +58,10 @@ def own_folder(cell: inside.Cell, number: int) -> str:
 
 
 def end(job: Running, cell: inside.Cell) -> None:
-    """Kill what is left of a sandbox, and delete what it wrote. Without namespaces the program survives its judge, and becomes our child."""
+    """Kill what is left of a sandbox, and delete what it wrote.
+
+    Without namespaces the program outlives its judge, and has become our child.
+    """
     for kill in (os.killpg, os.kill):  # it may not have a group of its own yet
         with contextlib.suppress(ProcessLookupError):
             kill(job.process, signal.SIGKILL)
@@ -106,9 +109,8 @@ def walls(cell: inside.Cell) -> tuple[inside.Cell, dict[str, str]]:
         "seccomp": need_seccomp,
     }
     reasons = {name: refusal(trial) if getattr(cell, name) else "not asked for" for name, trial in trials.items()}
-    return replace(cell, **{name: reason is None for name, reason in reasons.items()}), {
-        name: reason for name, reason in reasons.items() if reason is not None
-    }
+    given: dict[str, Any] = {name: reason is None for name, reason in reasons.items()}
+    return replace(cell, **given), {name: reason for name, reason in reasons.items() if reason is not None}
 
 
 def say(line: dict[str, Any]) -> None:

@@ -111,7 +111,7 @@ def serve(connection: socket.socket, program: str) -> None:
     """Run the program as a module, then answer: what is there under these names, what does this call return?"""
     names: dict[str, Any] = {"__name__": "program"}
     try:
-        exec(compile(program, "<program>", "exec"), names)  # noqa: S102 (this is the place made for it)
+        exec(compile(program, "<program>", "exec"), names)
         send(connection, None)
     except BaseException as error:
         send(connection, described(error))
@@ -150,7 +150,7 @@ def run_script(program: str) -> NoReturn:
     """Run the program as a script, its output in standard output."""
     status = 1
     try:
-        exec(compile(program, "<program>", "exec"), {"__name__": "__main__"})  # noqa: S102
+        exec(compile(program, "<program>", "exec"), {"__name__": "__main__"})
         status = 0
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else int(error.code is not None)
@@ -171,7 +171,7 @@ def names_of_program(test: str) -> list[str]:
     ['LOW', 'root']
     """
     tree = ast.parse(test)
-    bound, loaded = set(dir(builtins)), set()
+    bound, loaded = set(dir(builtins)), set[str]()
     for node in ast.walk(tree):
         if isinstance(node, ast.Name):
             (loaded if isinstance(node.ctx, ast.Load) else bound).add(node.id)
@@ -225,11 +225,12 @@ class Program:
             answer = self.ask({"call": name, "args": pack(args), "kwargs": pack(kwargs)})
             if "result" in answer:
                 return unpack(answer["result"])
-            kind = getattr(builtins, str(answer.get("raised")), None)
-            is_error = isinstance(kind, type) and issubclass(kind, Exception)
+            kind = getattr(builtins, str(answer["raised"]), None)
+            if not (isinstance(kind, type) and issubclass(kind, Exception)):
+                kind = RuntimeError  # one of its own, or one that would end the judge
             try:
-                error: Exception = kind(*unpack(answer["args"])) if is_error else RuntimeError(answer["raised"])
-            except TypeError:  # not the arguments of this kind: its own constructor does not run here
+                error = kind(*unpack(answer["args"]))
+            except TypeError:  # a kind that takes other arguments
                 error = RuntimeError(kind.__name__)
             raise error
 
@@ -247,7 +248,7 @@ def run_tests(program: Program, tests: list[str], report: Callable[[dict[str, An
         if not why:
             try:
                 names = {"__name__": "tests", **program.names(names_of_program(test))}
-                exec(compile(test, "<test>", "exec"), names)  # noqa: S102 (the data set's own code, shut in as well)
+                exec(compile(test, "<test>", "exec"), names)  # the data set's own code, shut in as well
             except BaseException as problem:
                 why = described(problem)
         report({"passed": not why, "why": why[:200]})
@@ -286,7 +287,7 @@ class Parts:
 
 
 def run_job(parts: Parts, cell: Cell, result: int) -> NoReturn:
-    """Judge and program of one job. What the judge finds is written to the descriptor `result`, a JSON object a line."""
+    """Judge and program of one job. What the judge finds goes to the descriptor `result`, a JSON object a line."""
 
     def report(line: dict[str, Any]) -> None:
         os.write(result, json.dumps(line).encode() + b"\n")

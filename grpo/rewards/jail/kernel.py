@@ -1,8 +1,8 @@
 """What Linux offers to shut a process in, each as one function: namespaces, a root of its own, limits, privileges,
 Landlock, seccomp. Plain ctypes, nothing but the standard library. Each raises an OSError where the kernel refuses.
 
-Sources: the manual pages unshare(2), pivot_root(2), mount_setattr(2), setrlimit(2), landlock(7), seccomp(2); the order of
-the steps is bubblewrap's.
+Sources: the manual pages unshare(2), pivot_root(2), mount_setattr(2), setrlimit(2), landlock(7), seccomp(2); the order
+of the steps is bubblewrap's.
 """
 
 import ctypes
@@ -74,7 +74,7 @@ def _mount(source: str, target: str, kind: str = "", flags: int = 0, options: st
 def build_root(shown: Sequence[str], writable_bytes: int) -> None:
     """A root with nothing but the folders `shown`, read-only, three devices, and an empty /tmp, which is where we are.
 
-    `shown`: absolute paths, links in them resolved; the links by which programs look for them (/lib -> usr/lib) are set.
+    `shown`: absolute paths without links in them; the links by which programs look for them (/lib -> usr/lib) are set.
     """
     if _MACHINE is None:
         raise OSError(f"pivot_root: its number is not known on {platform.machine()}")
@@ -197,7 +197,7 @@ def deny_system_calls() -> None:
     """From now on the calls of DENIED fail with EPERM, and those of another machine's numbering are fatal."""
     if _MACHINE is None:
         raise OSError(f"seccomp: no table of system calls for {platform.machine()}")
-    numbers = [row[_MACHINE] for row in DENIED.values() if row[_MACHINE] is not None]
+    numbers = [number for row in DENIED.values() if (number := row[_MACHINE]) is not None]
     program = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, _AUDIT_ARCH[_MACHINE]), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, 0)]
     program += [(_AT_LEAST, 0, 1, 0x40000000), (_RETURN, 0, 0, _EPERM)]  # x32's numbers on x86_64
     for left, number in zip(range(len(numbers), 0, -1), numbers, strict=True):

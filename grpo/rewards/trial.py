@@ -1,0 +1,114 @@
+"""A reward tried before training: what it says of ready-made completions, a line each. `python -m reward_model`."""
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from grpo.config import Config, SettingsParser, load_config
+from grpo.data import Dataset, json_lines
+from grpo.errors import InputError
+from grpo.formats import Columns, load_dataset
+from grpo.sources import Source, sources_of
+
+if TYPE_CHECKING:  # they import torch, which --help can do without
+    from grpo.rewards.scores import Scores
+
+
+def parse_arguments(description: str | None) -> tuple[argparse.Namespace, Config]:
+    """The files, and the settings they are judged with."""
+    parser = SettingsParser(description or "", "--data FILE --completions FILE")
+    add = parser.own.add_argument
+    add("--data", metavar="FILE", required=True, help="rows as a run has them: prompts, and the columns of the rewards")
+    add(
+        "--completions",
+        metavar="FILE",
+        required=True,
+        help='JSON lines with a "completion": one for each row, in order; or each with the "prompt" of its row, as '
+        "samples.jsonl has them",
+    )
+    arguments, overrides = parser.parse()
+    return arguments, load_config(arguments.config, overrides)
+
+
+def source_of(path: str, config: Config) -> Source:
+    """What the config says of the data at `path`: of a mixture, that of the data set it belongs to."""
+    sources = sources_of(vars(config))
+    if config.datasets is None:
+        return sources[0]
+    for source in sources:
+        if path in (source.path, source.eval_path):
+            return source
+    allowed = ", ".join(own.path for own in sources)
+    raise InputError(f"--data: got {path}, which is none of the data sets of the mixture: {allowed}")
+
+
+def try_rewards(
+    arguments: argparse.Namespace,
+    source: Source,
+    check: Callable[[Dataset], object],
+    score: Callable[[Sequence[Any], Sequence[str]], "Scores"],
+) -> str:
+    """The table of scores.
+
+    `check` raises an InputError for a row that cannot be scored; `score` takes samples and completions, as many of each.
+    """
+    data = load_dataset(arguments.data, Columns(source.prompt_column, source.answer_column))
+    check(data)
+    rows, completions = paired(data, arguments.data, arguments.completions)
+    return table(rows, completions, score([data[row] for row in rows], completions))
+
+
+def paired(data: Dataset, data_name: str, path: str) -> tuple[list[int], list[str]]:
+    """Which row of the data each completion of a file answers, and its text.
+
+    Raises:
+        InputError: a line has no completion, or a prompt that no row has; or neither prompts nor as many lines as rows.
+    """
+    lines = list(json_lines(path))
+    rows: dict[str, int] = {}
+    for row, sample in enumerate(data):
+        rows.setdefault(str(sample["prompt"]), row)
+    for place, line in lines:
+        if not isinstance(line.get("completion"), str):
+            raise InputError(f'{place}: "completion": got {line.get("completion")!r}, expected a text')
+        if "prompt" in line and str(line["prompt"]) not in rows:
+            raise InputError(f'{place}: "prompt": {line["prompt"]!r} is in no row of {data_name}')
+    num_named = sum("prompt" in line for _, line in lines)
+    if not lines or num_named not in (0, len(lines)):
+        raise InputError(f'{path}: {num_named} of {len(lines)} lines have a "prompt", expected all or none of them')
+    if num_named == 0 and len(lines) != len(data):
+        raise InputError(f'{path}: {len(lines)} lines without a "prompt" for the {len(data)} rows of {data_name}')
+    texts = [line["completion"] for _, line in lines]
+    return [rows[str(line["prompt"])] if num_named else row for row, (_, line) in enumerate(lines)], texts
+
+
+def table(rows: Sequence[int], completions: Sequence[str], scores: "Scores") -> str:
+    """A line for every completion, then the mean of each column, and what looks wrong."""
+    columns = {"reward": scores.combined.tolist()} | {name: v.tolist() for name, v in scores.by_name.items()}
+    widths = {name: max(len(name), 8) for name in columns}
+    verdicts = {1.0: "yes", 0.0: "no"}
+
+    def line(first: Any, numbers: Sequence[float], right: str, text: str) -> str:
+        cells = [
+            f"{'-' if math.isnan(number) else format(number, '.3f'):>{width}}"
+            for number, width in zip(numbers, widths.values(), strict=True)
+        ]
+        return "  ".join([f"{first:>5}", *cells, f"{right:>5}", text]).rstrip()
+
+    lines = ["  ".join(["  row", *(f"{name:>{width}}" for name, width in widths.items()), "right", "completion"])]
+    for row, right, text, *numbers in zip(rows, scores.is_right.tolist(), completions, *columns.values(), strict=True):
+        lines.append(line(row + 1, numbers, verdicts.get(right, "-"), " ".join(text.split())[:60]))
+    means = [_mean(values) for values in columns.values()]
+    lines.append(line("mean", means, format(_mean(scores.is_right.tolist()), ".3f"), f"{len(completions)} completions"))
+    for name, mean in zip(columns, means, strict=True):
+        if math.isnan(mean) and name != "reward":
+            lines.append(f"The reward {name} applies to none of these completions.")
+    if len(completions) > 1 and len(set(columns["reward"])) == 1:
+        lines.append("All of them earn the same: there is nothing to learn from such completions.")
+    return "\n".join(lines)
+
+
+def _mean(values: Sequence[float]) -> float:
+    valid = [value for value in values if not math.isnan(value)]
+    return math.fsum(valid) / len(valid) if valid else math.nan
