@@ -51,7 +51,7 @@ def test_gsm8k_wants_the_number_in_its_place(completion: str, reward: float) -> 
 
 
 @pytest.mark.parametrize(("completion", "reward"), BOXED)
-def test_a_box_holds_an_integer_and_nothing_else(completion: str, reward: float) -> None:
+def test_a_box_holds_the_answer_and_nothing_else(completion: str, reward: float) -> None:
     assert values("boxed", [completion]) == [reward]
 
 

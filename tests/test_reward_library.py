@@ -22,7 +22,9 @@ from reward_model import RewardError, check_samples, load_rewards, required_colu
 from tests.conftest import VOCABULARY, make_tokenizer
 
 
-def values(spec: dict[str, Any], completions: list[str], lengths: list[int] | None = None, **sample: Any) -> list[float]:
+def values(
+    spec: dict[str, Any], completions: list[str], lengths: list[int] | None = None, **sample: Any
+) -> list[float]:
     """What one reward gives these completions to one sample; `lengths` in tokens."""
     samples = [{"prompt": "p", **sample}] * len(completions)
     ids = [[7] * length for length in lengths or [1] * len(completions)]
@@ -103,11 +105,17 @@ def test_boxed_formulas_are_compared_as_mathematics(answer: str, completion: str
 
 
 def test_an_echo_of_the_prompt_is_no_answer() -> None:
-    samples = [{"prompt": "Simplify $\\sqrt{8}$.", "answer": "2\\sqrt{2}"}, {"prompt": "What is 47 + 38?", "answer": "85"}]
+    samples = [
+        {"prompt": "Simplify $\\sqrt{8}$.", "answer": "2\\sqrt{2}"},
+        {"prompt": "What is 47 + 38?", "answer": "85"},
+    ]
     echoes = ["\\boxed{\\sqrt{8}}", "\\boxed{47 + 38}"]
     rewards = load_rewards([{"name": "boxed", "symbolic": True}])
     assert score_completions(rewards, samples, echoes, [[1]] * 2).combined.tolist() == [0, 0]
-    assert score_completions(rewards, samples, ["\\boxed{2\\sqrt{2}}", "\\boxed{85}"], [[1]] * 2).combined.tolist() == [1, 1]
+    assert score_completions(rewards, samples, ["\\boxed{2\\sqrt{2}}", "\\boxed{85}"], [[1]] * 2).combined.tolist() == [
+        1,
+        1,
+    ]
 
 
 def test_a_formula_that_takes_too_long_is_wrong_and_the_next_one_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +220,10 @@ def test_their_tags_and_marks_are_arguments() -> None:
         assert values({"name": name, **tags, "reward": 0.5}, [think, WHOLE.replace("answer", "x")]) == [mark, 0]
     assert values({"name": "integer", "tag": "final", "reward": 3}, ["<final>7</final>", WHOLE]) == [3, 0]
     assert values({"name": "correctness", "tag": "final", "correct_reward": 3}, ["<final>7</final>"], answer=7) == [3]
-    assert values({"name": "correctness"}, ["<answer>Paris</answer>", "<answer>paris</answer>"], answer="Paris") == [2, 0]
+    assert values({"name": "correctness"}, ["<answer>Paris</answer>", "<answer>paris</answer>"], answer="Paris") == [
+        2,
+        0,
+    ]
 
 
 def test_windows_lines_are_no_lines_of_their_own() -> None:
@@ -274,8 +285,15 @@ def test_repetition_is_that_of_trl(ngram_size: int) -> None:
 
 # Code
 
-ADD = ["assert add(2, 3) == 5", "assert add(0, 0) == 0", {"input": "2 3\n", "output": "5\n"}, {"input": "0 0", "output": "0"}]
-RIGHT = "def add(a, b):\n    return a + b\nprint(add(*map(int, (input() if __name__ == '__main__' else '0 0').split())))"
+ADD = [
+    "assert add(2, 3) == 5",
+    "assert add(0, 0) == 0",
+    {"input": "2 3\n", "output": "5\n"},
+    {"input": "0 0", "output": "0"},
+]
+RIGHT = (
+    "def add(a, b):\n    return a + b\nprint(add(*map(int, (input() if __name__ == '__main__' else '0 0').split())))"
+)
 
 
 def fenced(program: str, language: str = "python") -> str:
@@ -335,7 +353,10 @@ def test_the_same_program_is_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
         ([5], '"tests", test 1: got 5, expected Python or {"input": …, "output": …}'),
         (["assert f("], "\"tests\", test 1: 'assert f(' is no Python: "),
         (["assert f(1) == 1", "f(1)"], "\"tests\", test 2: 'f(1)' asserts nothing"),
-        (["assert sum([1]) == 1"], "\"tests\", test 1: 'assert sum([1]) == 1' calls nothing that the program would have to"),
+        (
+            ["assert sum([1]) == 1"],
+            "\"tests\", test 1: 'assert sum([1]) == 1' calls nothing that the program would have to",
+        ),
         ([{"input": "x"}], "\"tests\", test 1: got {'input': 'x'}, expected texts"),
         ([{"input": "x", "output": 5}], "\"tests\", test 1: got {'input': 'x', 'output': 5}, expected texts"),
     ],
@@ -376,7 +397,10 @@ TEMPLATE = "{% for message in messages %}({{ message['role'][0] }}{{ message['co
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_a_text_is_judged_alike_alone_and_in_a_batch(kind: str, tmp_path: Path) -> None:
-    name, texts = save_classifier(tmp_path / "c", kind), ["1+2=3", "a", "12-7 is 5, so it is", "", "???", "a b c d e f g"]
+    name, texts = (
+        save_classifier(tmp_path / "c", kind),
+        ["1+2=3", "a", "12-7 is 5, so it is", "", "???", "a b c d e f g"],
+    )
     whole = values({"name": "classifier", "model": name, "batch_size": 6}, texts)
     alone = [values({"name": "classifier", "model": name}, [text])[0] for text in texts]
     pairs = values({"name": "classifier", "model": name, "batch_size": 2}, texts)
@@ -440,9 +464,15 @@ def test_a_text_longer_than_the_classifier_takes_is_cut(tmp_path: Path) -> None:
         ({"name": "format", "pattern": "a", "tags": ["a"]}, "format: pattern: got with tags too, allowed: one of them"),
         ({"name": "length", "target": 0, "slope": 1}, "length: target: got 0, expected a whole number >= 1"),
         ({"name": "length", "target": 5, "slope": 0}, "length: slope: got 0, expected > 0"),
-        ({"name": "length", "target": 5, "slope": 1, "plateau": -1}, "length: plateau: got -1, expected a whole number"),
+        (
+            {"name": "length", "target": 5, "slope": 1, "plateau": -1},
+            "length: plateau: got -1, expected a whole number",
+        ),
         ({"name": "length", "slope": 1}, "length: length_reward() missing 1 required positional argument: 'target'"),
-        ({"name": "repetition", "ngram_size": 101}, "repetition: ngram_size: got 101, expected a whole number in 1 ... 100"),
+        (
+            {"name": "repetition", "ngram_size": 101},
+            "repetition: ngram_size: got 101, expected a whole number in 1 ... 100",
+        ),
         ({"name": "repetition", "max_penalty": 1}, "repetition: max_penalty: got 1, expected <= 0"),
         ({"name": "code", "mode": "some"}, "code: mode: got 'some', allowed: fraction | all"),
         ({"name": "code", "timeout": 0}, "code: timeout: got 0, expected > 0"),
@@ -450,7 +480,10 @@ def test_a_text_longer_than_the_classifier_takes_is_cut(tmp_path: Path) -> None:
         ({"name": "code", "parallel": 0}, "code: parallel: got 0, expected a whole number >= 1"),
         ({"name": "classifier"}, "classifier: classifier_reward() missing 1 required positional argument: 'model'"),
         ({"name": "classifier", "model": "./nowhere"}, "classifier: model: there is no folder './nowhere'"),
-        ({"name": "classifier", "model": "x", "reads": "all"}, "classifier: reads: got 'all', allowed: conversation | com"),
+        (
+            {"name": "classifier", "model": "x", "reads": "all"},
+            "classifier: reads: got 'all', allowed: conversation | com",
+        ),
         ({"name": "classifier", "model": "x", "device": "tpu"}, "classifier: device: got 'tpu', allowed: auto | cpu"),
         ({"name": "classifier", "model": "x", "dtype": "int8"}, "classifier: dtype: got 'int8', allowed: float32"),
         ({"name": "correctnes"}, "got 'correctnes', allowed: math"),
@@ -508,7 +541,9 @@ def test_every_reward_takes_messages(tmp_path: Path) -> None:
         {"name": "length", "target": 1, "slope": 1}, {"name": "overlong", "max_length": 3, "cache": 1}, "repetition",
         "code", {"name": "classifier", "model": save_classifier(tmp_path / "c", template=TEMPLATE)},
     ]  # fmt: skip
-    scores = score_completions(load_rewards(specs), [sample], [WHOLE + "\\boxed{5}" + fenced("def f(n): return n")], [[1]])
+    scores = score_completions(
+        load_rewards(specs), [sample], [WHOLE + "\\boxed{5}" + fenced("def f(n): return n")], [[1]]
+    )
     assert all(not scores.by_name[reward.name].isnan().any() for reward in load_rewards(specs))
     assert scores.by_name["boxed"].item() == scores.by_name["code"].item() == 1
 
@@ -547,7 +582,9 @@ def test_a_product_takes_no_negative_factor() -> None:
         load_rewards(["math", {"name": "format", "weight": -1}], "mean")
     rewards = load_rewards(["math", "repetition"], "product")
     sample = {"prompt": "p", "answer": 5}
-    with pytest.raises(RewardError, match=r"reward repetition returned -0.8 for 'p', expected >= 0 with combine product"):
+    with pytest.raises(
+        RewardError, match=r"reward repetition returned -0.8 for 'p', expected >= 0 with combine product"
+    ):
         score_completions(rewards, [sample], ["5"], [[1] * 7], combine="product")
 
 

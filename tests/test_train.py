@@ -29,6 +29,7 @@ from grpo.data import JSONLinesDataset, samples_for_step
 from grpo.errors import InputError, errors_explained
 from grpo.policy import load_policy
 from grpo.rollout import generate_completions, step_seed
+from reward_model import REWARDS
 from tests.toy_rewards import different_letters
 
 ROOT = Path(__file__).parent.parent
@@ -344,7 +345,7 @@ def test_what_goes_wrong_ends_in_one_line(
     [
         (
             {"rewards": "[maths]"},
-            "rewards: got 'maths', allowed: math, gsm8k, boxed, format, overlong, or module:function; did you mean "
+            f"rewards: got 'maths', allowed: {', '.join(REWARDS)}, or module:function; did you mean "
             "math?",
         ),
         ({"rewards": "[tests.toy_rewards:needs_colour]"}, 'train.jsonl, line 1: has no "colour", which reward'),

@@ -36,3 +36,8 @@ def slow(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
     """Three seconds for a batch of groups, none for an evaluation."""
     time.sleep(3 * (len(set(prompts)) < len(prompts)))
     return even_digits(prompts, completions)
+
+
+def never(prompts: list[str], completions: list[str], **_: Any) -> list[None]:
+    """A reward that applies to nothing."""
+    return [None for _ in completions]

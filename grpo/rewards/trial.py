@@ -15,7 +15,9 @@ if TYPE_CHECKING:  # they import torch, which --help can do without
     from grpo.rewards.scores import Scores
 
 
-def parse_arguments(description: str | None) -> tuple[argparse.Namespace, Config]:
+def parse_arguments(
+    description: str | None, arguments: Sequence[str] | None = None
+) -> tuple[argparse.Namespace, Config]:
     """The files, and the settings they are judged with."""
     parser = SettingsParser(description or "", "--data FILE --completions FILE")
     add = parser.own.add_argument
@@ -27,8 +29,8 @@ def parse_arguments(description: str | None) -> tuple[argparse.Namespace, Config
         help='JSON lines with a "completion": one for each row, in order; or each with the "prompt" of its row, as '
         "samples.jsonl has them",
     )
-    arguments, overrides = parser.parse()
-    return arguments, load_config(arguments.config, overrides)
+    parsed, overrides = parser.parse(arguments)
+    return parsed, load_config(parsed.config, overrides)
 
 
 def source_of(path: str, config: Config) -> Source:
