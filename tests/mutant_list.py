@@ -47,6 +47,10 @@ OF_MIXTURE = "tests/test_mixture.py::"
 OF_LORA = "tests/test_lora.py::"
 OF_ANSWERS = "tests/test_answer_rewards.py::"
 OF_STOPS = "tests/test_stop_strings.py::"
+OF_LIBRARY = "tests/test_reward_library.py::"
+OF_SETTINGS = "tests/test_reward_settings.py::"
+OF_SANDBOX = "tests/test_sandbox.py::"
+INSIDE, KERNEL = "grpo/rewards/jail/inside.py", "grpo/rewards/jail/kernel.py"
 TWO_STEPS = "tests/test_train.py::test_two_steps_of_the_loop_worked_by_hand"
 
 MUTANTS = [
@@ -1248,11 +1252,146 @@ MUTANTS = [
         (f"{OF_MIXTURE}test_rows_of_one_data_set_are_not_scored_by_the_rewards_of_another",),
     ),
     Mutant(
-        "half of a fraction taken for the answer",
+        "a number among others taken for the answer",
         NUMERALS,
         'found = _FORMS.fullmatch(_UNIT.sub("", _bare(text)).strip())',
         'found = _FORMS.match(_UNIT.sub("", _bare(text)).strip())',
-        (f"{OF_ANSWERS}test_a_box_holds_the_answer_and_nothing_else",),
+        (f"{OF_ANSWERS}test_gsm8k_wants_the_number_in_its_place",),
+    ),
+    # The reward library
+    Mutant(
+        "combine mean: divided by the number of rewards, not by their weights",
+        SCORES,
+        "/ torch.where(applies, weights, 0.0).sum(0)",
+        "/ applies.sum(0)",
+        (f"{OF_LIBRARY}test_combine_by_hand",),
+    ),
+    Mutant(
+        "rounding standardized into a signal",
+        SCORES,
+        "valid.max() - valid.min() <= 1e-6 * max(1.0, valid.abs().max().item())",
+        "valid.max() < valid.min()",
+        (f"{OF_SETTINGS}test_rewards_that_are_all_alike_standardize_to_nothing",),
+    ),
+    Mutant(
+        "two bad factors multiplied into a good one",
+        REWARD_MODEL,
+        'if combine == "product":',
+        "if False:",
+        (f"{OF_LIBRARY}test_a_product_takes_no_negative_factor",),
+    ),
+    Mutant(
+        "dynamic sampling that looks at rewards before they are scaled",
+        RESAMPLE,
+        "return groups_without_spread(self.rewards(group_size))",
+        "return groups_without_spread(self.scores.combined.view(-1, group_size))",
+        (f"{OF_SETTINGS}test_dynamic_sampling_replaces_what_has_no_signal_after_scaling",),
+    ),
+    Mutant(
+        "high-scoring completions of steps that are made again kept on resume",
+        "grpo/run_folder.py",
+        'read_jsonl(high) if row["step"] <= step]',
+        "read_jsonl(high)]",
+        (f"{OF_SETTINGS}test_a_resumed_run_keeps_each_of_them_once",),
+    ),
+    Mutant(
+        "an unevaluated expression taken for the number it is equal to",
+        "grpo/rewards/exact.py",
+        "return number(expected) is None and is_same(expected, found, prompt)",
+        "return is_same(expected, found, prompt)",
+        (f"{OF_LIBRARY}test_boxed",),
+    ),
+    Mutant(
+        "a formula copied from the prompt taken for its simplification",
+        "grpo/rewards/symbolic.py",
+        " or plain in plain_latex(prompt):",
+        ":",
+        (f"{OF_LIBRARY}test_an_echo_of_the_prompt_is_no_answer",),
+    ),
+    Mutant(
+        "tags counted wherever they stand",
+        "grpo/rewards/answers.py",
+        "and mark in lines and lines.index(mark) > place:",
+        "and mark in lines:",
+        (f"{OF_LIBRARY}test_the_five_rewards_of_the_recipe",),
+    ),
+    Mutant(
+        "a classifier that judges the padding",
+        "grpo/rewards/classifier.py",
+        'padding_side="right",',
+        'padding_side="left",',
+        (f"{OF_LIBRARY}test_a_text_is_judged_alike_alone_and_in_a_batch[gpt2]",),
+    ),
+    Mutant(
+        "tests that were not run left out of the share",
+        "grpo/rewards/sandbox.py",
+        "passed += [False] * (len(job.tests or ()) - len(passed))",
+        "passed += []",
+        (f"{OF_SANDBOX}test_a_test_that_does_not_end_is_ended",),
+    ),
+    Mutant(
+        "a script that failed judged by what it had printed",
+        "grpo/rewards/code.py",
+        "not verdicts[number].why and _same_output",
+        "_same_output",
+        (f"{OF_LIBRARY}test_a_script_is_judged_by_its_lines",),
+    ),
+    # The sandbox
+    Mutant(
+        "sandbox: memory without a limit",
+        KERNEL,
+        "resource.RLIMIT_AS: memory_bytes,",
+        "resource.RLIMIT_AS: resource.RLIM_INFINITY,",
+        (f"{OF_SANDBOX}test_ten_gigabytes_cannot_be_had",),
+    ),
+    Mutant(
+        "sandbox: files without a limit",
+        KERNEL,
+        "resource.RLIMIT_FSIZE: file_bytes,",
+        "resource.RLIMIT_FSIZE: resource.RLIM_INFINITY,",
+        (f"{OF_SANDBOX}test_a_file_cannot_grow_without_end",),
+    ),
+    Mutant(
+        "sandbox: the parent's environment handed on",
+        "grpo/rewards/sandbox.py",
+        "env=environment,",
+        "env=os.environ | environment,",
+        (f"{OF_SANDBOX}test_the_environment_is_not_even_handed_on",),
+    ),
+    Mutant(
+        "sandbox: folders that can be written to",
+        KERNEL,
+        "_RDONLY | _NOSUID | _NODEV, 0, 0, 0)",
+        "_NOSUID | _NODEV, 0, 0, 0)",
+        (f"{OF_SANDBOX}test_what_is_shown_is_read_only",),
+    ),
+    Mutant(
+        "sandbox: no seccomp",
+        INSIDE,
+        "    if cell.seccomp:\n",
+        "    if False:\n",
+        (f"{OF_SANDBOX}test_every_system_call_that_is_denied_fails",),
+    ),
+    Mutant(
+        "sandbox: no Landlock where there are no namespaces",
+        INSIDE,
+        "if cell.landlock and not cell.namespaces:",
+        "if False:",
+        (f"{OF_SANDBOX}test_the_parents_files_cannot_be_read",),
+    ),
+    Mutant(
+        "sandbox: capabilities kept",
+        KERNEL,
+        '_call("capset", ctypes.addressof(header), bytes(24))',
+        "pass",
+        (f"{OF_SANDBOX}test_no_privilege_is_left",),
+    ),
+    Mutant(
+        "sandbox: the judge takes whatever equals as equal",
+        INSIDE,
+        'send(connection, {"result": pack(result)})',
+        'send(connection, {"result": 6765 if result == 6765 else pack(result)})',
+        (f"{OF_SANDBOX}test_a_cheat_passes_nothing",),
     ),
     # Runs
     Mutant(

@@ -41,7 +41,9 @@ def base_model(folder: Path) -> None:
         for _ in range(32):
             word, number = rng.choice(TASKS)
             prompt = tokenizer(sample(word, number)["prompt"])["input_ids"]
-            rows.append((prompt, [*tokenizer(program(word, number, rng.random() < 0.25))["input_ids"], tokenizer.eos_token_id]))
+            rows.append(
+                (prompt, [*tokenizer(program(word, number, rng.random() < 0.25))["input_ids"], tokenizer.eos_token_id])
+            )
         width = max(len(prompt) + len(answer) for prompt, answer in rows)
         ids = torch.full((32, width), tokenizer.eos_token_id)
         labels = torch.full((32, width), -100)

@@ -129,7 +129,7 @@ def test_a_config_runs_two_steps(name: str, stand_ins: Path, tmp_path: Path, mon
     here: dict[str, Any] = {"num_train_steps": 2, "batch_size": 2, "group_size": 4, "device": "cpu", "dtype": "float32"}
     here |= {"output_dir": tmp_path / "run", "max_completion_length": 12, "micro_batch_tokens": 4096, "warmup_steps": 0}
     if asked.get("num_train_epochs"):
-        here["num_train_epochs"] = 0.4
+        here["num_train_epochs"] = 0.35
         del here["num_train_steps"]
     if "model_name" in asked:
         here |= {"model_name": stand_ins / "qwen", "quantization": "none", "max_prompt_length": 500}

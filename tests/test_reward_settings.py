@@ -134,7 +134,7 @@ def test_what_is_seldom_meant_is_said() -> None:
 
 def test_completions_above_the_threshold_are_kept_by_themselves(
     small: dict[str, Any],
-    tmp_path: Path,  # noqa: F811
+    tmp_path: Path,
 ) -> None:
     folder = tmp_path / "run"
     train(small | {"save_threshold": 0.0}, folder)
@@ -149,12 +149,12 @@ def test_completions_above_the_threshold_are_kept_by_themselves(
     assert all(row["reward"] > equal for row in read(tmp_path / "higher" / "high_scoring.jsonl"))
 
 
-def test_without_a_threshold_there_is_no_such_file(small: dict[str, Any], tmp_path: Path) -> None:  # noqa: F811
+def test_without_a_threshold_there_is_no_such_file(small: dict[str, Any], tmp_path: Path) -> None:
     train(small, tmp_path / "run")
     assert not (tmp_path / "run" / "high_scoring.jsonl").exists()
 
 
-def test_a_resumed_run_keeps_each_of_them_once(small: dict[str, Any], tmp_path: Path) -> None:  # noqa: F811
+def test_a_resumed_run_keeps_each_of_them_once(small: dict[str, Any], tmp_path: Path) -> None:
     from grpo.config import Options, resumed_config
 
     settings = small | {"save_threshold": 0.0, "num_train_steps": 3, "save_every": 1, "keep_checkpoints": 3}
@@ -225,7 +225,7 @@ def test_a_reward_that_goes_wrong_ends_the_run_by_name_and_what_was_learned_is_s
     tmp_path: Path,
     buggy: str,
     what: str,
-    message: str,  # noqa: F811
+    message: str,
 ) -> None:
     folder = tmp_path / "run"
     changes = {"rewards": f"['{buggy}:{what}']", "eval_metric": "eval/reward", "save_every": 50, "num_train_steps": 4}
@@ -239,7 +239,7 @@ def test_a_reward_that_never_applies_is_said_before_training(
     small: dict[str, Any],
     tmp_path: Path,
     buggy: str,
-    capsys: pytest.CaptureFixture[str],  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     rewards = f"['tests.toy_rewards:even_digits', '{buggy}:never']"
     rows = train(small | {"rewards": rewards, "num_train_steps": 1}, tmp_path / "run")

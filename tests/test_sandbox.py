@@ -50,12 +50,12 @@ def output(program: str, walls: tuple[str, ...], **limits: Any) -> str:
     return verdict.output.strip()
 
 
-def processes() -> set[int]:
-    """Every process of a sandbox, its supervisor among them."""
-    found = set()
+def processes(parent: int | None = None) -> set[int]:
+    """Every process of the sandboxes that `parent` (this process) has asked for, supervisors among them."""
+    found, mark = set(), f"grpo.rewards.jail\0of-{parent or os.getpid()}\0".encode()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if b"grpo.rewards.jail" in (folder / "cmdline").read_bytes():
+            if mark in (folder / "cmdline").read_bytes():
                 found.add(int(folder.name))
         except OSError:
             pass
@@ -66,19 +66,15 @@ def processes() -> set[int]:
 def nothing_is_left_behind() -> Iterator[None]:
     """After every attack: no process, no open file, nothing in the folder for temporary files."""
 
-    def left() -> tuple[set[int], int, set[str]]:
-        return processes(), len(os.listdir("/proc/self/fd")), set(os.listdir(tempfile.gettempdir()))
+    def left() -> tuple[set[int], int, list[str]]:
+        folders = [name for name in os.listdir(tempfile.gettempdir()) if name.startswith(f"grpo-{os.getpid()}-")]
+        return processes(), len(os.listdir("/proc/self/fd")), folders
 
     before = left()
     yield
-    deadline = time.monotonic() + 5
-    while left()[0] - before[0] and time.monotonic() < deadline:
-        time.sleep(0.05)  # another test's, in a process beside this one
-    after = left()
-    assert after[0] <= before[0]
-    assert after[1] == before[1]
-    ours = {name for name in after[2] - before[2] if name.startswith("tmp")}
-    assert not ours or os.environ.get("PYTEST_XDIST_WORKER")  # tests beside this one have files of their own
+    assert left() == before
+    assert before[0] == set()
+    assert before[2] == []
 
 
 # What it is for
@@ -211,6 +207,7 @@ def test_what_passed_before_the_time_was_up_counts(walls: tuple[str, ...]) -> No
         "while True: assert f(1) == 1",
         "while True:\n    try: assert f(2) == 1\n    except BaseException: pass",
         "import time\nwhile True: time.sleep(1)",
+        "import signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))\nwhile True: pass",
     ],
 )
 def test_a_test_that_does_not_end_is_ended(test: str, walls: tuple[str, ...]) -> None:
@@ -339,6 +336,17 @@ print("tried")
     assert [path.name for path in tmp_path.iterdir()] == ["victim"]
 
 
+def test_what_is_shown_is_read_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A folder that anybody may write to, shown to the program: only the mount says no."""
+    tmp_path.chmod(0o777)
+    shown = (*sandbox._shown_folders(), str(tmp_path))
+    monkeypatch.setattr(sandbox, "_shown_folders", lambda: shown)
+    program = f"import os\nprint(os.listdir({str(tmp_path)!r}))\ntry: open({str(tmp_path / 'x')!r}, 'w'); print('did it')\n" \
+        "except OSError as error: print(error.strerror)"  # fmt: skip
+    assert output(program, ALL_WALLS) == "[]\nRead-only file system"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_parents_files_cannot_be_read(walls: tuple[str, ...], tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
     secret = tmp_path / "secret"
@@ -375,6 +383,20 @@ for pid in ["self", 1, os.getppid(), {os.getpid()}, *range(1, 100)]:
             pass
 """
     assert output(program, walls).removesuffix("\nits own /dev/null") == "{}\nNone"
+
+
+def test_the_environment_is_not_even_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, str]] = []
+    popen = subprocess.Popen
+
+    def spied(*args: Any, **kwargs: Any) -> Any:
+        given.append(kwargs["env"])
+        return popen(*args, **kwargs)
+
+    monkeypatch.setenv("A_KEY", SECRET)
+    monkeypatch.setattr(subprocess, "Popen", spied)
+    assert output("print(1)", ALL_WALLS) == "1"
+    assert [set(environment) - {"LD_LIBRARY_PATH"} for environment in given] == [{"PYTHONHASHSEED"}]
 
 
 def test_only_the_standard_library_is_to_be_seen() -> None:
@@ -607,7 +629,6 @@ def test_sixty_four_programs_in_parallel_leave_nothing_behind(walls: tuple[str, 
     jobs = [Job(kinds[number % len(kinds)], (f"assert f({number}) == {number}",)) for number in range(64)]
     verdicts = sandbox.run(jobs, Limits(seconds=3), parallel=64, walls=walls)
     assert [verdict.passed for verdict in verdicts] == [(number % len(kinds) in (0, 4, 6),) for number in range(64)]
-    assert processes() == set() or os.environ.get("PYTEST_XDIST_WORKER")
 
 
 def test_nothing_survives_whoever_started_it() -> None:
@@ -615,18 +636,20 @@ def test_nothing_survives_whoever_started_it() -> None:
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom grpo.rewards.sandbox import *\n" \
         "run([Job('while True: pass')] * 4, Limits(seconds=60), walls=%r)"  # fmt: skip
     for walls in (ALL_WALLS, WITHOUT_NAMESPACES):
-        before = processes()
         with subprocess.Popen([sys.executable, "-c", code % (walls,)]) as process:
-            deadline = time.monotonic() + 10
-            while len(processes() - before) < 3 and time.monotonic() < deadline:
+            deadline = time.monotonic() + 30
+            while len(processes(process.pid)) < 3 and time.monotonic() < deadline:
                 time.sleep(0.05)
-            started = processes() - before
+            num_started = len(processes(process.pid))
             process.kill()
-        deadline = time.monotonic() + 5
-        while started & processes() and time.monotonic() < deadline:
+        deadline = time.monotonic() + 10
+        while processes(process.pid) and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert len(started) >= 3
-        assert started & processes() == set()
+        assert num_started >= 3
+        assert processes(process.pid) == set()
+        for folder in Path(tempfile.gettempdir()).glob(f"grpo-{process.pid}-*"):
+            assert list(folder.iterdir()) == []  # what the programs wrote is gone
+            folder.rmdir()
 
 
 def test_ctrl_c_ends_a_batch(walls: tuple[str, ...]) -> None:

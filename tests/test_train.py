@@ -345,8 +345,7 @@ def test_what_goes_wrong_ends_in_one_line(
     [
         (
             {"rewards": "[maths]"},
-            f"rewards: got 'maths', allowed: {', '.join(REWARDS)}, or module:function; did you mean "
-            "math?",
+            f"rewards: got 'maths', allowed: {', '.join(REWARDS)}, or module:function; did you mean math?",
         ),
         ({"rewards": "[tests.toy_rewards:needs_colour]"}, 'train.jsonl, line 1: has no "colour", which reward'),
         ({"max_prompt_length": 3}, "the longest prompt has 6 tokens, max_prompt_length allows 3"),

@@ -141,7 +141,8 @@ def _verdict(job: Job, lines: Sequence[dict[str, Any]]) -> Verdict:
 def _files(jobs: Sequence[Job]) -> Iterator[tuple[int, list[list[tuple[int, int] | None]], str]]:
     """All texts of the jobs in one file without a name, (offset, length) of each, and a folder for what they write."""
     parts: list[list[tuple[int, int] | None]] = []
-    with tempfile.TemporaryFile() as file, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
+    folder = tempfile.TemporaryDirectory(prefix=f"grpo-{os.getpid()}-", ignore_cleanup_errors=True)
+    with tempfile.TemporaryFile() as file, folder as work:
         os.chmod(work, 0o711)  # noqa: S103 (somebody else has a folder in it, whose name only that folder's owner needs)
 
         def place(text: str) -> tuple[int, int]:
@@ -163,7 +164,7 @@ def _answers(request: dict[str, Any], patience: float) -> Iterator[dict[str, Any
     }
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
-            [sys.executable, "-S", "-B", "-m", "grpo.rewards.jail"],
+            [sys.executable, "-S", "-B", "-m", "grpo.rewards.jail", f"of-{os.getpid()}"],  # for whoever asks ps
             cwd=ROOT,
             env=environment,
             stdin=subprocess.PIPE,

@@ -53,7 +53,7 @@ def try_rewards(
 ) -> str:
     """The table of scores.
 
-    `check` raises an InputError for a row that cannot be scored; `score` takes samples and completions, as many of each.
+    `check` raises an InputError for a row that cannot be scored; `score` takes samples and as many completions.
     """
     data = load_dataset(arguments.data, Columns(source.prompt_column, source.answer_column))
     check(data)
