@@ -125,7 +125,7 @@ GIVEN = {"prompts", "completions", "completion_ids"}
 REWARDS: dict[str, Callable[..., RewardFn]] = {
     "math": math_reward,  # the last number of the text
     "gsm8k": gsm8k_reward,  # a number in <answer> or after ####
-    "boxed": boxed_reward,  # in \\boxed{}
+    "boxed": boxed_reward,  # in a box
     "correctness": correctness_reward,  # in <answer>, any text
     "integer": integer_reward,  # the form, from here on
     "xml_count": xml_count_reward,

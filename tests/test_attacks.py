@@ -41,16 +41,16 @@ CASES: dict[str, tuple[dict[str, Any], str, float]] = {
     "code": ({"timeout": 1.0}, PROGRAM, 0.0),
     "classifier": ({}, "12+25=36", 1.0),
 }
-VARIANTS: list[tuple[str, dict[str, Any]]] = [
-    *((name, {}) for name in CASES),
+VARIANTS: list[Any] = [
+    *((name, {}) for name in CASES if name != "classifier"),
+    pytest.param("classifier", {}, marks=pytest.mark.slow),
     ("gsm8k", {"lenient": True}),
     ("boxed", {"symbolic": False}),
     ("boxed", {"symbolic": True}),
     ("format", {"pattern": r"(?s)<reasoning>(\s*.*?)+</reasoning>\s*<answer>(.*?)+</answer>\s*"}),
     ("format", {"pattern": r"(?s)\s*<reasoning>\n.*\n</reasoning>\n<answer>\n\d+\n</answer>\s*"}),
-    ("code", {"timeout": 1.0, "mode": "all", "bare": True}),
+    pytest.param("code", {"timeout": 1.0, "mode": "all", "bare": True}, marks=pytest.mark.slow),
 ]
-ids = [f"{name} {arguments}" for name, arguments in VARIANTS]
 
 
 def test_every_reward_is_attacked() -> None:
@@ -98,7 +98,7 @@ def values(reward: Reward, completions: list[str]) -> list[float]:
     return score_completions([reward], [SAMPLE] * len(completions), completions, ids).combined.tolist()
 
 
-@pytest.mark.parametrize(("name", "arguments"), VARIANTS, ids=ids)
+@pytest.mark.parametrize(("name", "arguments"), VARIANTS)
 def test_no_attack_earns_more_than_an_honest_wrong_answer(
     name: str, arguments: dict[str, Any], classifier: str
 ) -> None:
@@ -110,7 +110,7 @@ def test_no_attack_earns_more_than_an_honest_wrong_answer(
     assert {attack: value for attack, value in earned.items() if value > honest + 1e-6} == {}
 
 
-@pytest.mark.parametrize(("name", "arguments"), VARIANTS, ids=ids)
+@pytest.mark.parametrize(("name", "arguments"), VARIANTS)
 def test_a_text_of_100_kilobytes_takes_no_more_than_50_milliseconds(
     name: str, arguments: dict[str, Any], classifier: str
 ) -> None:

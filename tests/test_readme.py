@@ -78,6 +78,7 @@ OWN_FLAGS = {
     "-m grpo.plots": {"output", "help"},
     "-m grpo.merge_lora": {"dtype", "help"},
     "data/prepare_gsm8k.py": {"train", "test", "out", "help"},
+    "-m reward_model": {"config", "help", "data", "completions"},
 }
 
 

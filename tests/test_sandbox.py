@@ -31,7 +31,12 @@ SECRET = "a-secret-that-nobody-must-see"
 WITHOUT_NAMESPACES = ("landlock", "seccomp")
 
 
-@pytest.fixture(params=[ALL_WALLS, WITHOUT_NAMESPACES], ids=["all walls", "no namespaces"])
+@pytest.fixture(
+    params=[
+        pytest.param(ALL_WALLS, id="all walls"),
+        pytest.param(WITHOUT_NAMESPACES, id="no namespaces", marks=pytest.mark.slow),
+    ]
+)
 def walls(request: pytest.FixtureRequest) -> tuple[str, ...]:
     return request.param
 

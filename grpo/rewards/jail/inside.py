@@ -376,13 +376,13 @@ def be_program(parts: Parts, cell: Cell, uid: int | None, connection: socket.soc
             os.lseek(given, 0, os.SEEK_SET)
             os.dup2(given, 0)
             os.dup2(output, 1)
-        keep = os.dup2(connection.detach(), 3)
-        os.closerange(keep + (not is_script), os.sysconf("SC_OPEN_MAX"))
+        os.dup2(connection.detach(), 3)
+        os.closerange(3 if is_script else 4, os.sysconf("SC_OPEN_MAX"))  # a script has no use for the socket
         os.environ.clear()
         lock(cell, uid)
         if is_script:
             run_script(program)
-        serve(socket.socket(fileno=keep), program)
+        serve(socket.socket(fileno=3), program)
     finally:
         os._exit(1)
 
