@@ -212,7 +212,7 @@ def test_it_answers_the_twelve_questions() -> None:
 def test_every_file_it_names_exists() -> None:
     names = set(re.findall(r"(?<![\w/])(?:grpo|data|benchmarks|docs|configs|examples)/[\w./]*\w", README))
     names |= set(re.findall(r"[\w-]+\.(?:py|yaml|txt)\b", README)) - {"my_rewards.py"}
-    folders = ("grpo", "data", "benchmarks", "configs", "examples")
+    folders = ("grpo", "grpo/rewards", "data", "benchmarks", "configs", "examples")
     names -= {path.name for folder in folders for path in (ROOT / folder).iterdir()}
     assert names
     assert [name for name in names if not (ROOT / name).exists()] == []
