@@ -110,6 +110,7 @@ def test_no_attack_earns_more_than_an_honest_wrong_answer(
     assert {attack: value for attack, value in earned.items() if value > honest + 1e-6} == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "arguments"), VARIANTS)
 def test_a_text_of_100_kilobytes_takes_no_more_than_50_milliseconds(
     name: str, arguments: dict[str, Any], classifier: str

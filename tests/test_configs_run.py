@@ -100,6 +100,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_data_scripts_write_our_columns(tmp_path: Path) -> None:
     assert "6 problems" in prepare("gsm8k", GSM8K, tmp_path)
     assert read(tmp_path / "gsm8k_test.jsonl")[3] == {
@@ -124,6 +125,7 @@ def test_a_data_script_names_what_is_missing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["x.jsonl"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_runs_two_steps(name: str, stand_ins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grpo.plots, "_save", lambda figure, path: None)

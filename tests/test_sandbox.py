@@ -235,6 +235,7 @@ def test_ten_gigabytes_cannot_be_had(walls: tuple[str, ...]) -> None:
     assert output(mapped, walls) == "refused"
 
 
+@pytest.mark.slow
 def test_a_gigabyte_of_output_is_cut(walls: tuple[str, ...]) -> None:
     verdict = attack("while True: print('x' * 1000)", walls, output_kb=64, seconds=3)
     assert len(verdict.output) == 64 << 10
@@ -273,6 +274,7 @@ def test_a_fork_bomb_does_not_go_off(walls: tuple[str, ...]) -> None:
         assert attack(way, walls).why.startswith("ended with status")
 
 
+@pytest.mark.slow
 def test_nobody_survives_by_forking_twice(walls: tuple[str, ...], tmp_path: Path) -> None:
     program = f"""
 import os, time
@@ -625,6 +627,7 @@ def test_packed_data_is_plain() -> None:
 # As a whole
 
 
+@pytest.mark.slow
 def test_sixty_four_programs_in_parallel_leave_nothing_behind(walls: tuple[str, ...]) -> None:
     kinds = [
         "def f(n): return n", "while True: pass", "import os\nwhile True: os.fork()", "x = bytearray(10 << 30)",
@@ -690,6 +693,7 @@ def test_what_the_kernel_does_not_give_is_said_once(capsys: pytest.CaptureFixtur
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_without_any_wall_limits_and_verdicts_still_hold() -> None:
     none: tuple[str, ...] = ()
     assert attack("while True: pass", none).why == "took too long"
