@@ -145,6 +145,34 @@ def test_plain_data_goes_in_and_out(walls: tuple[str, ...]) -> None:
     assert attack(program, walls, "assert nothing()").why == "NameError: name 'nothing' is not defined"
 
 
+def test_integers_of_any_size_go_in_and_out(walls: tuple[str, ...]) -> None:
+    program = "import math\ndef f(n): return math.factorial(n)\ndef same(n): return n"
+    tests = (
+        "import math\nassert f(5000) == math.factorial(5000)",
+        "assert same(-10**6000) == -10**6000",
+        "assert same(2**64) == 2**64",
+    )
+    assert attack(program, walls, *tests, seconds=5) == Verdict((True,) * 3, "", "")
+
+
+@pytest.mark.parametrize(
+    "answer", ["b'[' + b'0,' * 500_000 + b'0]'", "b'{\"a\":' * 90_000 + b'1' + b'}' * 90_000", "b'9' * 1_000_000"]
+)
+def test_what_a_program_answers_never_breaks_the_judge(answer: str, walls: tuple[str, ...]) -> None:
+    """Its first word, before any test, and to a call: large, deep, or a number without end; with as little memory as can be."""
+    say = f"import os\ndef say():\n    t = {answer}\n    t = len(t).to_bytes(4, 'big') + t\n    while t: t = t[os.write(3, t):]\n"
+    for program in (say + "say()", say + "def f(n): say()"):
+        assert attack(program, walls, "assert f(1) == 1", memory_mb=64, seconds=3).passed == (False,)
+
+
+def test_a_test_that_writes_what_the_judge_would_say_hurts_nobody(walls: tuple[str, ...]) -> None:
+    """Tests come from a data set. They may spoil their own verdict, and nothing else."""
+    test = "import os\nfor n in range(3, 100):\n    try: os.write(n, b'garbage\\n[]\\n{\"process\": -1}\\n')\n" \
+        "    except OSError: pass\nassert f(1) == 1"  # fmt: skip
+    jobs = [Job("def f(n): return n", (test,)), Job("def f(n): return n", ("assert f(1) == 1",))]
+    assert sandbox.run(jobs, Limits(seconds=2), walls=walls)[1].passed == (True,)
+
+
 def test_what_does_not_run_fails_every_test(walls: tuple[str, ...]) -> None:
     for program, why in [("def f(:", "SyntaxError"), ("1 / 0\ndef f(): return 1", "ZeroDivisionError"), ("", "NameError"),
                          ("f = (" + "(" * 10_000, "SyntaxError"), ("\0", "")]:  # fmt: skip
@@ -252,9 +280,10 @@ def test_a_file_cannot_grow_without_end(walls: tuple[str, ...]) -> None:
     program = "import os\nf = open('big', 'wb')\ntry:\n    while True: f.write(b'x' * (1 << 20)); f.flush()\n" \
         "except OSError: print(os.path.getsize('big') >> 20)"  # fmt: skip
     assert 2 <= int(output(program, walls, file_mb=4)) <= 4
-    memory = "import os\nf = os.memfd_create('x')\ntry:\n    while True: os.write(f, b'x' * (1 << 20))\n" \
-        "except OSError: print(os.fstat(f).st_size >> 20)"  # fmt: skip
-    assert int(output(memory, walls, file_mb=4)) <= 4
+    memory = (
+        "import os\ntry: os.memfd_create('x')\nexcept OSError: print('refused')"  # 64 of them would be no file's size
+    )
+    assert output(memory, walls) == "refused"
 
 
 def test_many_files_cannot_fill_the_memory() -> None:

@@ -143,7 +143,7 @@ def _files(jobs: Sequence[Job]) -> Iterator[tuple[int, list[list[tuple[int, int]
     parts: list[list[tuple[int, int] | None]] = []
     folder = tempfile.TemporaryDirectory(prefix=f"grpo-{os.getpid()}-", ignore_cleanup_errors=True)
     with tempfile.TemporaryFile() as file, folder as work:
-        os.chmod(work, 0o711)  # noqa: S103 (somebody else has a folder in it, whose name only that folder's owner needs)
+        os.chmod(work, 0o711)  # noqa: S103 (a program that runs as nobody must get to its own folder in it)
 
         def place(text: str) -> tuple[int, int]:
             data = text.encode(errors="replace")

@@ -38,8 +38,12 @@ class Running:
     text: bytes = b""
 
     def lines(self) -> list[dict[str, Any]]:
-        """What its judge said; half a line, where it was killed, is left out."""
-        return [json.loads(line) for line in self.text.split(b"\n")[:-1]]
+        """What its judge said. Half a line, where it was killed, is left out, as is what a test may have written."""
+        lines = []
+        for line in self.text.split(b"\n")[:-1]:
+            with contextlib.suppress(ValueError, RecursionError):
+                lines.append(json.loads(line))
+        return [line for line in lines if isinstance(line, dict)]
 
 
 def start(number: int, parts: inside.Parts, cell: inside.Cell) -> Running:
@@ -57,8 +61,14 @@ def own_folder(cell: inside.Cell, number: int) -> str:
     return f"{cell.work}/program-{number}"
 
 
-def end(job: Running, cell: inside.Cell) -> None:
-    """Kill what is left of a sandbox, and delete what it wrote.
+def children() -> set[int]:
+    """Our own, those among them that have lost their parent."""
+    with open(f"/proc/self/task/{os.getpid()}/children") as file:
+        return set(map(int, file.read().split()))
+
+
+def end(job: Running, cell: inside.Cell, keep: set[int]) -> None:
+    """Kill what is left of a sandbox, and delete what it wrote; `keep` are the processes of others.
 
     Without namespaces the program outlives its judge, and has become our child.
     """
@@ -67,10 +77,10 @@ def end(job: Running, cell: inside.Cell) -> None:
             kill(job.process, signal.SIGKILL)
     os.waitpid(job.process, 0)
     os.close(job.result)
-    for line in job.lines():
-        with contextlib.suppress(KeyError, ChildProcessError, ProcessLookupError):
-            os.kill(line["process"], 0 if os.waitpid(line["process"], os.WNOHANG)[0] else signal.SIGKILL)
-            os.waitpid(line["process"], 0)
+    if not (cell.namespaces or cell.seccomp):  # it may have left its group
+        for orphan in children() - keep:
+            os.kill(orphan, signal.SIGKILL)
+            os.waitpid(orphan, 0)
     shutil.rmtree(own_folder(cell, job.number), ignore_errors=True)
 
 
@@ -149,11 +159,11 @@ def main() -> None:
                     job.text += part or b""
                     if part == b"" or time.monotonic() > job.deadline or len(job.text) > MAX_REPORT:
                         selector.unregister(running.pop(job.result).result)
-                        end(job, cell)
+                        end(job, cell, {other.process for other in running.values()})
                         say({"number": job.number, "lines": job.lines()})
         finally:
             for job in running.values():
-                end(job, cell)
+                end(job, cell, {other.process for other in running.values()})
             with contextlib.suppress(OSError):  # whoever made it removes it, if still alive
                 os.rmdir(cell.work)
 

@@ -24,6 +24,7 @@ from grpo.rewards.jail import kernel
 
 NOBODY = 65534
 MAX_MESSAGE = 1 << 20  # bytes, between judge and program
+JUDGE_MEMORY = 1 << 29  # bytes, at least: whatever the program answers must fit
 
 
 class ProgramError(Exception):
@@ -39,6 +40,8 @@ def pack(value: Any) -> Any:
     >>> pack([1, (2.5, "x")])
     ['list', 1, ['tuple', 2.5, 'x']]
     """
+    if isinstance(value, int) and abs(value) >= 1 << 64:
+        return ["int", hex(value)]  # of thousands of digits Python makes no decimal text
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, bytes):
@@ -64,6 +67,8 @@ def unpack(data: Any) -> Any:
             raise ValueError("no value is packed like this")
         return data
     kind, *items = data
+    if kind == "int":
+        return int(*items, 16)
     if kind == "bytes":
         return bytes.fromhex(*items)
     if kind == "complex":
@@ -304,8 +309,7 @@ def run_job(parts: Parts, cell: Cell, result: int) -> NoReturn:
         if child == 0:
             be_program(parts, cell, uid, program_end, output)
         program_end.close()
-        report({"process": child})
-        lock(cell, uid)
+        lock(replace(cell, memory=max(cell.memory, JUDGE_MEMORY)), uid)
         be_judge(parts, cell, child, judge_end, output, report)
         os._exit(0)
     except ProgramError:  # its time was up in the middle of a report
