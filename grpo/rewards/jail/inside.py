@@ -230,7 +230,7 @@ class Program:
             answer = self.ask({"call": name, "args": pack(args), "kwargs": pack(kwargs)})
             if "result" in answer:
                 return unpack(answer["result"])
-            kind = getattr(builtins, str(answer["raised"]), None)
+            kind: Any = getattr(builtins, str(answer["raised"]), None)
             if not (isinstance(kind, type) and issubclass(kind, Exception)):
                 kind = RuntimeError  # one of its own, or one that would end the judge
             try:

@@ -188,7 +188,8 @@ DENIED = {  # name -> number on x86_64, on aarch64
     # no parts of the kernel that a program has no use for
     "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282), "io_uring_setup": (425, 425),
     "io_uring_enter": (426, 426), "io_uring_register": (427, 427), "add_key": (248, 217), "request_key": (249, 218),
-    "keyctl": (250, 219), "syslog": (103, 116), "fanotify_init": (300, 262), "personality": (135, 92), "seccomp": (317, 277),
+    "keyctl": (250, 219), "syslog": (103, 116), "fanotify_init": (300, 262), "personality": (135, 92),
+    "seccomp": (317, 277),
 }  # fmt: skip
 _AUDIT_ARCH = (0xC000003E, 0xC00000B7)
 _LOAD, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06  # instructions of classic BPF
