@@ -68,7 +68,7 @@ def unpack(data: Any) -> Any:
         return data
     kind, *items = data
     if kind == "int":
-        return int(*items, 16)
+        return int(items[0], 16)
     if kind == "bytes":
         return bytes.fromhex(*items)
     if kind == "complex":
