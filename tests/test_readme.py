@@ -5,6 +5,7 @@ import inspect
 import itertools
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,7 @@ def test_the_reward_it_shows_runs_with_the_command_it_shows(
     (code,) = [code for code in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if "def brevity" in code]
     (tmp_path / "my_rewards.py").write_text(code)
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)  # docs/REWARDS.md has one, too
     (rewards,) = [dict(itertools.pairwise(a))["--rewards"] for _, a in commands() if "my_rewards" in " ".join(a)]
     rows = train(small | {"num_train_steps": 1, "rewards": rewards}, tmp_path / "run")
     assert "rewards/my_rewards:brevity/mean" in rows[1]

@@ -61,6 +61,7 @@ def test_the_reward_in_ten_lines_works(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(blocks[0].strip().splitlines()) <= 11  # the def line, and ten
     (tmp_path / "my_rewards.py").write_text(code)
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)  # the README has one, too
     rewards = load_rewards(["my_rewards:counts_to"])
     texts = ["1 2 3", "1 2", "", "1 2 3 4", "3 2 1", "1 3 2"]
     scores = score_completions(rewards, [{"prompt": "p", "answer": 3}] * 6, texts, [[1]] * 6)
