@@ -103,7 +103,7 @@ def test_a_right_program_passes_and_a_wrong_one_does_not(walls: tuple[str, ...])
     assert attack("def add(a, b): return a + b", walls, *tests) == Verdict((True, True, True), "", "")
     half = attack("def add(a, b): return abs(a) + abs(b) if isinstance(a, int) else a + b", walls, *tests)
     assert half.passed == (True, True, False)
-    assert half.why.startswith("AssertionError")
+    assert half.why == "AssertionError"
 
 
 def test_a_script_reads_and_writes(walls: tuple[str, ...]) -> None:
@@ -141,8 +141,8 @@ def test_plain_data_goes_in_and_out(walls: tuple[str, ...]) -> None:
         "assert [twice(i) for i in range(3)] == [0, 2, 4]",
     ]
     assert attack(program, walls, *tests) == Verdict((True,) * len(tests), "", "")
-    assert attack(program, walls, "assert thing()").why.startswith("TypeError: Thing: only plain data")
-    assert attack(program, walls, "assert nothing()").why == "NameError: name 'nothing' is not defined"
+    assert attack(program, walls, "assert thing()").why == "TypeError"
+    assert attack(program, walls, "assert nothing()").why == "NameError"
 
 
 def test_integers_of_any_size_go_in_and_out(walls: tuple[str, ...]) -> None:
@@ -231,7 +231,7 @@ def test_what_passed_before_the_time_was_up_counts(walls: tuple[str, ...]) -> No
     program = "def f(n):\n    while n > 1: pass\n    return n"
     verdict = attack(program, walls, "assert f(1) == 1", "assert f(2) == 2", "assert f(0) == 0")
     assert verdict.passed == (True, False, False)
-    assert verdict.why == "ProgramError: took too long"
+    assert verdict.why == "took too long"
 
 
 @pytest.mark.parametrize(
@@ -499,6 +499,29 @@ for pid in (-1, 0, 1, os.getppid(), {os.getpid()}, {os.getppid()}):
 def f(): return 1
 """
     assert attack(program, walls, "assert f() == 1").passed == (True,)
+
+
+SIGNALS = """
+import fcntl, os, time
+def sig(pid, number):
+    r, w = os.pipe()
+    for way in (lambda: fcntl.fcntl(r, fcntl.F_SETOWN, pid), lambda: fcntl.fcntl(r, 10, number)):
+        try: way(); print("did it")
+        except OSError: pass
+    fcntl.fcntl(r, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
+    os.write(w, b"x")
+for number in (2, 9, 14, 15):
+    sig(os.getppid(), number)
+time.sleep(0.2)
+def f(n): return n
+print("tried")
+"""
+
+
+def test_no_file_sends_signals_to_others(walls: tuple[str, ...]) -> None:
+    """A pipe's owner gets a signal when there is something to read, and the owner can be anybody."""
+    assert output(SIGNALS, walls) == "tried"
+    assert attack(SIGNALS, walls, "assert f(1) == 1").passed == (True,)
 
 
 def test_every_system_call_that_is_denied_fails(walls: tuple[str, ...]) -> None:

@@ -191,6 +191,10 @@ DENIED = {  # name -> number on x86_64, on aarch64
     "keyctl": (250, 219), "syslog": (103, 116), "fanotify_init": (300, 262), "personality": (135, 92),
     "seccomp": (317, 277),
 }  # fmt: skip
+_OWNER = {  # calls by which a file would send signals to others: name -> numbers, denied second arguments
+    "fcntl": ((72, 25), (8, 10, 15)),  # F_SETOWN, F_SETSIG, F_SETOWN_EX
+    "ioctl": ((16, 29), (0x8901, 0x8902)),  # FIOSETOWN, SIOCSPGRP
+}
 _AUDIT_ARCH = (0xC000003E, 0xC00000B7)
 _LOAD, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06  # instructions of classic BPF
 _ALLOW, _EPERM, _KILL = 0x7FFF0000, 0x00050001, 0x80000000
@@ -203,6 +207,12 @@ def deny_system_calls() -> None:
     numbers = [number for row in DENIED.values() if (number := row[_MACHINE]) is not None]
     program = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, _AUDIT_ARCH[_MACHINE]), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, 0)]
     program += [(_AT_LEAST, 0, 1, 0x40000000), (_RETURN, 0, 0, _EPERM)]  # x32's numbers on x86_64
+    for places, arguments in _OWNER.values():
+        program.append((_EQUAL, 0, 1 + 2 * len(arguments) + 1, places[_MACHINE]))
+        program.append((_LOAD, 0, 0, 24))  # the lower half of the second argument
+        for argument in arguments:
+            program += [(_EQUAL, 0, 1, argument), (_RETURN, 0, 0, _EPERM)]
+        program.append((_RETURN, 0, 0, _ALLOW))
     for left, number in zip(range(len(numbers), 0, -1), numbers, strict=True):
         program.append((_EQUAL, left, 0, number))  # on to the last instruction
     program += [(_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _EPERM)]
