@@ -88,7 +88,7 @@ def nothing_is_left_behind() -> Iterator[None]:
 def test_the_walls_are_there() -> None:
     """Where one is missing the attacks below would be made on less than they say."""
     lines = sandbox._answers(request(), patience=10)
-    assert next(lines) == {"missing": {}}
+    assert next(lines) == {"missing": {}, "bytes": b""}
     assert list(lines) == []
 
 
@@ -179,6 +179,19 @@ def test_what_does_not_run_fails_every_test(walls: tuple[str, ...]) -> None:
         verdict = attack(program, walls, "assert f() == 1", "assert f() == 1")
         assert verdict.passed == (False, False)
         assert verdict.why.startswith(why)
+
+
+def test_what_one_program_printed_is_nowhere_in_the_memory_of_the_next(walls: tuple[str, ...]) -> None:
+    """The second of two siblings could print what the first one has found out."""
+    search = """
+import ctypes, gc
+found = [o for o in gc.get_objects() if isinstance(o, (list, dict, tuple)) and any("forty-" + "two" in str(x) for x in list(o)[:50] if isinstance(x, (str, bytes)))]
+objects = [vars(o) for o in gc.get_objects() if type(o).__name__ == "Running"]
+print(any("forty-" + "two" in str(o) for o in objects), len([f for f in found if "forty-" + "two" in str(f)]) > 3)
+"""
+    verdicts = sandbox.run([Job("print('forty-two' * 100)"), Job(search)], Limits(seconds=5), walls=walls, parallel=1)
+    assert verdicts[0].output.startswith("forty-two")
+    assert verdicts[1].output.split()[0] == "False"
 
 
 def test_hashing_is_the_same_every_time(walls: tuple[str, ...]) -> None:

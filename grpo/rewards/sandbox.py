@@ -42,9 +42,8 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -120,8 +119,19 @@ def run(
         request = {"cell": cell, "file": file, "jobs": parts, "parallel": parallel}
         lines = _answers(request, patience=limits.seconds + PATIENCE)
         _say_what_is_missing({name: why for name, why in next(lines)["missing"].items() if name in walls})
-        said = {answer["number"]: answer["lines"] for answer in lines}
-    return [_verdict(job, said[number]) for number, job in enumerate(jobs)]
+        said = dict.fromkeys(range(len(jobs)), b"")
+        for answer in lines:
+            said[answer["number"]] += answer["bytes"]
+    return [_verdict(job, _parsed(said[number])) for number, job in enumerate(jobs)]
+
+
+def _parsed(said: bytes) -> list[dict[str, Any]]:
+    """What a judge said. Half a line, where it was killed, is left out, as is what a test may have written."""
+    lines = []
+    for line in said.split(b"\n")[:-1]:
+        with suppress(ValueError, RecursionError):
+            lines.append(json.loads(line))
+    return [line for line in lines if isinstance(line, dict)]
 
 
 def _verdict(job: Job, lines: Sequence[dict[str, Any]]) -> Verdict:
@@ -158,7 +168,7 @@ def _files(jobs: Sequence[Job]) -> Iterator[tuple[int, list[list[tuple[int, int]
 
 
 def _answers(request: dict[str, Any], patience: float) -> Iterator[dict[str, Any]]:
-    """The lines of a supervisor, as they come."""
+    """What a supervisor says, as it comes: what is missing, then number and bytes of what judges say."""
     environment = {"PYTHONHASHSEED": "0"} | {
         name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ
     }
@@ -178,11 +188,11 @@ def _answers(request: dict[str, Any], patience: float) -> Iterator[dict[str, Any
         try:
             process.stdin.write(json.dumps(request).encode() + b"\n")
             process.stdin.flush()
-            num_lines = 0
-            for line in _lines(process.stdout, patience):
-                yield json.loads(line)
-                num_lines += 1
-            if num_lines < 1 + len(request["jobs"]):
+            num_left = 1 + len(request["jobs"])
+            for answer in _messages(process.stdout, patience):
+                yield answer
+                num_left -= not answer.get("size", 0)
+            if num_left:
                 errors.seek(0)
                 said = errors.read().decode(errors="replace").strip().splitlines()
                 raise RunError(f"the sandbox failed: its supervisor ended: {said[-1] if said else 'without a word'}")
@@ -196,19 +206,25 @@ def _answers(request: dict[str, Any], patience: float) -> Iterator[dict[str, Any
             process.stdout.close()
 
 
-def _lines(stream: IO[bytes], patience: float) -> Iterator[bytes]:
-    """Whole lines until the stream ends; a RunError where none comes for `patience` seconds."""
-    buffer, last = b"", time.monotonic()
+def _messages(stream: IO[bytes], patience: float) -> Iterator[dict[str, Any]]:
+    """A line of JSON each, with the "size" bytes behind it as "bytes"; a RunError where nothing comes for so long."""
+    buffer, header = b"", None
     with selectors.DefaultSelector() as selector:
         selector.register(stream, selectors.EVENT_READ)
-        while selector.select(max(last + patience - time.monotonic(), 0)):
+        while selector.select(patience):
             part = os.read(stream.fileno(), 1 << 16)
             if not part:
                 return
-            *whole, buffer = (buffer + part).split(b"\n")
-            if whole:
-                last = time.monotonic()
-            yield from whole
+            buffer += part
+            while True:
+                if header is None and b"\n" in buffer:
+                    line, _, buffer = buffer.partition(b"\n")
+                    header = json.loads(line)
+                size = 0 if header is None else header.get("size", 0)
+                if header is None or len(buffer) < size:
+                    break
+                yield header | {"bytes": buffer[:size]}
+                buffer, header = buffer[size:], None
     raise RunError("the sandbox failed: its supervisor does not answer")
 
 
