@@ -633,6 +633,7 @@ CHEATS = {
     "closes everything": "import os\nos.closerange(0, 100)\ndef f(n): return 0",
     "a huge result": "def f(n): return 'x' * 10**7",
     "an endless result": "def f(n):\n    x = []\n    x.append(x)\n    return x",
+    "ends the tests' loops": "def f(n): raise StopIteration",
     "not a number": "def f(n): return float('nan')",
 }  # fmt: skip
 

@@ -11,7 +11,8 @@ reach to patch, to read or to forge.
 
 What is around it (grpo/rewards/jail/kernel.py):
   namespaces    user, process, mount, network, IPC: it sees no other process, no network, and of the files only the
-                standard library, read-only; an empty /tmp in memory is all it can write to, and is gone with it
+                libraries of the base Python and of the system, read-only; an empty /tmp in memory is all it can write
+                to, and is gone with it
   limits        wall clock (everything in the sandbox is killed), CPU time, memory, size of files and of output, one
                 process with one thread, 64 open files; an empty environment
   privileges    none: no capability, no way to gain one; nobody where we are root
@@ -23,14 +24,15 @@ own that is deleted afterwards, and seccomp from sockets and processes; what is 
 What it does not cover:
   - a bug of the kernel itself: for programs of an adversary, rather than of a model in training, use a virtual machine
   - side channels, and the load on the machine: programs run side by side with the training, for as long as they may
-  - without namespaces: /tmp is a folder on the disk, whose files are limited one by one and not in their sum, and the
+  - without namespaces: that files exist, and how large they are, can be seen outside; /tmp is a folder on the disk,
+    whose files are limited one by one and not in their sum, and the
     machine's name can be seen
   - without namespaces and Landlock: the user's files can be read, and be written to
   - without seccomp as well: sockets can be opened, and the user's other processes be killed
   - tests that are wrong: a test that passes without the program's help pays for nothing, and what it does not ask for
     is not checked
   - programs whose result depends on the time or on chance: of such, a run cannot be repeated to the bit. (Hashing is
-    not random here, and the module random starts alike in all programs of a batch.)
+    not random here.)
 It needs Linux.
 """
 
@@ -144,7 +146,8 @@ def _verdict(job: Job, lines: Sequence[dict[str, Any]]) -> Verdict:
     passed = [line["passed"] for line in found if "passed" in line] if job.tests is not None else []
     passed += [False] * (len(job.tests or ()) - len(passed))  # its time was up before
     output = "".join(line["output"] for line in found if "output" in line)
-    return Verdict(tuple(passed), output, reasons[0] if reasons else "")
+    why = (reasons[0] if reasons else "").encode("ascii", "backslashreplace").decode()  # some of it is the program's
+    return Verdict(tuple(passed), output, why)
 
 
 @contextmanager

@@ -13,8 +13,8 @@ import importlib
 import json
 import os
 import selectors
-import shutil
 import signal
+import subprocess
 import sys
 import termios
 import time
@@ -86,11 +86,11 @@ def end(job: Running, cell: inside.Cell, keep: set[int]) -> None:
             kill(job.process, signal.SIGKILL)
     os.waitpid(job.process, 0)
     os.close(job.result)
-    if not (cell.namespaces or cell.seccomp):  # it may have left its group
-        for orphan in children() - keep:
-            os.kill(orphan, signal.SIGKILL)
-            os.waitpid(orphan, 0)
-    shutil.rmtree(own_folder(cell, job.number), ignore_errors=True)
+    for orphan in children() - keep:
+        os.kill(orphan, signal.SIGKILL)
+        os.waitpid(orphan, 0)
+    if not cell.namespaces:  # rm, since it may have made folders deeper than Python's own deletes
+        subprocess.run(["rm", "-rf", "--", own_folder(cell, job.number)], stderr=subprocess.DEVNULL)
 
 
 def refusal(try_it: Callable[[], Any]) -> str | None:
@@ -115,8 +115,8 @@ def walls(cell: inside.Cell) -> tuple[inside.Cell, dict[str, str]]:
     """The cell with the walls that this kernel gives, of those asked for, and why not the others."""
 
     def need_landlock() -> None:
-        if kernel.landlock_version() == 0:
-            raise OSError("the kernel has none")
+        if kernel.landlock_version() < 3:  # before, files could be cut off that may only be read
+            raise OSError("the kernel has none, or an old one")
 
     def need_seccomp() -> None:
         kernel.drop_privileges(None)
@@ -165,7 +165,7 @@ def main() -> None:
                     return
                 for job in list(running.values()):
                     is_over = job.result in ready and not job.hand_on()
-                    if is_over or time.monotonic() > job.deadline or job.num_bytes > MAX_REPORT:
+                    if is_over or time.monotonic() > job.deadline or job.num_bytes > MAX_REPORT + 6 * cell.output:
                         selector.unregister(running.pop(job.result).result)
                         end(job, cell, {other.process for other in running.values()})
                         say({"number": job.number, "size": 0})

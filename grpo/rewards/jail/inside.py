@@ -231,8 +231,8 @@ class Program:
             if "result" in answer:
                 return unpack(answer["result"])
             kind: Any = getattr(builtins, str(answer["raised"]), None)
-            if not (isinstance(kind, type) and issubclass(kind, Exception)):
-                kind = RuntimeError  # one of its own, or one that would end the judge
+            if not (isinstance(kind, type) and issubclass(kind, Exception)) or "Iteration" in kind.__name__:
+                kind = RuntimeError  # one of its own, one that would end the judge, or a loop of the test (PEP 479)
             try:
                 error = kind(*unpack(answer["args"]))
             except TypeError:  # a kind that takes other arguments

@@ -177,7 +177,15 @@ DENIED = {  # name -> number on x86_64, on aarch64
     "futimesat": (261, None), "utimensat": (280, 88), "truncate": (76, 45), "setxattr": (188, 5), "lsetxattr": (189, 6),
     "fsetxattr": (190, 7), "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16),
     "setxattrat": (463, 463), "removexattrat": (466, 466), "file_setattr": (469, 469),
-    # no memory that counts as a file
+    # no memory that counts as a file, or that a pipe holds; nothing of System V, no queue, no watch
+    "vmsplice": (278, 75), "splice": (275, 76), "tee": (276, 77), "shmat": (30, 196), "shmctl": (31, 195),
+    "semop": (65, 193), "semctl": (66, 191), "semtimedop": (220, 192), "msgsnd": (69, 189), "msgrcv": (70, 188),
+    "msgctl": (71, 187), "mq_unlink": (241, 181), "io_setup": (206, 0), "inotify_init": (253, None),
+    "inotify_init1": (294, 26),
+    # no other process's pace
+    "sched_setscheduler": (144, 119), "sched_setparam": (142, 118), "sched_setattr": (314, 274),
+    "ioprio_set": (251, 30), "migrate_pages": (256, 238), "move_pages": (279, 239), "process_madvise": (440, 440),
+    "process_mrelease": (448, 448), "connect": (42, 203), "bind": (49, 200),
     "memfd_create": (319, 279), "memfd_secret": (447, 447),
     # no network, and nothing that outlives the process
     "socket": (41, 198), "shmget": (29, 194), "semget": (64, 190), "msgget": (68, 186), "mq_open": (240, 180),
@@ -191,8 +199,9 @@ DENIED = {  # name -> number on x86_64, on aarch64
     "keyctl": (250, 219), "syslog": (103, 116), "fanotify_init": (300, 262), "personality": (135, 92),
     "seccomp": (317, 277),
 }  # fmt: skip
-_OWNER = {  # calls by which a file would send signals to others: name -> numbers, denied second arguments
-    "fcntl": ((72, 25), (8, 10, 15)),  # F_SETOWN, F_SETSIG, F_SETOWN_EX
+_OWNER = {  # calls by which a file would send signals, or a socket data, to others: name -> numbers, denied arguments
+    "fcntl": ((72, 25), (8, 10, 15, 1024, 1026)),  # F_SETOWN, F_SETSIG, F_SETOWN_EX, F_SETLEASE, F_NOTIFY
+    "socketpair": ((53, 199), (2, 0x802, 0x80002, 0x80802)),  # SOCK_DGRAM, which may send to any address
     "ioctl": ((16, 29), (0x8901, 0x8902)),  # FIOSETOWN, SIOCSPGRP
 }
 _AUDIT_ARCH = (0xC000003E, 0xC00000B7)
