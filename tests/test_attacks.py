@@ -138,7 +138,9 @@ def test_a_text_of_100_kilobytes_takes_no_more_than_50_milliseconds(
         return time.perf_counter() - start
 
     slow = {attack: text for attack, text in texts.items() if seconds(text) > allowed}
-    assert [attack for attack, text in slow.items() if min(seconds(text + " " * n) for n in range(1, 9)) > allowed] == []
+    assert [
+        attack for attack, text in slow.items() if min(seconds(text + " " * n) for n in range(1, 9)) > allowed
+    ] == []
 
 
 def test_the_attacks_are_no_straw_men(tmp_path: Path) -> None:

@@ -709,13 +709,15 @@ def test_sixty_four_programs_in_parallel_leave_nothing_behind(walls: tuple[str, 
 def test_nothing_survives_whoever_started_it() -> None:
     """The run is killed with SIGKILL in the middle of a batch."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom grpo.rewards.sandbox import *\n" \
-        "run([Job('while True: pass')] * 4, Limits(seconds=60), walls=%r)"  # fmt: skip
+        "own = 'import os; os.mkdir(\"closed\", 0o300); open(\"closed/x\", \"w\")\\nwhile True: pass'\n" \
+        "run([Job(own)] * 4, Limits(seconds=60), walls=%r)"  # fmt: skip
     for walls in (ALL_WALLS, WITHOUT_NAMESPACES):
         with subprocess.Popen([sys.executable, "-c", code % (walls,)]) as process:
             deadline = time.monotonic() + 30
             while len(processes(process.pid)) < 3 and time.monotonic() < deadline:
                 time.sleep(0.05)
             num_started = len(processes(process.pid))
+            time.sleep(0.3)  # for the folders
             process.kill()
         deadline = time.monotonic() + 10
         while processes(process.pid) and time.monotonic() < deadline:
@@ -758,6 +760,30 @@ def test_what_the_kernel_does_not_give_is_said_once(capsys: pytest.CaptureFixtur
     assert "namespaces: unshare: Operation not permitted" in said
     sandbox._say_what_is_missing({"landlock": "the kernel has none"})  # nothing is lost by that alone
     assert capsys.readouterr().err == ""
+
+
+def test_a_program_that_cannot_be_shut_in_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It is not the program's fault, so it is no verdict: neither that it ended nor that its test failed."""
+
+    def lock(cell: inside.Cell, uid: int | None) -> None:
+        if cell.memory < inside.JUDGE_MEMORY:  # the program's process, not the judge's
+            raise OSError("prctl: Operation not permitted")
+
+    monkeypatch.setattr(inside, "lock", lock)
+    cell = inside.Cell(False, False, False, [], str(tmp_path / "work"), 5.0, 1 << 28, 1 << 20, 1 << 20)
+    text = b'["assert f(1) == 1"]def f(n): return n'
+    reading, writing = os.pipe()
+    with tempfile.TemporaryFile() as file:
+        file.write(text)
+        file.flush()
+        parts = inside.Parts(file.fileno(), (20, len(text) - 20), (0, 20), (0, 0))
+        child = os.fork()
+        if child == 0:
+            inside.run_job(parts, cell, writing)
+    os.close(writing)
+    with os.fdopen(reading) as said:
+        assert json.loads(said.read()) == {"failed": "OSError: prctl: Operation not permitted"}
+    os.waitpid(child, 0)
 
 
 @pytest.mark.slow

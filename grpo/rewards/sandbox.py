@@ -24,9 +24,8 @@ own that is deleted afterwards, and seccomp from sockets and processes; what is 
 What it does not cover:
   - a bug of the kernel itself: for programs of an adversary, rather than of a model in training, use a virtual machine
   - side channels, and the load on the machine: programs run side by side with the training, for as long as they may
-  - without namespaces: that files exist, and how large they are, can be seen outside; /tmp is a folder on the disk,
-    whose files are limited one by one and not in their sum, and the
-    machine's name can be seen
+  - without namespaces: that files exist, and how large they are, can be seen outside, as can the machine's name; what
+    it writes is in a folder on the disk, whose files are limited one by one and not in their sum
   - without namespaces and Landlock: the user's files can be read, and be written to
   - without seccomp as well: sockets can be opened, and the user's other processes be killed
   - tests that are wrong: a test that passes without the program's help pays for nothing, and what it does not ask for

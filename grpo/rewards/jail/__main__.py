@@ -89,8 +89,9 @@ def end(job: Running, cell: inside.Cell, keep: set[int]) -> None:
     for orphan in children() - keep:
         os.kill(orphan, signal.SIGKILL)
         os.waitpid(orphan, 0)
-    if not cell.namespaces:  # rm, since it may have made folders deeper than Python's own deletes
-        subprocess.run(["rm", "-rf", "--", own_folder(cell, job.number)], stderr=subprocess.DEVNULL)
+    if not cell.namespaces:  # by these, since it may have made folders that are closed, or deeper than Python deletes
+        for command in (["chmod", "-R", "u+rwx"], ["rm", "-rf"]):
+            subprocess.run([*command, "--", own_folder(cell, job.number)], stderr=subprocess.DEVNULL)
 
 
 def refusal(try_it: Callable[[], Any]) -> str | None:

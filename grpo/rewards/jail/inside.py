@@ -312,13 +312,17 @@ def run_job(parts: Parts, cell: Cell, result: int) -> NoReturn:
             be_program(parts, cell, uid, program_end, output)
         program_end.close()
         lock(replace(cell, memory=max(cell.memory, JUDGE_MEMORY)), uid)
-        be_judge(parts, cell, child, judge_end, output, report)
-        os._exit(0)
-    except ProgramError:  # its time was up in the middle of a report
-        os._exit(0)
+        problem = receive(judge_end)  # the program's side is shut in now, or says why not; nothing of the program ran
+        if problem is None:
+            be_judge(parts, cell, child, judge_end, output, report)
+        else:
+            report({"failed": problem})
+    except ProgramError:
+        pass  # its time was up in the middle of a report
     except BaseException as error:
         report({"failed": described(error)})
-        os._exit(1)
+    finally:
+        os._exit(0)
 
 
 def keep_open(*descriptors: int) -> list[int]:
@@ -382,13 +386,19 @@ def be_program(parts: Parts, cell: Cell, uid: int | None, connection: socket.soc
             os.lseek(given, 0, os.SEEK_SET)
             os.dup2(given, 0)
             os.dup2(output, 1)
-        os.dup2(connection.detach(), 3)
-        os.closerange(3 if is_script else 4, os.sysconf("SC_OPEN_MAX"))  # a script has no use for the socket
+        connection = socket.socket(fileno=os.dup2(connection.detach(), 3))
+        os.closerange(4, os.sysconf("SC_OPEN_MAX"))
         os.environ.clear()
-        lock(cell, uid)
+        try:
+            lock(cell, uid)
+        except Exception as error:
+            send(connection, described(error))
+            raise
+        send(connection, None)
         if is_script:
+            connection.close()  # it has no use for one
             run_script(program)
-        serve(socket.socket(fileno=3), program)
+        serve(connection, program)
     finally:
         os._exit(1)
 
