@@ -1336,6 +1336,13 @@ MUTANTS = [
         "_same_output",
         (f"{OF_LIBRARY}test_a_script_is_judged_by_its_lines",),
     ),
+    Mutant(
+        "n-grams twice as long, not as long as asked for",
+        "grpo/rewards/repetition.py",
+        "step = min(size, ngram_size - size)",
+        "step = size",
+        (f"{OF_LIBRARY}test_repetition_is_that_of_trl",),
+    ),
     # The sandbox
     Mutant(
         "sandbox: memory without a limit",
@@ -1392,6 +1399,13 @@ MUTANTS = [
         'send(connection, {"result": pack(result)})',
         'send(connection, {"result": 6765 if result == 6765 else pack(result)})',
         (f"{OF_SANDBOX}test_a_cheat_passes_nothing",),
+    ),
+    Mutant(
+        "sandbox: what could not be shut in blamed on the program",
+        INSIDE,
+        "if problem is None:\n            be_judge",
+        "if True:\n            be_judge",
+        (f"{OF_SANDBOX}test_a_program_that_cannot_be_shut_in_is_an_error",),
     ),
     # Runs
     Mutant(

@@ -1,6 +1,7 @@
 """The reward library: a table of cases for each reward, and what is wrong with its arguments or its rows."""
 
 import json
+import random
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -133,6 +134,16 @@ def test_a_formula_that_takes_too_long_is_wrong_and_the_next_one_is_judged(monke
     assert values({"name": "boxed", "symbolic": True}, ["\\boxed{c+b}"], answer="b+c") == [0]  # nobody there
     symbolic._ask.cache_clear()
     assert values({"name": "boxed", "symbolic": True}, ["\\boxed{c+b}"], answer="b+c") == [1]
+
+
+def test_math_verify_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a world in which every formula is wrong."""
+    symbolic._ask.cache_clear()
+    symbolic._let_go()
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    with pytest.raises(RewardError, match=r"math-verify does not start; try it: /bin/false -m grpo.rewards.symbolic"):
+        values({"name": "boxed", "symbolic": True}, ["\\boxed{a+b}"], answer="b+a")
+    assert symbolic._mathematicians == []
 
 
 def test_without_math_verify_formulas_are_texts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,10 +290,12 @@ def test_repetition_by_hand(ids: list[int], expected: float) -> None:
     assert str(repetition([ids])[0]) != "-0.0"
 
 
-@pytest.mark.parametrize("ngram_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("ngram_size", [1, 2, 3, 5, 7, 40])
 def test_repetition_is_that_of_trl(ngram_size: int) -> None:
     theirs = pytest.importorskip("trl.rewards").get_repetition_penalty_reward(ngram_size, max_penalty=-0.7)
     ids = [[1], [1, 2, 3, 4], [1, 2, 1, 2, 1, 2, 3], [7] * 40, [1, 1, 2, 2, 1, 1, 2, 2], list(range(50))]
+    chance = random.Random(ngram_size)
+    ids += [chance.choices(range(kinds), k=200) for kinds in (2, 3, 20)]
     assert repetition(ids, ngram_size=ngram_size, max_penalty=-0.7) == pytest.approx(theirs(completion_ids=ids))
 
 

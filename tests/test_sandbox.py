@@ -730,10 +730,14 @@ def test_nothing_survives_whoever_started_it() -> None:
 
 
 def test_ctrl_c_ends_a_batch(walls: tuple[str, ...]) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where these tests run in the background
     threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
     start = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        sandbox.run([Job("while True: pass")] * 3, Limits(seconds=30), walls=walls)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            sandbox.run([Job("while True: pass")] * 3, Limits(seconds=30), walls=walls)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert time.monotonic() - start < 10
 
 

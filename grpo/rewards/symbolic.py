@@ -26,7 +26,6 @@ STARTING = 60.0  # for the first: sympy is large
 MEMORY = 2 << 30  # bytes
 PACKAGE = "math_verify"
 
-
 _WORD = re.compile(r"\\(?:text|textbf|mathrm|mbox)\{([^{}]*)\}")
 _NOTHING = re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\[!,;: ]|[$\s]")
 
@@ -76,7 +75,9 @@ class _Mathematician:
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is not for it
         )
-        self.answer(STARTING)
+        if self.answer(STARTING) is None:  # without it every formula would be wrong, and nobody know
+            self.end()
+            raise RuntimeError(f"math-verify does not start; try it: {sys.executable} -m {__name__}")
 
     def answer(self, seconds: float) -> bool | None:
         """Its next line; None where it says nothing in time."""
