@@ -1337,10 +1337,10 @@ MUTANTS = [
         (f"{OF_LIBRARY}test_a_script_is_judged_by_its_lines",),
     ),
     Mutant(
-        "n-grams twice as long, not as long as asked for",
+        "the last n-gram left out",
         "grpo/rewards/repetition.py",
-        "step = min(size, ngram_size - size)",
-        "step = size",
+        "(len(ids) - ngram_size + 1)",
+        "(len(ids) - ngram_size)",
         (f"{OF_LIBRARY}test_repetition_is_that_of_trl",),
     ),
     # The sandbox

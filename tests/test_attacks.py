@@ -45,6 +45,7 @@ VARIANTS: list[Any] = [
     *((name, {}) for name in CASES if name != "classifier"),
     pytest.param("classifier", {}, marks=pytest.mark.slow),
     ("gsm8k", {"lenient": True}),
+    ("repetition", {"ngram_size": 40}),
     ("boxed", {"symbolic": False}),
     ("boxed", {"symbolic": True}),
     ("format", {"pattern": r"(?s)<reasoning>(\s*.*?)+</reasoning>\s*<answer>(.*?)+</answer>\s*"}),
@@ -94,7 +95,7 @@ def loaded(name: str, arguments: dict[str, Any], classifier: str) -> Reward:
 
 def values(reward: Reward, completions: list[str]) -> list[float]:
     """A token a word."""
-    ids = [[hash(word) for word in text.split()] or [0] for text in completions]
+    ids = [[hash(word) & 0xFFFFFF for word in text.split()] or [0] for text in completions]
     return score_completions([reward], [SAMPLE] * len(completions), completions, ids).combined.tolist()
 
 

@@ -486,8 +486,8 @@ def test_a_text_longer_than_the_classifier_takes_is_cut(tmp_path: Path) -> None:
         ),
         ({"name": "length", "slope": 1}, "length: length_reward() missing 1 required positional argument: 'target'"),
         (
-            {"name": "repetition", "ngram_size": 101},
-            "repetition: ngram_size: got 101, expected a whole number in 1 ... 100",
+            {"name": "repetition", "ngram_size": 41},
+            "repetition: ngram_size: got 41, expected a whole number in 1 ... 40",
         ),
         ({"name": "repetition", "max_penalty": 1}, "repetition: max_penalty: got 1, expected <= 0"),
         ({"name": "code", "mode": "some"}, "code: mode: got 'some', allowed: fraction | all"),

@@ -1,9 +1,8 @@
 """A text that repeats itself: the share of its n-grams of tokens that it has written before, as a penalty."""
 
+from array import array
 from collections.abc import Sequence
 from typing import Any
-
-import numpy as np
 
 from grpo.rewards.base import RewardFn, RewardValue, check_count, check_numbers, declare
 
@@ -14,7 +13,7 @@ def repetition_reward(ngram_size: int = 3, max_penalty: float = -1.0) -> RewardF
         reward = max_penalty * (1 - different n-grams / all n-grams)
 
     Args:
-        ngram_size: tokens, 1 ... 100. A completion of fewer tokens repeats nothing.
+        ngram_size: tokens, 1 ... 40. A completion of fewer tokens repeats nothing.
         max_penalty: <= 0.
 
     Paper: "Demystifying Long Chain-of-Thought Reasoning in LLMs" (2502.03373) appendix C.2; as in TRL.
@@ -22,7 +21,7 @@ def repetition_reward(ngram_size: int = 3, max_penalty: float = -1.0) -> RewardF
     >>> repetition_reward(ngram_size=2)(completion_ids=[[1, 2, 3, 4], [5, 5, 5, 5, 5]])
     [0.0, -0.75]
     """
-    check_count("ngram_size", ngram_size, most=100)
+    check_count("ngram_size", ngram_size, most=40)
     check_numbers(max_penalty=max_penalty)
     if max_penalty > 0:
         raise ValueError(f"max_penalty: got {max_penalty!r}, expected <= 0")
@@ -39,20 +38,12 @@ def repetition_reward(ngram_size: int = 3, max_penalty: float = -1.0) -> RewardF
 
 
 def num_different(ids: Sequence[int], ngram_size: int) -> int:
-    """How many different n-grams there are; `ids` holds at least one.
-
-    Every n-gram gets a number, the same for equal ones. Two numbers make that of a longer n-gram, up to twice as long,
-    so n = 100 takes seven passes rather than a hundred.
+    """How many different n-grams there are; as slices of bytes they are compared far faster than as tuples.
 
     >>> num_different([1, 2, 1, 2, 1], ngram_size=2)
     2
     """
-    numbers, size = np.asarray(ids), 1
-    while True:
-        different, numbers = np.unique(numbers, return_inverse=True)  # numbers are 0, 1, 2, ... now
-        num_repeated = len(numbers) - len(different)
-        if size == ngram_size or num_repeated == 0:  # where none comes twice, no longer one does
-            return len(ids) - ngram_size + 1 - num_repeated
-        step = min(size, ngram_size - size)
-        numbers = numbers[:-step] * len(different) + numbers[step:]
-        size += step
+    tokens = array("i", ids)
+    width, data = tokens.itemsize, tokens.tobytes()
+    starts = range(0, width * (len(ids) - ngram_size + 1), width)
+    return len({data[start : start + width * ngram_size] for start in starts})
