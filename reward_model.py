@@ -51,11 +51,11 @@ from torch import Tensor
 
 from grpo.data import SOURCE, Sample
 from grpo.policy import load_skeleton
+from grpo.rewards.arguments import check_rewards
 from grpo.rewards.base import (
     SAID_OF_ITSELF,
     RewardFn,
     RewardValue,
-    check_numbers,
     declare,
     is_number,
     text_of,
@@ -79,7 +79,7 @@ class MathRewardModel:
     """Right or wrong: the last number of the completion against the sample's "answer", strictly."""
 
     def __init__(self, correct_reward: float = 1.0, wrong_reward: float = 0.0) -> None:
-        check_numbers(correct_reward=correct_reward, wrong_reward=wrong_reward)
+        check_rewards(correct_reward=correct_reward, wrong_reward=wrong_reward)
         self.correct_reward = correct_reward
         self.wrong_reward = wrong_reward
 

@@ -29,7 +29,8 @@ GSM8K = [
     ("<answer>5</answer> <answer>4</answer>", 0.0),
     ("<answer>15</answer>", 0.0),
     ("<answer>3, 5</answer>", 0.0),
-    ("<answer></answer> #### 5", 1.0),
+    ("<answer></answer> #### 5", 0.0),  # an answer, and an empty one
+    ("#### \n5", 0.0),
     ("", 0.0),
 ]
 BOXED = [
@@ -87,6 +88,8 @@ def test_only_an_integer_is_one(text: str, expected: str | None) -> None:
         ("<reasoning><reasoning>a</reasoning><answer>b</answer>", False),
         ("<reasoning>a<answer>b</answer></reasoning>", False),
         ("<reasoning></reasoning><answer></answer>", True),
+        ("<reasoning></answer></reasoning><answer>never closed", False),
+        ("</reasoning><reasoning><answer></answer>", False),
         ("", False),
     ],
 )
@@ -111,6 +114,17 @@ def test_a_hundred_kilobytes_take_no_time(find: Any, unit: str) -> None:
     [
         ({"name": "format", "tags": "answer"}, r"rewards: format: tags: got 'answer', expected names"),
         ({"name": "format", "tags": ["a b"]}, r"rewards: format: tags: got \['a b'\], expected names"),
+        ({"name": "format", "tags": 5}, r"rewards: format: tags: got 5, expected names"),
+        (
+            {"name": "soft_format", "tags": ["a", "a"]},
+            r"rewards: soft_format: tags: got \['a', 'a'\], expected each name",
+        ),
+        ({"name": "integer", "tag": 5}, r"rewards: integer: tag: got 5, expected a name"),
+        ({"name": "correctness", "tag": "<answer>"}, r"rewards: correctness: tag: got '<answer>', expected a name"),
+        (
+            {"name": "gsm8k", "correct_reward": 0, "wrong_reward": 1},
+            r"gsm8k: correct_reward: got 0, expected more than wrong_reward \(1\)",
+        ),
         ({"name": "format", "reward": "much"}, r"rewards: format: reward: got 'much', expected a finite number"),
         ({"name": "gsm8k", "correct_reward": None}, r"rewards: gsm8k: correct_reward: got None"),
     ],

@@ -107,6 +107,53 @@ def test_boxed_formulas_are_compared_as_mathematics(answer: str, completion: str
     assert values({"name": "boxed", "symbolic": False}, [completion], answer=answer) == [0]
 
 
+REWRITTEN = [  # what the prompt asks about, the answer, the same formula in other words, the answer in other words
+    ("Simplify $\\sqrt{50}+\\sqrt{2}$.", "6\\sqrt{2}", "\\sqrt{2}+\\sqrt{50}", "6 \\sqrt{2}"),
+    ("Simplify $\\sqrt{50}+\\sqrt{2}$.", "6\\sqrt{2}", "\\sqrt{50}+\\sqrt{2}+0", "6\\sqrt{2}."),
+    ("Simplify \\(\\sqrt{50}+\\sqrt{2}\\).", "6\\sqrt{2}", "\\sqrt{50}+\\sqrt2", "$6\\sqrt{2}$"),
+    ("Expand $$(x+1)^2$$", "x^2+2x+1", "(1+x)^2", "x^2 + 2x + 1"),
+    ("Factor \\[x^2-1\\]", "(x-1)(x+1)", "-1+x^2", "\\left(x-1\\right)(x+1)"),
+    ("Evaluate $\\int_0^1 \\frac{1}{1+x^2} dx$.", "\\frac{\\pi}{4}", "\\int_0^1 \\frac{1}{1+t^2} dt", "\\pi/4"),
+    ("How long is the diagonal?", "6\\sqrt{2}", "7=6\\sqrt{2}", "d=\\sqrt{72}"),
+    ("In base 7?", "5_7", "5", "5_7"),
+    ("In base 7?", "5_7", "5_{8}", "5_{7}"),
+    ("Which colour?", "red", "der", "\\text{red}"),
+    ("What is the limit?", "\\frac{e}{2}", "\\lim_{n\\to\\infty}\\frac{(1+1/n)^n}{2}", "e/2"),
+]
+
+
+@pytest.mark.parametrize(("prompt", "answer", "rewritten", "right"), REWRITTEN)
+def test_a_formula_that_only_says_the_question_again_is_no_answer(
+    prompt: str, answer: str, rewritten: str, right: str
+) -> None:
+    completions = [f"\\boxed{{{rewritten}}}", f"\\boxed{{{right}}}"]
+    assert values({"name": "boxed", "symbolic": True}, completions, prompt=prompt, answer=answer) == [0, 1]
+
+
+def test_what_sympy_has_no_chance_at_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(symbolic, "_ask", lambda expected, found: pytest.fail(found))
+    towers = ["9^{9^{9}}", "9^9^9", "2^{99999999}", "99999999!", "\\binom{99999999}{9999}", "x^{-10000}"]
+    assert values({"name": "boxed", "symbolic": True}, [f"\\boxed{{{t}}}" for t in towers], answer="x+1") == [0] * 6
+
+
+@pytest.mark.parametrize("nothing", ["$", " $ $ ", "\\left", "\\boxed{\\,}"])
+def test_an_answer_that_is_nothing_is_refused(nothing: str) -> None:
+    """The empty answer would be right."""
+    for name in ("boxed", "correctness"):
+        with pytest.raises(InputError, match=r'row 1: reward \w+: "answer" of .* must be a text or a number'):
+            check_samples(load_rewards([name]), [{"prompt": "p", "answer": nothing}], lambda row: f"row {row + 1}")
+
+
+@pytest.mark.parametrize("text", ["5\\text{ or 6}", "5\\text{, 6}", "5\\mathrm{4}", "5\\text{ m}^6", "5\\text{{}}"])
+def test_a_second_answer_is_no_unit(text: str) -> None:
+    assert number(text) is None
+
+
+@pytest.mark.parametrize("text", ["5\\text{ cm}^2", "5\\text{ m}^{3}", "5\\mathrm{km/h}", "5\\text{ (miles)}"])
+def test_units_do_not_count(text: str) -> None:
+    assert number(text) == 5
+
+
 def test_an_echo_of_the_prompt_is_no_answer() -> None:
     samples = [
         {"prompt": "Simplify $\\sqrt{8}$.", "answer": "2\\sqrt{2}"},
@@ -166,7 +213,7 @@ def test_latex_of_other_dialects_is_the_same() -> None:
         ("#### 72", 1, 1), ("<answer>72.0</answer>", 1, 1), ("#### $72", 1, 1), ("#### 72 apples", 0, 0),
         ("it is 72", 0, 1), ("72 or 73", 0, 0), ("73 or 72", 0, 1), ("", 0, 0), ("#### 7 2", 0, 0),
         ("#### 73\n72", 0, 0),
-        ("<answer>72</answer> #### 73", 1, 1), ("<answer></answer> #### 72", 1, 1), ("<answer>73</answer> 72", 0, 0),
+        ("<answer>72</answer> #### 73", 1, 1), ("<answer></answer> #### 72", 0, 0), ("#### \n72", 0, 0), ("<answer>73</answer> 72", 0, 0),
     ],
 )  # fmt: skip
 def test_gsm8k_strict_and_lenient(completion: str, strict: int, lenient: int) -> None:
@@ -471,13 +518,13 @@ def test_a_text_longer_than_the_classifier_takes_is_cut(tmp_path: Path) -> None:
     ("spec", "message"),
     [
         ({"name": "gsm8k", "lenient": 1}, "gsm8k: lenient: got 1, expected true or false"),
-        ({"name": "boxed", "symbolic": "yes"}, "boxed: symbolic: got 'yes', expected true, false or null"),
+        ({"name": "boxed", "symbolic": "yes"}, "boxed: symbolic: got 'yes', expected true or false"),
         ({"name": "boxed", "correct_reward": True}, "boxed: correct_reward: got True, expected a finite number"),
         ({"name": "xml_count", "tags": []}, "xml_count: tags: got [], expected names"),
         ({"name": "integer", "reward": "x"}, "integer: reward: got 'x', expected a finite number"),
         ({"name": "format", "pattern": "("}, "format: pattern: got '(', which is no regular expression: "),
         ({"name": "format", "pattern": 5}, "format: pattern: got 5, which is no regular expression: "),
-        ({"name": "format", "pattern": "a", "tags": ["a"]}, "format: pattern: got with tags too, allowed: one of them"),
+        ({"name": "format", "pattern": "a", "tags": ["a"]}, "format: pattern: got together with tags, allowed: one"),
         ({"name": "length", "target": 0, "slope": 1}, "length: target: got 0, expected a whole number >= 1"),
         ({"name": "length", "target": 5, "slope": 0}, "length: slope: got 0, expected > 0"),
         (
@@ -491,9 +538,14 @@ def test_a_text_longer_than_the_classifier_takes_is_cut(tmp_path: Path) -> None:
         ),
         ({"name": "repetition", "max_penalty": 1}, "repetition: max_penalty: got 1, expected <= 0"),
         ({"name": "code", "mode": "some"}, "code: mode: got 'some', allowed: fraction | all"),
-        ({"name": "code", "timeout": 0}, "code: timeout: got 0, expected > 0"),
-        ({"name": "code", "memory_mb": 1}, "code: memory_mb: got 1, expected a whole number >= 64"),
-        ({"name": "code", "parallel": 0}, "code: parallel: got 0, expected a whole number >= 1"),
+        ({"name": "code", "timeout": 0}, "code: timeout: got 0, expected seconds, more than 0 and at most 3600"),
+        ({"name": "code", "timeout": 1e30}, "code: timeout: got 1e+30, expected seconds"),
+        ({"name": "code", "memory_mb": 1}, "code: memory_mb: got 1, expected a whole number in 64 ... 1048576"),
+        ({"name": "code", "memory_mb": 1 << 44}, "code: memory_mb: got 17592186044416, expected a whole number in 64"),
+        ({"name": "code", "bare": 7}, "code: bare: got 7, expected true or false"),
+        ({"name": "classifier", "model": None}, "classifier: model: got None, expected a folder or a name on the Hub"),
+        ({"name": "classifier", "model": "x", "output": False}, "classifier: output: got False, allowed: logit | prob"),
+        ({"name": "code", "parallel": 0}, "code: parallel: got 0, expected a whole number in 1 ... 1024"),
         ({"name": "classifier"}, "classifier: classifier_reward() missing 1 required positional argument: 'model'"),
         ({"name": "classifier", "model": "./nowhere"}, "classifier: model: there is no folder './nowhere'"),
         (

@@ -21,7 +21,7 @@ def after_mark(text: str, mark: str = "####") -> str | None:
     '15'
     """
     _, found, rest = text.rpartition(mark)
-    return rest.strip().split("\n")[0].strip() if found else None
+    return rest.split("\n")[0].strip() if found else None
 
 
 LONGEST_BOX = 10_000  # characters: what is longer is no answer
@@ -55,7 +55,9 @@ def elements_at_start(text: str, tags: Sequence[str]) -> str | None:
         opening, closing = f"<{tag}>", f"</{tag}>"
         if text.count(opening) != 1 or text.count(closing) != 1 or not rest.lstrip().startswith(opening):
             return None
-        rest = rest.partition(closing)[2]
+        _, is_closed, rest = rest.partition(closing)
+        if not is_closed:  # its closing tag stood before
+            return None
     return rest
 
 

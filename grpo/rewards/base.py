@@ -32,18 +32,3 @@ def text_of(completion: str | list[dict[str, str]]) -> str:
 def is_number(value: Any) -> bool:
     """A real number that float32 can hold."""
     return isinstance(value, numbers.Real) and -LARGEST <= value <= LARGEST  # type: ignore[operator]
-
-
-def check_numbers(**arguments: Any) -> None:
-    """A ValueError for the argument of a reward that is no number."""
-    for name, value in arguments.items():
-        if not is_number(value) or isinstance(value, bool):
-            raise ValueError(f"{name}: got {value!r}, expected a finite number")
-
-
-def check_count(name: str, value: Any, least: int = 1, most: int | None = None, what: str = "") -> None:
-    """A ValueError for an argument that is no whole number from `least` to `most`, which is called `what`."""
-    if type(value) is not int or value < least or (most is not None and value > most):
-        limit = f"{what} ({most})" if what else most
-        allowed = f"a whole number >= {least}" if most is None else f"a whole number in {least} ... {limit}"
-        raise ValueError(f"{name}: got {value!r}, expected {allowed}")

@@ -3,7 +3,6 @@
 It says what it was trained to like, which a policy will find out: watch samples, and keep a KL.
 """
 
-from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,15 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BatchEncoding,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from grpo.errors import InputError
 from grpo.policy import choose_device, disable_dropout, find_model
-from grpo.rewards.base import RewardFn, RewardValue, check_count, declare, text_of
+from grpo.rewards.arguments import check_choice, check_count
+from grpo.rewards.base import RewardFn, RewardValue, declare, text_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 READS = ("conversation", "completion")
@@ -35,7 +36,7 @@ def classifier_reward(
     output: str | None = None,
     reads: str = "conversation",
     batch_size: int = 16,
-    max_length: int = 1024,
+    max_length: int | None = None,
     device: str = "auto",
     dtype: str = "float32",
 ) -> RewardFn:
@@ -50,22 +51,20 @@ def classifier_reward(
             the other; completion = the completion alone.
         batch_size: texts a forward pass.
         max_length: tokens of a text; of a longer one the end is cut off (its beginning, where the tokenizer says so).
+            None: 1024, or as many as the classifier can read where those are fewer.
         device, dtype: the classifier's own. auto = where a GPU is, there.
 
     Raises:
         ValueError: there is no such model or label, or an argument is not among what is allowed.
     """
-    choices: dict[str, tuple[Any, Sequence[str]]] = {
-        "reads": (reads, READS),
-        "output": (output or "logit", OUTPUTS),
-        "device": (device, DEVICES),
-        "dtype": (dtype, list(DTYPES)),
-    }
-    for name, (value, allowed) in choices.items():
-        if value not in allowed:
-            raise ValueError(f"{name}: got {value!r}, allowed: {' | '.join(allowed)}")
+    if not isinstance(model, str):
+        raise ValueError(f"model: got {model!r}, expected a folder or a name on the Hub")
+    check_choice("reads", reads, READS)
+    if output is not None:
+        check_choice("output", output, OUTPUTS)
+    check_choice("device", device, DEVICES)
+    check_choice("dtype", dtype, list(DTYPES))
     check_count("batch_size", batch_size)
-    check_count("max_length", max_length)
     try:
         source, chosen = find_model(model), choose_device(device)
     except InputError as error:
@@ -79,7 +78,12 @@ def classifier_reward(
         found = ", ".join(config.architectures or ["nothing"])
         raise ValueError(f"model: {model!r} is no sequence classifier, but {found}")
     index = _label_number(label, config.id2label)
-    as_probability = (output or ("logit" if len(config.id2label) == 1 else "probability")) == "probability"
+    if output is None:
+        output = "logit" if len(config.id2label) == 1 else "probability"
+    num_readable = _num_readable(config, tokenizer)
+    if max_length is None:
+        max_length = min(1024, num_readable)
+    check_count("max_length", max_length, most=num_readable, what="what the classifier can read")
 
     def classifier_fn(prompts: list, completions: list, **_: Any) -> list[RewardValue]:
         classifier = _load(source, chosen, dtype, tokenizer)
@@ -100,13 +104,19 @@ def classifier_reward(
                 return_tensors="pt",
             )
             logits = _logits(classifier, inputs)  # (b, labels)
-            if as_probability:
+            if output == "probability":
                 logits = logits.softmax(1) if logits.shape[1] > 1 else logits.sigmoid()
             for row, value in zip(rows, logits[:, index].tolist(), strict=True):
                 values[row] = value
         return values
 
     return declare(classifier_fn, full_mark=None)
+
+
+def _num_readable(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of the longest text that the classifier takes: a RoBERTa has more positions than it can use."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return min(positions or tokenizer.model_max_length, tokenizer.model_max_length)
 
 
 def _label_number(label: str | int | None, names: dict[int, str]) -> int:

@@ -14,7 +14,8 @@ import ast
 from collections.abc import Sequence
 from typing import Any
 
-from grpo.rewards.base import RewardFn, RewardValue, check_count, check_numbers, declare, text_of
+from grpo.rewards.arguments import check_choice, check_count, check_flag, check_numbers
+from grpo.rewards.base import RewardFn, RewardValue, declare, text_of
 from grpo.rewards.calls import short
 from grpo.rewards.jail.inside import names_of_program
 from grpo.rewards.sandbox import Job, Limits, check_platform, run
@@ -22,6 +23,7 @@ from grpo.rewards.sandbox import Job, Limits, check_platform, run
 Test = str | dict[str, str]
 FENCE = "```"
 MODES = ("fraction", "all")
+LONGEST = 3600  # seconds that a timeout may be
 
 
 def code_block(text: str, *, bare: bool = False) -> str | None:
@@ -89,14 +91,14 @@ def code_reward(
         parallel: programs at a time; None: as many as there are cores.
         bare: a completion without any fenced block is a program as it stands.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode: got {mode!r}, allowed: {' | '.join(MODES)}")
+    check_choice("mode", mode, MODES)
     check_numbers(timeout=timeout)
-    if timeout <= 0:
-        raise ValueError(f"timeout: got {timeout!r}, expected > 0")
-    check_count("memory_mb", memory_mb, least=64)
+    if not 0 < timeout <= LONGEST:
+        raise ValueError(f"timeout: got {timeout!r}, expected seconds, more than 0 and at most {LONGEST}")
+    check_count("memory_mb", memory_mb, least=64, most=1 << 20)
     if parallel is not None:
-        check_count("parallel", parallel)
+        check_count("parallel", parallel, most=1024)
+    check_flag("bare", bare)
     check_platform()
     limits = Limits(seconds=float(timeout), memory_mb=memory_mb)
 

@@ -9,7 +9,8 @@ from decimal import Decimal
 from typing import Any
 
 from grpo.rewards.answers import after_mark, between_tags, boxed
-from grpo.rewards.base import RewardFn, RewardValue, check_numbers, declare, text_of
+from grpo.rewards.arguments import check_flag, check_numbers, check_rewards, check_tag
+from grpo.rewards.base import RewardFn, RewardValue, declare, text_of
 from grpo.rewards.numerals import last_integer, number, only_integer
 from grpo.rewards.symbolic import Equality, plain_latex, symbolic_equality
 
@@ -27,7 +28,7 @@ def expected_text(sample: dict[str, Any]) -> str:
         answer = format(Decimal(repr(answer)), "f").removesuffix(".0")  # not 1e-05
     text = str(answer) if type(answer) in (str, int) else ""  # a bool is an int, too
     found = boxed(text) or after_mark(text) or text.strip()
-    if not found:
+    if not plain_latex(found):  # "$" is nothing, too: the empty answer would be right
         raise ValueError(f'"answer" of {sample.get("prompt")!r} must be a text or a number, got {sample["answer"]!r}')
     return found
 
@@ -48,7 +49,7 @@ def _judge(
     wrong_reward: float,
 ) -> RewardFn:
     """`correct_reward` where what `find` finds is the expected answer, else `wrong_reward`."""
-    check_numbers(correct_reward=correct_reward, wrong_reward=wrong_reward)
+    check_rewards(correct_reward=correct_reward, wrong_reward=wrong_reward)
 
     def judge_fn(prompts: list, completions: list, answer: list, **_: Any) -> list[RewardValue]:
         values: list[RewardValue] = []
@@ -92,11 +93,11 @@ def gsm8k_reward(correct_reward: float = 1.0, wrong_reward: float = 0.0, lenient
 
     `lenient`: where neither is there, the last number of the text counts. Of GSM8K's problems all answers are integers.
     """
-    if not isinstance(lenient, bool):
-        raise ValueError(f"lenient: got {lenient!r}, expected true or false")
+    check_flag("lenient", lenient)
+    places: list[Find] = [between_tags, after_mark, *([last_integer] if lenient else [])]
 
-    def find(text: str) -> str | None:
-        return between_tags(text) or after_mark(text) or (last_integer(text) if lenient else None)
+    def find(text: str) -> str | None:  # an empty element is an answer that is wrong, not a place to look elsewhere
+        return next((found for place in places if (found := place(text)) is not None), None)
 
     return _judge(find, same_number, expected_number, correct_reward, wrong_reward)
 
@@ -119,12 +120,14 @@ def boxed_reward(correct_reward: float = 1.0, wrong_reward: float = 0.0, symboli
 
 def correctness_reward(correct_reward: float = 2.0, wrong_reward: float = 0.0, tag: str = "answer") -> RewardFn:
     """What the last <answer> ... </answer> holds against "answer": the recipe's main reward."""
+    check_tag("tag", tag)
     return _judge(lambda text: between_tags(text, tag), same_answer, expected_text, correct_reward, wrong_reward)
 
 
 def integer_reward(reward: float = 0.5, tag: str = "answer") -> RewardFn:
     """`reward` where the last <answer> ... </answer> holds an integer, right or wrong."""
     check_numbers(reward=reward)
+    check_tag("tag", tag)
 
     def integer_fn(completions: list, **_: Any) -> list[RewardValue]:
         found = [between_tags(text_of(completion), tag) for completion in completions]

@@ -8,16 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from grpo.rewards.answers import elements_at_start, in_tag_lines, in_tags, tags_in_place
-from grpo.rewards.base import RewardFn, RewardValue, check_numbers, declare, text_of
+from grpo.rewards.arguments import check_numbers, check_tags
+from grpo.rewards.base import RewardFn, RewardValue, declare, text_of
 
 TAGS = ("reasoning", "answer")
 SECONDS = 0.02  # for one text and a user's pattern
-
-
-def _check_tags(tags: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(tags, str) or not tags or not all(isinstance(tag, str) and tag.isidentifier() for tag in tags):
-        raise ValueError(f"tags: got {tags!r}, expected names, such as [reasoning, answer]")
-    return tuple(tags)
 
 
 def _paid_where(has_form: Callable[[str], bool], reward: float) -> RewardFn:
@@ -29,20 +24,20 @@ def _paid_where(has_form: Callable[[str], bool], reward: float) -> RewardFn:
     return declare(form_fn, full_mark=None)
 
 
-def format_reward(tags: Sequence[str] | None = None, reward: float = 0.5, pattern: str | None = None) -> RewardFn:
+def format_reward(reward: float = 0.5, tags: Sequence[str] | None = None, pattern: str | None = None) -> RewardFn:
     """`reward` for a completion that is these elements in this order and nothing else, or that fits a pattern.
 
     Args:
-        tags: names of the elements; reasoning and answer where neither they nor a pattern are given.
         reward: what is paid.
+        tags: names of the elements; reasoning and answer where neither they nor a pattern are given.
         pattern: a regular expression instead of tags, for the whole text. It has 20 ms, so one that backtracks without
             end pays nothing, and cannot hold up the run.
     """
     if pattern is None:
-        names = _check_tags(TAGS if tags is None else tags)
+        names = check_tags("tags", TAGS if tags is None else tags)
         return _paid_where(lambda text: in_tags(text, names), reward)
     if tags is not None:
-        raise ValueError("pattern: got with tags too, allowed: one of them")
+        raise ValueError("pattern: got together with tags, allowed: one of them")
     import regex  # type: ignore[import-untyped]  # comes with transformers; unlike re it can be told to stop
 
     try:
@@ -61,13 +56,13 @@ def format_reward(tags: Sequence[str] | None = None, reward: float = 0.5, patter
 
 def soft_format_reward(reward: float = 0.5, tags: Sequence[str] = TAGS) -> RewardFn:
     """`reward` for <reasoning> ... </reasoning> <answer> ... </answer> and whatever follows; each tag once."""
-    names = _check_tags(tags)
+    names = check_tags("tags", tags)
     return _paid_where(lambda text: elements_at_start(text, names) is not None, reward)
 
 
 def strict_format_reward(reward: float = 0.5, tags: Sequence[str] = TAGS) -> RewardFn:
     """`reward` for the same with every tag on a line of its own, and nothing before, between or behind."""
-    names = _check_tags(tags)
+    names = check_tags("tags", tags)
     return _paid_where(lambda text: in_tag_lines(text, names), reward)
 
 
@@ -78,7 +73,7 @@ def xml_count_reward(reward: float = 0.125, tags: Sequence[str] = TAGS) -> Rewar
     nothing behind it.
     """
     check_numbers(reward=reward)
-    names = _check_tags(tags)
+    names = check_tags("tags", tags)
 
     def xml_count_fn(completions: list, **_: Any) -> list[RewardValue]:
         return [reward * tags_in_place(text_of(completion), names) for completion in completions]

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from grpo.rewards.base import RewardFn, RewardValue, check_count, check_numbers, declare
+from grpo.rewards.arguments import check_count, check_numbers
+from grpo.rewards.base import RewardFn, RewardValue, declare
 
 
 def length_reward(target: int, slope: float, plateau: int = 0) -> RewardFn:

@@ -52,7 +52,8 @@ _FORMS = re.compile(
     rf"|(?P<whole>[0-9]*)\\[dt]?frac(?:\{{(?P<top>[0-9]+)\}}\{{?(?P<bottom>[0-9]+)\}}?|(?P<digits>[0-9]{{2}}))"
     rf"|(?P<over>[0-9]+)/(?P<under>[0-9]+))"
 )
-_UNIT = re.compile(r"(?:\\?%|\^\\circ|\^\{\\circ\}|\\(?:text|mbox|mathrm)\{[^{}]*\})$")
+# %, a degree sign, or a word as in \text{ cm} or \text{ m}^2: without digits and commas, so no second answer.
+_UNIT = re.compile(r"(?:\\?%|\^\\circ|\^\{\\circ\}|\\(?:text|mbox|mathrm)\{[a-zA-Z ./()-]*\}(?:\^\{?[23]\}?)?)$")
 
 
 def number(text: str) -> Fraction | None:

@@ -4,7 +4,8 @@ from array import array
 from collections.abc import Sequence
 from typing import Any
 
-from grpo.rewards.base import RewardFn, RewardValue, check_count, check_numbers, declare
+from grpo.rewards.arguments import check_count, check_numbers
+from grpo.rewards.base import RewardFn, RewardValue, declare
 
 
 def repetition_reward(ngram_size: int = 3, max_penalty: float = -1.0) -> RewardFn:

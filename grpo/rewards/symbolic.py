@@ -18,6 +18,8 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
+from grpo.rewards.arguments import check_flag
+
 Equality = Callable[[str, str, str], bool]  # expected, found, prompt
 
 LONGEST = 200  # characters of a formula that is looked at
@@ -43,11 +45,12 @@ def plain_latex(text: str) -> str:
 def symbolic_equality(wanted: bool | None) -> Equality:
     """How `boxed` compares formulas: as mathematics if `wanted`, or if None and math-verify is there; else never.
 
-    What merely repeats a part of the prompt is no answer, be it equal to it: the expected text itself is compared
-    before.
+    What merely repeats the question is no answer, be it equal to it. Where a formula of the prompt is equal to the
+    expected one ("Simplify ...", "Expand ...") the form is what was asked for, so no other formula is right; whoever
+    asks has compared the texts before.
     """
-    if wanted is not None and not isinstance(wanted, bool):
-        raise ValueError(f"symbolic: got {wanted!r}, expected true, false or null")
+    if wanted is not None:
+        check_flag("symbolic", wanted)
     is_installed = importlib.util.find_spec(PACKAGE) is not None
     if wanted and not is_installed:
         raise ValueError("symbolic: formulas need the package math-verify: pip install math-verify")
@@ -55,12 +58,43 @@ def symbolic_equality(wanted: bool | None) -> Equality:
         return lambda expected, found, prompt: False
 
     def is_same(expected: str, found: str, prompt: str) -> bool:
-        plain = plain_latex(found)
-        if not plain or max(len(expected), len(found)) > LONGEST or plain in plain_latex(prompt):
+        if max(len(expected), len(found)) > LONGEST or not _is_answer(plain_latex(found), plain_latex(expected)):
             return False
-        return _ask(expected, found)
+        if plain_latex(found) in plain_latex(prompt) or not _ask(expected, found):
+            return False
+        return not any(_ask(expected, formula) for formula in formulas(prompt) if not _WORK.search(formula))
 
     return is_same
+
+
+_WORK = re.compile(r"\\(?:int|sum|prod|lim)(?![a-zA-Z])")  # what was to be worked out is left to sympy
+_HUGE = re.compile(r"\^\{[^{}]*\^|\^.\^|\^\{?-?[0-9]{4}|[0-9]{4}!|\\binom\{[0-9]{4}")  # sympy has no chance
+_BASE = re.compile(r"(?<=[0-9])_\{?([0-9]+)")  # 5_7, which math-verify takes for 5
+
+
+def _is_answer(found: str, expected: str) -> bool:
+    """Is this a formula to be compared with the expected one at all? Both without what makes no difference.
+
+    >>> [_is_answer(found, "6\\\\sqrt{2}") for found in ["x=\\\\sqrt{72}", "7=6\\\\sqrt{2}", "\\\\int_0^1x", "9^{9^9}"]]
+    [True, False, False, False]
+    """
+    is_word = re.fullmatch(r"[a-zA-Z]{3,}", expected)  # not a product of letters: "der" is not "red"
+    is_equation = "=" in re.sub(r"^[a-zA-Z]=", "", found) and "=" not in expected
+    is_open = any(pattern.search(found) and not pattern.search(expected) for pattern in (_WORK, _HUGE))
+    return bool(found) and not (is_word or is_equation or is_open) and _BASE.findall(found) == _BASE.findall(expected)
+
+
+_FORMULA = re.compile(r"\$\$?([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+
+
+def formulas(prompt: str) -> list[str]:
+    """What stands between dollars, \\( and \\), \\[ and \\], where it is not too long to be looked at.
+
+    >>> formulas("Simplify $\\\\sqrt{8}$, or \\\\(x+x\\\\).")
+    ['\\\\sqrt{8}', 'x+x']
+    """
+    found = ["".join(parts).strip() for parts in _FORMULA.findall(prompt)]
+    return [formula for formula in found if 0 < len(formula) <= LONGEST]
 
 
 class _Mathematician:
