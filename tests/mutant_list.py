@@ -16,12 +16,12 @@ class Mutant:
 
 (
     LOOP, LOSS, ADVANTAGES, LOGPROBS, LM_HEAD, ROLLOUT, CACHE, POLICY, CHECKPOINT, RESAMPLE, GAE, CRITIC, PPO,
-    REWARD_MODEL, CHAT, MIXTURE, LORA, SCORES, NUMERALS,
+    SCORING, CHAT, MIXTURE, LORA, SCORES, NUMERALS,
 ) = (
     "train_grpo.py", "grpo/loss.py", "grpo/advantages.py", "grpo/logprobs.py", "grpo/lm_head.py", "grpo/rollout.py",
     "grpo/cache.py", "grpo/policy.py", "grpo/checkpoint.py", "grpo/resample.py", "grpo/gae.py",
-    "grpo/critic.py", "examples/train_ppo.py", "reward_model.py", "grpo/chat.py", "grpo/mixture.py", "grpo/lora.py",
-    "grpo/rewards/scores.py", "grpo/rewards/numerals.py",
+    "grpo/critic.py", "examples/train_ppo.py", "grpo/rewards/scoring.py", "grpo/chat.py", "grpo/mixture.py",
+    "grpo/lora.py", "grpo/rewards/scores.py", "grpo/rewards/numerals.py",
 )  # fmt: skip
 TOKENS = "tests/fidelity/test_traps_tokens.py::"
 REWARDS = "tests/fidelity/test_traps_rewards.py::"
@@ -1098,14 +1098,14 @@ MUTANTS = [
     ),
     Mutant(
         "a completion's reward on its first token",
-        REWARD_MODEL,
+        SCORING,
         "table[row, length - 1] = value",
         "table[row, 0] = value",
         (f"{OF_REWARDS}test_token_rewards_combine_by_weight_and_a_whole_reward_stands_on_the_last_token",),
     ),
     Mutant(
         "token rewards without their weight",
-        REWARD_MODEL,
+        SCORING,
         "(reward.weight * _by_token(",
         "(_by_token(",
         (f"{OF_REWARDS}test_token_rewards_combine_by_weight_and_a_whole_reward_stands_on_the_last_token",),
@@ -1239,14 +1239,14 @@ MUTANTS = [
     ),
     Mutant(
         "rows of one data set scored by another's rewards",
-        REWARD_MODEL,
+        SCORING,
         "rows.setdefault(sample.get(SOURCE), []).append(row)",
         "rows.setdefault(samples[0].get(SOURCE), []).append(row)",
         (f"{OF_MIXTURE}test_rows_of_one_data_set_are_not_scored_by_the_rewards_of_another",),
     ),
     Mutant(
         "scores of a mixture in another order than its rows",
-        REWARD_MODEL,
+        SCORING,
         "for rows, _ in parts for row in rows]).argsort()",
         "for rows, _ in parts for row in rows])",
         (f"{OF_MIXTURE}test_rows_of_one_data_set_are_not_scored_by_the_rewards_of_another",),
@@ -1275,7 +1275,7 @@ MUTANTS = [
     ),
     Mutant(
         "two bad factors multiplied into a good one",
-        REWARD_MODEL,
+        SCORING,
         'if combine == "product":',
         "if False:",
         (f"{OF_LIBRARY}test_a_product_takes_no_negative_factor",),

@@ -82,7 +82,9 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> str:
         model.score.weight.zero_()
         model.score.weight[1, 0] = 10.0
     model.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
+    tokenizer = make_tokenizer()
+    tokenizer.model_max_length = 4096
+    tokenizer.save_pretrained(folder)
     return str(folder)
 
 

@@ -19,7 +19,7 @@ from grpo.rewards.answers import in_tag_lines, tags_in_place
 from grpo.rewards.code import code_block
 from grpo.rewards.numerals import number
 from grpo.rewards.symbolic import plain_latex
-from reward_model import RewardError, check_samples, load_rewards, required_columns, score_completions
+from reward_model import Reward, RewardError, check_samples, load_rewards, required_columns, score_completions
 from tests.conftest import VOCABULARY, make_tokenizer
 
 
@@ -213,7 +213,8 @@ def test_latex_of_other_dialects_is_the_same() -> None:
         ("#### 72", 1, 1), ("<answer>72.0</answer>", 1, 1), ("#### $72", 1, 1), ("#### 72 apples", 0, 0),
         ("it is 72", 0, 1), ("72 or 73", 0, 0), ("73 or 72", 0, 1), ("", 0, 0), ("#### 7 2", 0, 0),
         ("#### 73\n72", 0, 0),
-        ("<answer>72</answer> #### 73", 1, 1), ("<answer></answer> #### 72", 0, 0), ("#### \n72", 0, 0), ("<answer>73</answer> 72", 0, 0),
+        ("<answer>72</answer> #### 73", 1, 1), ("<answer></answer> #### 72", 0, 0), ("#### \n72", 0, 0),
+        ("<answer>73</answer> 72", 0, 0),
     ],
 )  # fmt: skip
 def test_gsm8k_strict_and_lenient(completion: str, strict: int, lenient: int) -> None:
@@ -531,7 +532,7 @@ def test_a_text_longer_than_the_classifier_takes_is_cut(tmp_path: Path) -> None:
             {"name": "length", "target": 5, "slope": 1, "plateau": -1},
             "length: plateau: got -1, expected a whole number",
         ),
-        ({"name": "length", "slope": 1}, "length: length_reward() missing 1 required positional argument: 'target'"),
+        ({"name": "length", "slope": 1}, "length: got no target, which it needs"),
         (
             {"name": "repetition", "ngram_size": 41},
             "repetition: ngram_size: got 41, expected a whole number in 1 ... 40",
@@ -546,7 +547,7 @@ def test_a_text_longer_than_the_classifier_takes_is_cut(tmp_path: Path) -> None:
         ({"name": "classifier", "model": None}, "classifier: model: got None, expected a folder or a name on the Hub"),
         ({"name": "classifier", "model": "x", "output": False}, "classifier: output: got False, allowed: logit | prob"),
         ({"name": "code", "parallel": 0}, "code: parallel: got 0, expected a whole number in 1 ... 1024"),
-        ({"name": "classifier"}, "classifier: classifier_reward() missing 1 required positional argument: 'model'"),
+        ({"name": "classifier"}, "classifier: got no model, which it needs"),
         ({"name": "classifier", "model": "./nowhere"}, "classifier: model: there is no folder './nowhere'"),
         (
             {"name": "classifier", "model": "x", "reads": "all"},
@@ -554,6 +555,11 @@ def test_a_text_longer_than_the_classifier_takes_is_cut(tmp_path: Path) -> None:
         ),
         ({"name": "classifier", "model": "x", "device": "tpu"}, "classifier: device: got 'tpu', allowed: auto | cpu"),
         ({"name": "classifier", "model": "x", "dtype": "int8"}, "classifier: dtype: got 'int8', allowed: float32"),
+        (
+            {"name": "math", "weigth": 2},
+            "math: got 'weigth', allowed: weight, as, correct_reward, wrong_reward; did you",
+        ),
+        ({"name": "math", "as": "a b"}, "math: as: got 'a b', expected a name without spaces and slashes"),
         ({"name": "correctnes"}, "got 'correctnes', allowed: math"),
     ],
 )
@@ -623,8 +629,6 @@ def test_combine_by_hand() -> None:
     def fn(*numbers: float | None) -> Callable[..., Any]:
         return lambda prompts, completions, **_: list(numbers)
 
-    from reward_model import Reward
-
     rewards = [
         Reward("a", fn(1.0, 0.5, None, None, 0.0), 1.0),
         Reward("b", fn(0.5, None, 1.0, None, 1.0), 3.0),
@@ -647,17 +651,20 @@ def test_a_product_takes_no_negative_factor() -> None:
     assert load_rewards(["math", {"name": "format", "weight": -1}], "sum")
     with pytest.raises(InputError, match="allowed with combine mean: >= 0"):
         load_rewards(["math", {"name": "format", "weight": -1}], "mean")
-    rewards = load_rewards(["math", "repetition"], "product")
-    sample = {"prompt": "p", "answer": 5}
-    with pytest.raises(
-        RewardError, match=r"reward repetition returned -0.8 for 'p', expected >= 0 with combine product"
-    ):
-        score_completions(rewards, [sample], ["5"], [[1] * 7], combine="product")
+    negative: list[dict[str, Any]] = [
+        {"name": "repetition"}, {"name": "overlong", "max_length": 3, "cache": 1}, {"name": "gsm8k", "wrong_reward": -1},
+        {"name": "format", "reward": -0.5}, {"name": "xml_count", "reward": -1}, {"name": "integer", "reward": -1},
+    ]  # fmt: skip
+    for spec in negative:
+        with pytest.raises(InputError, match=rf"rewards: {spec['name']}: its values may be negative \(down to -"):
+            load_rewards(["math", spec], "product")
+        assert load_rewards(["math", spec | {"weight": 0}], "product")
+    reward = Reward("mine", lambda prompts, completions, **_: [-0.8], 1.0)  # it had not said so
+    with pytest.raises(RewardError, match=r"reward mine returned -0.8 for 'p', expected >= 0 with combine product"):
+        score_completions([reward], [{"prompt": "p"}], ["5"], [[1] * 7], combine="product")
 
 
 def test_a_long_completion_is_shortened_in_an_error() -> None:
-    from reward_model import Reward
-
     def culprit(prompts: list, completions: list, **_: Any) -> list[float]:
         raise ValueError("no")
 

@@ -432,7 +432,9 @@ def test_a_misspelt_argument_of_a_users_reward_is_named() -> None:
     """Without the check **kwargs would swallow it, and the weight would silently stay 1."""
     (reward,) = load_rewards([{"name": "tests.toy_rewards:scaled", "scale": 3.0, "weight": 0.5}])
     assert reward.fn(prompts=["p"], completions=["c"]) == [3.0]
-    with pytest.raises(InputError, match=r"tests.toy_rewards:scaled: got 'wieght', allowed: weight, scale"):
+    with pytest.raises(
+        InputError, match=r"tests.toy_rewards:scaled: got 'wieght', allowed: weight, as, scale; did you mean weight"
+    ):
         load_rewards([{"name": "tests.toy_rewards:scaled", "wieght": 0.5}])
 
 
@@ -593,5 +595,5 @@ def test_wrong_arguments_of_overlong_are_named(arguments: dict[str, Any], messag
 
 
 def test_overlong_must_be_told_how_long_is_too_long() -> None:
-    with pytest.raises(InputError, match=r"^rewards: overlong: .*'cache'"):
+    with pytest.raises(InputError, match=r"^rewards: overlong: got no cache"):
         load_rewards([{"name": "overlong", "max_length": 9}])

@@ -1,5 +1,6 @@
 """Reward functions as a user would write them in a module of their own."""
 
+import sys
 import time
 from typing import Any
 
@@ -41,3 +42,23 @@ def slow(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
 def never(prompts: list[str], completions: list[str], **_: Any) -> list[None]:
     """A reward that applies to nothing."""
     return [None for _ in completions]
+
+
+def brief(completions: list[str], limit: int = 3) -> list[float]:
+    """Names what it wants, and no **columns."""
+    return [float(len(text) <= limit) for text in completions]
+
+
+def exits(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+    """Ends the process, as a script does whose author did not think of a library."""
+    sys.exit(0)
+
+
+async def waits(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+    """TRL awaits such a function."""
+    return [0.0 for _ in completions]
+
+
+def logs(prompts: list[str], completions: list[str], log_metric: Any, **_: Any) -> list[float]:
+    """TRL hands its logger on."""
+    return [0.0 for _ in completions]

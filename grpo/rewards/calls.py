@@ -1,7 +1,7 @@
 """Calling a reward function: it may be anybody's code, so what it raises or returns is checked, and named."""
 
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,27 @@ def call(
     prompts = given["prompts"]
     try:
         values = fn(**{key: list(column) for key, column in given.items()})  # its own lists: it may edit them
-    except Exception as error:  # a user's function may raise anything; it must stop the run, by name
+    except (Exception, SystemExit) as error:  # a user's function may raise anything; it must stop the run, by name
         place = traceback.extract_tb(error.__traceback__)[-1]
         message = f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"
         row = _first_failing_row(fn, given)
         culprit = "" if row is None else f" for prompt {short(prompts[row])}, completion {short(completions[row])}"
         raise RewardError(f"reward {name} raised {message}{culprit}") from error
     return checked(name, values, prompts, lengths)
+
+
+def asked(name: str, attribute: str, fn: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function says that stands in an attribute of a reward; a RewardError where it raises."""
+    try:
+        return fn(*arguments)
+    except (Exception, SystemExit) as error:
+        what = f"reward {name}: its attribute {attribute} raised {described(error)}"
+        raise RewardError(f"{what}, for {', '.join(map(short, arguments))}") from error
+
+
+def described(error: BaseException) -> str:
+    """One line: ValueError: too large."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def short(value: Any, limit: int = 300) -> str:
@@ -50,7 +64,7 @@ def _first_failing_row(fn: RewardFn, given: dict[str, Sequence[Any]]) -> int | N
     for row in range(len(given["prompts"])):
         try:
             fn(**{name: values[row : row + 1] for name, values in given.items()})
-        except Exception:
+        except (Exception, SystemExit):
             return row
     return None
 

@@ -22,7 +22,7 @@ from transformers import (
 from grpo.errors import InputError
 from grpo.policy import choose_device, disable_dropout, find_model
 from grpo.rewards.arguments import check_choice, check_count
-from grpo.rewards.base import RewardFn, RewardValue, declare, text_of
+from grpo.rewards.base import LARGEST, RewardFn, RewardValue, declare, text_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 READS = ("conversation", "completion")
@@ -110,7 +110,7 @@ def classifier_reward(
                 values[row] = value
         return values
 
-    return declare(classifier_fn, full_mark=None)
+    return declare(classifier_fn, full_mark=None, lowest=0.0 if output == "probability" else -LARGEST)
 
 
 def _num_readable(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:

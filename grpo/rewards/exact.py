@@ -69,6 +69,7 @@ def _judge(
     return declare(
         judge_fn,
         full_mark=correct_reward,
+        lowest=wrong_reward,
         has_answer=lambda completion: find(completion) is not None,
         check_sample=expected,
         is_right_leniently=is_right_leniently,
@@ -133,4 +134,4 @@ def integer_reward(reward: float = 0.5, tag: str = "answer") -> RewardFn:
         found = [between_tags(text_of(completion), tag) for completion in completions]
         return [reward if text is not None and only_integer(text) is not None else 0.0 for text in found]
 
-    return declare(integer_fn, full_mark=None)
+    return declare(integer_fn, full_mark=None, lowest=min(reward, 0.0))

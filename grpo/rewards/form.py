@@ -21,7 +21,7 @@ def _paid_where(has_form: Callable[[str], bool], reward: float) -> RewardFn:
     def form_fn(completions: list, **_: Any) -> list[RewardValue]:
         return [reward if has_form(text_of(completion)) else 0.0 for completion in completions]
 
-    return declare(form_fn, full_mark=None)
+    return declare(form_fn, full_mark=None, lowest=min(reward, 0.0))
 
 
 def format_reward(reward: float = 0.5, tags: Sequence[str] | None = None, pattern: str | None = None) -> RewardFn:
@@ -78,4 +78,4 @@ def xml_count_reward(reward: float = 0.125, tags: Sequence[str] = TAGS) -> Rewar
     def xml_count_fn(completions: list, **_: Any) -> list[RewardValue]:
         return [reward * tags_in_place(text_of(completion), names) for completion in completions]
 
-    return declare(xml_count_fn, full_mark=None)
+    return declare(xml_count_fn, full_mark=None, lowest=min(2 * len(names) * reward, 0.0))

@@ -58,4 +58,4 @@ def overlong_reward(max_length: int, cache: int) -> RewardFn:
     def overlong_fn(completion_ids: list, **_: Any) -> list[RewardValue]:
         return [-min(max(len(ids) - (max_length - cache), 0) / cache, 1.0) + 0.0 for ids in completion_ids]  # no -0.0
 
-    return declare(overlong_fn, full_mark=None)
+    return declare(overlong_fn, full_mark=None, lowest=-1.0)

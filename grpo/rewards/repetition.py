@@ -35,7 +35,7 @@ def repetition_reward(ngram_size: int = 3, max_penalty: float = -1.0) -> RewardF
             values.append(max_penalty * repeated + 0.0)  # no -0.0
         return values
 
-    return declare(repetition_fn, full_mark=None)
+    return declare(repetition_fn, full_mark=None, lowest=max_penalty)
 
 
 def num_different(ids: Sequence[int], ngram_size: int) -> int:

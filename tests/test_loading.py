@@ -1,0 +1,122 @@
+"""Entries of the config -> rewards: names, arguments, columns, and what a function says of itself."""
+
+from typing import Any
+
+import pytest
+
+from grpo.errors import InputError
+from reward_model import RewardError, check_samples, load_rewards, required_columns, score_completions
+from tests import toy_rewards
+
+MINE = "tests.toy_rewards:"
+
+
+def scores(spec: Any, *completions: str, **sample: Any) -> list[float]:
+    samples = [{"prompt": "p", **sample}] * len(completions)
+    return score_completions(load_rewards([spec]), samples, completions, [[1]] * len(completions)).combined.tolist()
+
+
+# Arguments and columns
+
+
+def test_a_function_may_name_what_it_wants_and_no_more() -> None:
+    assert scores(f"{MINE}brief", "ab", "abcd", answer="5", level=3) == [1, 0]
+    assert scores({"name": f"{MINE}brief", "limit": 1}, "ab") == [0]
+
+
+def test_an_argument_of_the_config_comes_before_a_column_of_its_name() -> None:
+    assert scores({"name": f"{MINE}brief", "limit": 1}, "ab", limit=9) == [0]
+    assert scores({"name": f"{MINE}scaled", "scale": 3.0}, "a", scale=9.0) == [3]
+
+
+def test_a_column_is_no_argument() -> None:
+    """It would be taken and ignored, and rows without the column be scored without it."""
+    assert required_columns(load_rewards([f"{MINE}needs_colour"])[0]) == {"colour"}
+    with pytest.raises(InputError, match="needs_colour: got 'colour', allowed: weight, as$"):
+        load_rewards([{"name": f"{MINE}needs_colour", "colour": "red"}])
+
+
+def test_what_every_function_is_given_is_no_argument() -> None:
+    with pytest.raises(InputError, match="scaled: got 'prompts', allowed: weight, as, scale"):
+        load_rewards([{"name": f"{MINE}scaled", "prompts": ["x"]}])
+
+
+# Names
+
+
+def test_a_reward_may_stand_there_twice_under_two_names() -> None:
+    long, short = {"name": f"{MINE}brief", "as": "long", "limit": 9}, {"name": f"{MINE}brief", "as": "short"}
+    rewards = load_rewards([long, short])
+    assert [reward.name for reward in rewards] == ["long", "short"]
+    assert list(score_completions(rewards, [{"prompt": "p"}], ["abcd"], [[1]]).by_name) == ["long", "short"]
+    with pytest.raises(InputError, match=r"got brief, brief: brief twice; \{name: brief, as: …\} gives another name"):
+        load_rewards([long | {"as": "brief"}, short | {"as": "brief"}])
+
+
+# What TRL's trainer has, and this one has not
+
+
+def test_an_async_function_is_refused() -> None:
+    with pytest.raises(InputError, match="waits: got an async function, expected one that returns its values"):
+        load_rewards([f"{MINE}waits"])
+
+
+def test_what_only_trl_gives_is_named() -> None:
+    with pytest.raises(InputError, match="logs: needs log_metric, which only TRL's own trainer gives"):
+        load_rewards([f"{MINE}logs"])
+
+
+# What goes wrong
+
+
+def test_a_function_that_ends_the_process_does_not() -> None:
+    """The run would end with status 0, nothing saved."""
+    with pytest.raises(RewardError, match=r"exits raised SystemExit: 0 \(toy_rewards.py, line \d+\) for prompt 'p'"):
+        scores(f"{MINE}exits", "a")
+
+
+def test_a_module_that_ends_the_process_is_wrong_input(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ends_at_once.py").write_text("raise SystemExit(0)")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match="rewards: ends_at_once:fn: cannot be used: SystemExit: 0"):
+        load_rewards(["ends_at_once:fn"])
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "message"),
+    [
+        ("full_mark", "one", "got 'one', expected a number"),
+        ("full_mark", float("nan"), "got nan, expected a number"),
+        ("lowest", None, "got None, expected a number"),
+        ("has_answer", True, "got True, expected a function"),
+        ("check_sample", "x", "got 'x', expected a function"),
+        ("is_right_leniently", None, "got None, expected a function"),
+    ],
+)
+def test_an_attribute_that_is_none_is_wrong_input(
+    attribute: str, value: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(toy_rewards.brief, attribute, value, raising=False)
+    with pytest.raises(InputError, match=f"rewards: {MINE}brief: its attribute {attribute}: {message}"):
+        load_rewards([f"{MINE}brief"])
+
+
+def broken(*_: Any) -> float:
+    return 1 / 0
+
+
+@pytest.mark.parametrize("attribute", ["has_answer", "is_right_leniently"])
+def test_an_attribute_that_raises_is_named(attribute: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toy_rewards.brief, attribute, broken, raising=False)
+    message = f"reward {MINE}brief: its attribute {attribute} raised ZeroDivisionError: division by zero, for .*'ab'"
+    with pytest.raises(RewardError, match=message):
+        scores(f"{MINE}brief", "ab")
+
+
+def test_a_check_that_raises_names_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toy_rewards.brief, "check_sample", lambda sample: sample["level"], raising=False)
+    message = f"row 2: reward {MINE}brief: its attribute check_sample raised KeyError: 'level'"
+    with pytest.raises(InputError, match=message):
+        check_samples(
+            load_rewards([f"{MINE}brief"]), [{"prompt": "p", "level": 1}, {"prompt": "p"}], lambda row: f"row {row + 1}"
+        )
