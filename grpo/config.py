@@ -159,10 +159,16 @@ RULES: dict[str, Rule] = {
     "base_steps": _AT_LEAST_0,
     "train_file": _FILE_NAME,
     "eval_file": _FILE_NAME,
-    "datasets": (lambda value: len(value) > 0 and _is_json(value), "a list of at least one data set, as JSON has it"),
+    "datasets": (
+        lambda value: len(value) > 0 and _is_json(value),
+        "a list of at least one data set, no date or .inf in it",
+    ),
     "total_rows": _AT_LEAST_1,
     "single_turn_ratio": (lambda value: 0 <= value <= 1, "in [0, 1]"),
-    "rewards": (lambda value: len(value) > 0 and _is_json(value), "a list of at least one reward, as JSON has it"),
+    "rewards": (
+        lambda value: len(value) > 0 and _is_json(value),
+        "a list of at least one reward, no date or .inf in it",
+    ),
     "reward_clip": _POSITIVE,
     "lora_rank": _AT_LEAST_0,
     "lora_alpha": _POSITIVE,

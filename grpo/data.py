@@ -69,7 +69,7 @@ class JSONLinesDataset(Dataset):
 def json_lines(path: str | Path) -> Iterator[tuple[str, Sample]]:
     """(place, sample) of every line that is not blank."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")  # editors of Windows put a byte order mark first
     except (OSError, UnicodeDecodeError) as error:
         raise unreadable(path, error) from error
     for number, line in enumerate(text.split("\n"), start=1):

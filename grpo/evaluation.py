@@ -258,9 +258,17 @@ def preflight(samples: Sequence[Sample], rollout: Rollout, score_fn: ScoreFn) ->
     """What there is to learn from: P groups sampled from the base, of which only mixed ones say right from wrong.
 
     `samples` are the P prompts; row p * G + g of `rollout` belongs to prompt p.
+
+    Raises:
+        InputError: no reward applies to any of them, so training would teach nothing.
     """
     group_size = len(rollout.completions) // len(samples)
     scores = score_fn([sample for sample in samples for _ in range(group_size)], rollout)
+    if scores.combined.isnan().all():
+        num = len(rollout.completions)
+        raise InputError(
+            f"rewards: none of them applies to any of the first step's {num} completions: nothing to learn"
+        )
     verdicts = _verdicts(scores.is_right)
     kinds: Counter[str] = Counter()
     for start in range(0, len(verdicts), group_size):

@@ -53,7 +53,8 @@ def load_dataset(path: str, columns: Columns = Columns()) -> Dataset:
     if suffix in READERS:
         rows = READERS[suffix](path)
     elif Path(path).exists():
-        raise InputError(f"{path}: got a file that ends in {suffix or 'nothing'!r}, allowed: {', '.join(READERS)}")
+        found = "a folder" if Path(path).is_dir() else f"a file that ends in {suffix or 'nothing'!r}"
+        raise InputError(f"{path}: got {found}, allowed: {', '.join(READERS)}")
     else:
         rows = _hub_rows(path)
     return Dataset(path, ((place, _to_sample(row, number, place, columns)) for number, (place, row) in enumerate(rows)))

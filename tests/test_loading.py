@@ -32,7 +32,7 @@ def test_an_argument_of_the_config_comes_before_a_column_of_its_name() -> None:
 def test_a_column_is_no_argument() -> None:
     """It would be taken and ignored, and rows without the column be scored without it."""
     assert required_columns(load_rewards([f"{MINE}needs_colour"])[0]) == {"colour"}
-    with pytest.raises(InputError, match="needs_colour: got 'colour', allowed: weight, as$"):
+    with pytest.raises(InputError, match=r"needs_colour: got 'colour', allowed: weight, as$"):
         load_rewards([{"name": f"{MINE}needs_colour", "colour": "red"}])
 
 

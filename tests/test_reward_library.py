@@ -512,6 +512,16 @@ def test_a_text_longer_than_the_classifier_takes_is_cut(tmp_path: Path) -> None:
     assert values(spec, ["12345678", "12345678" * 1000])[0] == pytest.approx(values(spec, ["123456789"])[0])
 
 
+def test_of_a_long_text_the_classifier_reads_what_it_can(tmp_path: Path) -> None:
+    name = save_classifier(tmp_path / "c")  # its tokenizer says: 64 tokens at most
+    reads = {"name": "classifier", "model": name, "reads": "completion"}
+    assert values(reads, ["1" * 1000]) == values(reads | {"max_length": 64}, ["1" * 64])
+    message = (
+        "rewards: classifier: max_length: got 65, expected a whole number in 1 ... what the classifier can read (64)"
+    )
+    assert refused(reads | {"max_length": 65}) == message
+
+
 # What is wrong with arguments
 
 
@@ -652,8 +662,9 @@ def test_a_product_takes_no_negative_factor() -> None:
     with pytest.raises(InputError, match="allowed with combine mean: >= 0"):
         load_rewards(["math", {"name": "format", "weight": -1}], "mean")
     negative: list[dict[str, Any]] = [
-        {"name": "repetition"}, {"name": "overlong", "max_length": 3, "cache": 1}, {"name": "gsm8k", "wrong_reward": -1},
-        {"name": "format", "reward": -0.5}, {"name": "xml_count", "reward": -1}, {"name": "integer", "reward": -1},
+        {"name": "repetition"}, {"name": "overlong", "max_length": 3, "cache": 1},
+        {"name": "gsm8k", "wrong_reward": -1}, {"name": "format", "reward": -0.5},
+        {"name": "xml_count", "reward": -1}, {"name": "integer", "reward": -1},
     ]  # fmt: skip
     for spec in negative:
         with pytest.raises(InputError, match=rf"rewards: {spec['name']}: its values may be negative \(down to -"):

@@ -200,6 +200,9 @@ raises, count, nan, text = (late(what) for what in ("raises", "count", "nan", "t
 
 def never(prompts, completions, **_):
     return [None] * len(prompts)
+
+def in_groups(prompts, completions, **_):
+    return [None if len(set(prompts)) == len(prompts) else 1.0 for _ in prompts]
 '''
 
 
@@ -245,10 +248,21 @@ def test_a_reward_that_never_applies_is_said_before_training(
     rows = train(small | {"rewards": rewards, "num_train_steps": 1}, tmp_path / "run")
     assert f"The reward {buggy}:never applies to none of these completions." in capsys.readouterr().out
     assert rows[1][f"rewards/{buggy}:never/mean"] is None
-    alone = {"rewards": f"['{buggy}:never']", "eval_metric": "eval/reward"}
-    with pytest.raises(InputError, match="rewards: none of them applies to any row of eval_file"):
-        train(small | alone, tmp_path / "alone")
-    assert not (tmp_path / "alone").exists()
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        ("never", "rewards: none of them applies to any of the first step's 16 completions: nothing to learn"),
+        ("in_groups", "rewards: none of them applies to any row of eval_file"),
+    ],
+)
+def test_rewards_that_never_apply_are_wrong_input(
+    small: dict[str, Any], tmp_path: Path, buggy: str, reward: str, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        train(small | {"rewards": f"['{buggy}:{reward}']", "eval_metric": "eval/reward"}, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 # python -m reward_model
@@ -302,6 +316,36 @@ def test_completions_may_name_their_prompts_and_lengths_are_the_tokenizers(tried
     ]
 
 
+def test_of_equal_prompts_the_answer_says_which_row(tried: Callable[..., list[str]]) -> None:
+    data = [DATA[0], DATA[0] | {"answer": 6}, DATA[0]]
+    completions = [{"prompt": DATA[0]["prompt"], "completion": "6", "answer": answer} for answer in (5, 6)]
+    lines = tried(data, completions, "--rewards=[math]")
+    assert [line.split()[:2] for line in lines[1:3]] == [["1", "0.000"], ["2", "1.000"]]
+
+
+def test_fewer_completions_than_rows_belong_to_the_first_rows(tried: Callable[..., list[str]]) -> None:
+    lines = tried(DATA, [{"completion": "5"}], "--rewards=[math]")
+    assert [line.split()[:2] for line in lines[1:]] == [["1", "1.000"], ["mean", "1.000"]]
+
+
+def test_why_a_program_earns_no_more_is_said(tried: Callable[..., list[str]]) -> None:
+    tests = ["assert f(1) == 1", {"input": "", "output": "2"}]
+    programs = [
+        "def f(n): return n\nprint(2)",
+        "def f(n): return n\nprint(3)",
+        "def f(n): raise ValueError",
+        "import no",
+    ]
+    completions = [{"completion": f"```python\n{program}\n```"} for program in programs] + [{"completion": "f"}]
+    lines = tried([{"prompt": "p", "tests": tests}] * 5, completions, "--rewards=[code]")
+    assert [line.strip() for line in lines if line.strip().startswith("code: ")] == [
+        "code: printed '3\\n', expected '2'",
+        "code: ValueError",
+        "code: ModuleNotFoundError: No module named 'no'",
+        "code: no block of Python",
+    ]
+
+
 def test_what_looks_wrong_is_said(tried: Callable[..., list[str]]) -> None:
     lines = tried(DATA, [{"completion": "a"}, {"completion": "b"}], "--rewards=[math, 'tests.toy_rewards:never']")
     assert lines[-2:] == [
@@ -314,11 +358,23 @@ def test_what_looks_wrong_is_said(tried: Callable[..., list[str]]) -> None:
 @pytest.mark.parametrize(
     ("data", "completions", "flags", "message"),
     [
-        (DATA, [{"completion": "5"}], [], 'completions.jsonl: 1 lines without a "prompt" for the 2 rows of'),
+        (DATA, [{"completion": "5"}] * 3, [], 'completions.jsonl: 3 lines without a "prompt", but'),
         (DATA, [{"text": "5"}] * 2, [], 'completions.jsonl, line 1: "completion": got None, expected a text'),
         (DATA, [{"completion": "5", "prompt": "?"}], [], "completions.jsonl, line 1: \"prompt\": '?' is in no row of"),
         (DATA, [{"completion": "5", "prompt": DATA[0]["prompt"]}, {"completion": "5"}], [], "1 of 2 lines have"),
-        (DATA, [], [], "0 of 0 lines have"),
+        (DATA, [], [], "completions.jsonl: has no completions"),
+        (
+            [DATA[0], DATA[0] | {"answer": 6}],
+            [{"completion": "5", "prompt": DATA[0]["prompt"]}],
+            [],
+            'completions.jsonl, line 1: "prompt": 2 rows of',
+        ),
+        (
+            DATA,
+            [{"completion": "5", "prompt": DATA[0]["prompt"], "answer": 7}],
+            [],
+            'completions.jsonl, line 1: "answer": no row of',
+        ),
         ([{"prompt": "p"}], [{"completion": "5"}], [], 'data.jsonl, line 1: has no "answer", which reward math needs'),
         (DATA, [{"completion": "5"}] * 2, ["--rewards=[maths]"], "rewards: got 'maths', allowed: math"),
         (DATA, [{"completion": "5"}] * 2, ["--config=configs/mixture.yaml"], "--data: got"),

@@ -13,7 +13,8 @@ RewardValue = float | list[float] | None  # of one completion: as a whole, token
 RewardFn = Callable[..., Sequence[RewardValue]]
 
 LARGEST = 3.4028234663852886e38  # of a float32, in which rewards are combined
-SAID_OF_ITSELF = ("full_mark", "lowest", "has_answer", "check_sample", "is_right_leniently")  # attributes of a function
+# Attributes of a reward function; reward_model.py says what they mean.
+SAID_OF_ITSELF = ("full_mark", "lowest", "has_answer", "check_sample", "is_right_leniently", "explain")
 
 
 def declare(fn: RewardFn, **said: Any) -> RewardFn:

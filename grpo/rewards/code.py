@@ -12,13 +12,14 @@ script prints is compared line by line, but for white space at the end of lines 
 
 import ast
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from grpo.rewards.arguments import check_choice, check_count, check_flag, check_numbers
 from grpo.rewards.base import RewardFn, RewardValue, declare, text_of
 from grpo.rewards.calls import short
 from grpo.rewards.jail.inside import names_of_program
-from grpo.rewards.sandbox import Job, Limits, check_platform, run
+from grpo.rewards.sandbox import Job, Limits, Verdict, check_platform, run
 
 Test = str | dict[str, str]
 FENCE = "```"
@@ -27,14 +28,17 @@ LONGEST = 3600  # seconds that a timeout may be
 
 
 def code_block(text: str, *, bare: bool = False) -> str | None:
-    """What the last fenced block of Python holds, or None. With `bare`, a text without any fence is code as it is.
+    """What the last fenced block of Python holds, or None where there is none, or it does not close.
+
+    With `bare`, a text without any fence is code as it is.
 
     >>> code_block("So:\\n```python\\nx = 1\\n```\\nDone.")
     'x = 1\\n'
     """
     if bare and FENCE not in text:
         return text
-    found, start, is_python = None, None, False
+    found: tuple[int, int] | None = None
+    start, is_python = None, False
     lines = text.splitlines(keepends=True)
     for number, line in enumerate(lines):
         mark = line.strip()
@@ -43,7 +47,8 @@ def code_block(text: str, *, bare: bool = False) -> str | None:
         elif start is not None and mark == FENCE:
             found = (start, number) if is_python else found
             start = None
-    return "".join(lines[slice(*found)]) if found else None
+    is_cut_off = start is not None and is_python  # the last one decides, and it has no end
+    return "".join(lines[slice(*found)]) if found and not is_cut_off else None
 
 
 def tests_of(value: Any) -> list[Test]:
@@ -63,6 +68,7 @@ def tests_of(value: Any) -> list[Test]:
     return tests
 
 
+@lru_cache(maxsize=65536)  # a row's tests are asked for with each of its completions
 def _check_python(number: int, test: str) -> None:
     """A test must be able to fail: it asserts something, about something of the program's."""
     try:
@@ -111,24 +117,27 @@ def code_reward(
         verdicts = run(list(jobs), limits, parallel=parallel)
         values: list[RewardValue] = []
         for row in rows:
-            passed = [
-                right
-                for number, output in row
-                for right in (
-                    verdicts[number].passed
-                    if output is None
-                    else [not verdicts[number].why and _same_output(verdicts[number].output, output)]
-                )
-            ]
+            passed = [is_right for number, output in row for is_right in _passed(verdicts[number], output)]
             share = sum(passed) / len(passed) if passed else 0.0
             values.append(share if mode == "fraction" else float(share == 1.0))
         return values
+
+    def explain(sample: dict[str, Any], completion: str) -> str:
+        program = code_block(completion, bare=bare)
+        if program is None:
+            return "no block of Python"
+        planned = _jobs(program, tests_of(sample["tests"]))
+        for verdict, (_, output) in zip(run([job for job, _ in planned], limits), planned, strict=True):
+            if not all(_passed(verdict, output)):
+                return verdict.why or f"printed {short(verdict.output)}, expected {short(output)}"
+        return ""
 
     return declare(
         code_fn,
         full_mark=1.0,
         has_answer=lambda completion: code_block(completion, bare=bare) is not None,
         check_sample=lambda sample: tests_of(sample["tests"]),
+        explain=explain,
     )
 
 
@@ -140,6 +149,13 @@ def _jobs(program: str | None, tests: Sequence[Test]) -> list[tuple[Job, str | N
     scripts = [test for test in tests if isinstance(test, dict)]
     jobs: list[tuple[Job, str | None]] = [(Job(program, asserts), None)] if asserts else []
     return jobs + [(Job(program, stdin=test["input"]), test["output"]) for test in scripts]
+
+
+def _passed(verdict: Verdict, output: str | None) -> tuple[bool, ...]:
+    """Of asserts one each; of a script, which must print `output`, one."""
+    if output is None:
+        return verdict.passed
+    return (verdict.passed == (True,) and _same_output(verdict.output, output),)
 
 
 def _same_output(written: str, expected: str) -> bool:

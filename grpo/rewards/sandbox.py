@@ -10,9 +10,9 @@ never holds the tests, the expected values or the channel that the verdict goes 
 reach to patch, to read or to forge.
 
 What is around it (grpo/rewards/jail/kernel.py):
-  namespaces    user, process, mount, network, IPC: it sees no other process, no network, and of the files only the
-                libraries of the base Python and of the system, read-only; an empty /tmp in memory is all it can write
-                to, and is gone with it
+  namespaces    user, process, mount, network, IPC, host name: it sees no other process, no network, and of the files
+                only the libraries of the base Python and of the system, read-only; an empty /tmp in memory is all it
+                can write to, and is gone with it
   limits        wall clock (everything in the sandbox is killed), CPU time, memory, size of files and of output, one
                 process with one thread, 64 open files; an empty environment
   privileges    none: no capability, no way to gain one; nobody where we are root
@@ -79,7 +79,7 @@ class Job:
 class Verdict:
     """What became of it."""
 
-    passed: tuple[bool, ...]  # one a test
+    passed: tuple[bool, ...]  # one a test; of a script one, that it ended as it should
     output: str  # what a script printed
     why: str  # the first thing that went wrong, for people; empty where nothing did. Half of it is the program's words
 
@@ -142,8 +142,8 @@ def _verdict(job: Job, lines: Sequence[dict[str, Any]]) -> Verdict:
     found = [line for line in lines if "why" in line]
     expected = 1 if job.tests is None else len(job.tests)
     reasons = [line["why"] for line in found if line["why"]] + ["took too long"] * (len(found) < expected)
-    passed = [line["passed"] for line in found if "passed" in line] if job.tests is not None else []
-    passed += [False] * (len(job.tests or ()) - len(passed))  # its time was up before
+    passed = [line["passed"] if job.tests is not None else not line["why"] for line in found]
+    passed += [False] * (expected - len(passed))  # its time was up before
     output = "".join(line["output"] for line in found if "output" in line)
     why = (reasons[0] if reasons else "").encode("ascii", "backslashreplace").decode()  # some of it is the program's
     return Verdict(tuple(passed), output, why)

@@ -25,11 +25,11 @@ class Scores:
     """The rewards of B completions; NaN = not applicable."""
 
     by_name: dict[str, Tensor]  # each (B,)
-    combined: Tensor  # (B,) sum of weight * value over the applicable rewards of non-zero weight
+    combined: Tensor  # (B,) of the applicable rewards of non-zero weight: see above
     is_right: Tensor  # (B,) 1.0 right, 0.0 wrong: the first reward of the list gives its full mark
     has_answer: Tensor  # (B,) bool: there is something to be right or wrong about
     is_right_leniently: Tensor  # (B,) 1.0, 0.0, or NaN where the first reward knows no lenient way
-    token_rewards: Tensor | None = None  # (B, C) where asked for; a row sums to `combined`, or to 0 where that is NaN
+    token_rewards: Tensor | None = None  # (B, C) where asked for, under combine sum: it is a row's sum, or 0
 
     def select(self, rows: Tensor) -> Self:
         """The scores of these completions alone. `rows`: (b,) indices."""

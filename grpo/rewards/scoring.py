@@ -49,7 +49,8 @@ def score_completions(
     """Score B completions, each with its sample.
 
     With `per_token` a value may be a list, one reward for each of the completion's tokens, and the scores have
-    `token_rewards`, which add up to the sum: a reward for the completion as a whole is then its last token's.
+    `token_rewards`, which add up to the weighted sum (`combine` is sum then): a reward for the completion as a whole is
+    its last token's.
 
     Raises:
         RewardError: a function raised (the first sample it also raises on alone is named), or returned the wrong number

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from grpo.config import Config, SettingsParser, load_config
-from grpo.data import Dataset, json_lines
+from grpo.data import Dataset, Sample, json_lines
 from grpo.errors import InputError
 from grpo.formats import Columns, load_dataset
 from grpo.sources import Source, sources_of
@@ -50,65 +50,91 @@ def try_rewards(
     source: Source,
     check: Callable[[Dataset], object],
     score: Callable[[Sequence[Any], Sequence[str]], "Scores"],
+    explain: Callable[[Any, str], list[str]],
 ) -> str:
     """The table of scores.
 
-    `check` raises an InputError for a row that cannot be scored; `score` takes samples and as many completions.
+    `check` raises an InputError for a row that cannot be scored; `score` takes samples and as many completions;
+    `explain` says in words what keeps a completion from earning more.
     """
     data = load_dataset(arguments.data, Columns(source.prompt_column, source.answer_column))
     check(data)
     rows, completions = paired(data, arguments.data, arguments.completions)
-    return table(rows, completions, score([data[row] for row in rows], completions))
+    samples = [data[row] for row in rows]
+    words = [explain(sample, completion) for sample, completion in zip(samples, completions, strict=True)]
+    return table(rows, completions, score(samples, completions), words)
 
 
 def paired(data: Dataset, data_name: str, path: str) -> tuple[list[int], list[str]]:
     """Which row of the data each completion of a file answers, and its text.
 
+    A line with a "prompt" belongs to the row of that prompt (and of that "answer", if it has one); without any, lines
+    belong to the rows in order, to the first ones where there are fewer of them.
+
     Raises:
-        InputError: a line has no completion, or a prompt that no row has; or neither prompts nor as many lines as rows.
+        InputError: a line has no completion, or belongs to no row, or to several that are not the same; some lines have
+            a prompt and some not; or there are more of them than rows.
     """
     lines = list(json_lines(path))
-    rows: dict[str, int] = {}
-    for row, sample in enumerate(data):
-        rows.setdefault(str(sample["prompt"]), row)
+    if not lines:
+        raise InputError(f"{path}: has no completions")
     for place, line in lines:
         if not isinstance(line.get("completion"), str):
             raise InputError(f'{place}: "completion": got {line.get("completion")!r}, expected a text')
-        if "prompt" in line and str(line["prompt"]) not in rows:
-            raise InputError(f'{place}: "prompt": {line["prompt"]!r} is in no row of {data_name}')
     num_named = sum("prompt" in line for _, line in lines)
-    if not lines or num_named not in (0, len(lines)):
+    if num_named not in (0, len(lines)):
         raise InputError(f'{path}: {num_named} of {len(lines)} lines have a "prompt", expected all or none of them')
-    if num_named == 0 and len(lines) != len(data):
-        raise InputError(f'{path}: {len(lines)} lines without a "prompt" for the {len(data)} rows of {data_name}')
+    if num_named == 0 and len(lines) > len(data):
+        raise InputError(f'{path}: {len(lines)} lines without a "prompt", but {data_name} has only {len(data)} rows')
     texts = [line["completion"] for _, line in lines]
-    return [rows[str(line["prompt"])] if num_named else row for row, (_, line) in enumerate(lines)], texts
+    if num_named == 0:
+        return list(range(len(lines))), texts
+    by_prompt: dict[str, list[int]] = {}
+    for row, sample in enumerate(data):
+        by_prompt.setdefault(str(sample["prompt"]), []).append(row)
+    return [_row_of(line, place, by_prompt, data, data_name) for place, line in lines], texts
 
 
-def table(rows: Sequence[int], completions: Sequence[str], scores: "Scores") -> str:
-    """A line for every completion, then the mean of each column, and what looks wrong."""
+def _row_of(line: Sample, place: str, by_prompt: dict[str, list[int]], data: Dataset, data_name: str) -> int:
+    rows = by_prompt.get(str(line["prompt"]), [])
+    if not rows:
+        raise InputError(f'{place}: "prompt": {line["prompt"]!r} is in no row of {data_name}')
+    if "answer" in line:
+        rows = [row for row in rows if data[row].get("answer") == line["answer"]]
+        if not rows:
+            raise InputError(f'{place}: "answer": no row of {data_name} has {line["answer"]!r} with this prompt')
+    if any(data[row] != data[rows[0]] for row in rows):
+        raise InputError(f'{place}: "prompt": {len(rows)} rows of {data_name} have it; an "answer" can say which one')
+    return rows[0]
+
+
+def table(rows: Sequence[int], completions: Sequence[str], scores: "Scores", words: Sequence[Sequence[str]]) -> str:
+    """A line for every completion, with what there is to say of it, the mean of each column, and what looks wrong."""
     columns = {"reward": scores.combined.tolist()} | {name: v.tolist() for name, v in scores.by_name.items()}
     widths = {name: max(len(name), 8) for name in columns}
     verdicts = {1.0: "yes", 0.0: "no"}
 
     def line(first: Any, numbers: Sequence[float], right: str, text: str) -> str:
-        cells = [
-            f"{'-' if math.isnan(number) else format(number, '.3f'):>{width}}"
-            for number, width in zip(numbers, widths.values(), strict=True)
-        ]
+        cells = [f"{_shown(number):>{width}}" for number, width in zip(numbers, widths.values(), strict=True)]
         return "  ".join([f"{first:>5}", *cells, f"{right:>5}", text]).rstrip()
 
     lines = ["  ".join(["  row", *(f"{name:>{width}}" for name, width in widths.items()), "right", "completion"])]
-    for row, right, text, *numbers in zip(rows, scores.is_right.tolist(), completions, *columns.values(), strict=True):
+    is_right = scores.is_right.tolist()
+    for row, right, text, said, *numbers in zip(rows, is_right, completions, words, *columns.values(), strict=True):
         lines.append(line(row + 1, numbers, verdicts.get(right, "-"), " ".join(text.split())[:60]))
+        lines += [f"       {reason}" for reason in said]
     means = [_mean(values) for values in columns.values()]
-    lines.append(line("mean", means, format(_mean(scores.is_right.tolist()), ".3f"), f"{len(completions)} completions"))
+    lines.append(line("mean", means, _shown(_mean(is_right)), f"{len(completions)} completions"))
     for name, mean in zip(columns, means, strict=True):
         if math.isnan(mean) and name != "reward":
             lines.append(f"The reward {name} applies to none of these completions.")
     if len(completions) > 1 and len(set(columns["reward"])) == 1:
         lines.append("All of them earn the same: there is nothing to learn from such completions.")
     return "\n".join(lines)
+
+
+def _shown(number: float) -> str:
+    return "-" if math.isnan(number) else format(number, ".3f")
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,6 +1,6 @@
-"""Where programs that nobody trusts run, each between four walls. Started by grpo/rewards/sandbox.py, as
+"""Where programs that nobody trusts run, each behind walls of its own. Started by grpo/rewards/sandbox.py, as
 
-    python -S -B -m grpo.rewards.jail
+    python -S -B -m grpo.rewards.jail of-PID
 
 supervisor (__main__.py)   one process a batch: starts the programs, keeps their time, ends what is left of them
   judge (inside.py)        one for each program, the first process of its sandbox: runs the tests

@@ -169,8 +169,8 @@ DENIED = {  # name -> number on x86_64, on aarch64
     "execveat": (322, 281), "kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131), "rt_sigqueueinfo": (129, 138),
     "rt_tgsigqueueinfo": (297, 240), "pidfd_send_signal": (424, 424), "pidfd_open": (434, 434),
     "pidfd_getfd": (438, 438), "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271),
-    "kcmp": (312, 272), "setsid": (112, 157), "setpgid": (109, 154), "setpriority": (141, 140),
-    "prlimit64": (302, 261), "setrlimit": (160, 164), "prctl": (157, 167), "sched_setaffinity": (203, 122),
+    "kcmp": (312, 272), "setsid": (112, 157), "setpgid": (109, 154), "setpriority": (141, 140), "prlimit64": (302, 261),
+    "setrlimit": (160, 164), "prctl": (157, 167), "sched_setaffinity": (203, 122),
     # no file's owner, rights, times or length by its name: Landlock does not ask about these
     "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452), "chown": (92, None),
     "fchown": (93, 55), "lchown": (94, None), "fchownat": (260, 54), "utime": (132, None), "utimes": (235, None),
@@ -178,28 +178,28 @@ DENIED = {  # name -> number on x86_64, on aarch64
     "fsetxattr": (190, 7), "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16),
     "setxattrat": (463, 463), "removexattrat": (466, 466), "file_setattr": (469, 469),
     # no memory that counts as a file, or that a pipe holds; nothing of System V, no queue, no watch
-    "vmsplice": (278, 75), "splice": (275, 76), "tee": (276, 77), "shmat": (30, 196), "shmctl": (31, 195),
-    "semop": (65, 193), "semctl": (66, 191), "semtimedop": (220, 192), "msgsnd": (69, 189), "msgrcv": (70, 188),
-    "msgctl": (71, 187), "mq_unlink": (241, 181), "io_setup": (206, 0), "inotify_init": (253, None),
-    "inotify_init1": (294, 26),
+    "memfd_create": (319, 279), "memfd_secret": (447, 447), "vmsplice": (278, 75), "splice": (275, 76),
+    "tee": (276, 77), "shmat": (30, 196), "shmctl": (31, 195), "semop": (65, 193), "semctl": (66, 191),
+    "semtimedop": (220, 192), "msgsnd": (69, 189), "msgrcv": (70, 188), "msgctl": (71, 187), "mq_unlink": (241, 181),
+    "io_setup": (206, 0), "inotify_init": (253, None), "inotify_init1": (294, 26),
     # no other process's pace
     "sched_setscheduler": (144, 119), "sched_setparam": (142, 118), "sched_setattr": (314, 274),
     "ioprio_set": (251, 30), "migrate_pages": (256, 238), "move_pages": (279, 239), "process_madvise": (440, 440),
-    "process_mrelease": (448, 448), "connect": (42, 203), "bind": (49, 200),
-    "memfd_create": (319, 279), "memfd_secret": (447, 447),
+    "process_mrelease": (448, 448),
     # no network, and nothing that outlives the process
-    "socket": (41, 198), "shmget": (29, 194), "semget": (64, 190), "msgget": (68, 186), "mq_open": (240, 180),
+    "socket": (41, 198), "connect": (42, 203), "bind": (49, 200), "shmget": (29, 194), "semget": (64, 190),
+    "msgget": (68, 186), "mq_open": (240, 180),
     # no new namespaces and mounts
     "unshare": (272, 97), "setns": (308, 268), "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41),
-    "chroot": (161, 51), "open_tree": (428, 428), "move_mount": (429, 429), "fsopen": (430, 430),
-    "fspick": (433, 433), "mount_setattr": (442, 442), "open_by_handle_at": (304, 265),
+    "chroot": (161, 51), "open_tree": (428, 428), "move_mount": (429, 429), "fsopen": (430, 430), "fspick": (433, 433),
+    "mount_setattr": (442, 442), "open_by_handle_at": (304, 265),
     # no parts of the kernel that a program has no use for
     "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282), "io_uring_setup": (425, 425),
     "io_uring_enter": (426, 426), "io_uring_register": (427, 427), "add_key": (248, 217), "request_key": (249, 218),
     "keyctl": (250, 219), "syslog": (103, 116), "fanotify_init": (300, 262), "personality": (135, 92),
     "seccomp": (317, 277),
 }  # fmt: skip
-_OWNER = {  # calls by which a file would send signals, or a socket data, to others: name -> numbers, denied arguments
+_REACHING = {  # what reaches others by an argument: a file's signals, leases and notes, sockets without a connection
     "fcntl": ((72, 25), (8, 10, 15, 1024, 1026)),  # F_SETOWN, F_SETSIG, F_SETOWN_EX, F_SETLEASE, F_NOTIFY
     "socketpair": ((53, 199), (2, 0x802, 0x80002, 0x80802)),  # SOCK_DGRAM, which may send to any address
     "ioctl": ((16, 29), (0x8901, 0x8902)),  # FIOSETOWN, SIOCSPGRP
@@ -216,7 +216,7 @@ def deny_system_calls() -> None:
     numbers = [number for row in DENIED.values() if (number := row[_MACHINE]) is not None]
     program = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, _AUDIT_ARCH[_MACHINE]), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, 0)]
     program += [(_AT_LEAST, 0, 1, 0x40000000), (_RETURN, 0, 0, _EPERM)]  # x32's numbers on x86_64
-    for places, arguments in _OWNER.values():
+    for places, arguments in _REACHING.values():  # numbers of the call, denied values of its second argument
         program.append((_EQUAL, 0, 1 + 2 * len(arguments) + 1, places[_MACHINE]))
         program.append((_LOAD, 0, 0, 24))  # the lower half of the second argument
         for argument in arguments:
