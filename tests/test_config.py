@@ -136,7 +136,7 @@ def test_files_named_in_config_yaml_exist() -> None:
         (f"group_size=0x{'f' * 5000}", "group_size: got int too long to be shown, allowed: < 2**63"),
         (
             "rewards=[2024-01-01]",
-            "rewards: got [datetime.date(2024, 1, 1)], allowed: a list of at least one reward, as",
+            "rewards: got [datetime.date(2024, 1, 1)], allowed: a list of at least one reward, no",
         ),
         ("rewards=&a [*a]", "rewards, line 1: not YAML: *a: aliases are not allowed"),
         ("seed=!!bool x", "seed: not YAML: 'x'"),

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from reward_model import REWARDS, load_rewards, score_completions
+from tests.attacks import attacks
 from tests.test_attacks import ALL
 from tests.test_train import ROOT
 
@@ -58,7 +59,8 @@ def test_its_full_marks_and_columns_are_those_of_the_function(name: str) -> None
 def test_the_reward_in_ten_lines_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
     code = "\n\n".join(block for block in blocks if "counts_to" in block)
-    assert len(blocks[0].strip().splitlines()) <= 11  # the def line, and ten
+    lines = blocks[0].partition("def ")[2].strip().splitlines()
+    assert len(lines) <= 11  # the def line, and ten
     (tmp_path / "my_rewards.py").write_text(code)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "my_rewards", raising=False)  # the README has one, too
@@ -68,6 +70,10 @@ def test_the_reward_in_ten_lines_works(tmp_path: Path, monkeypatch: pytest.Monke
     assert scores.combined.tolist() == pytest.approx([1, 2 / 3, 0, 0, 0, 1 / 3])
     assert scores.is_right.tolist() == [1, 0, 0, 0, 0, 0]
     assert scores.has_answer.tolist() == [True, True, False, True, True, True]
+    message = [{"role": "user", "content": "p"}]
+    for prompt in ("p", message):
+        samples = [{"prompt": prompt, "answer": answer} for answer in ("0", -3, "2")]
+        assert score_completions(rewards, samples, ["", "-3", "1 2"], [[1]] * 3).combined.tolist() == [0, 0, 1]
 
 
 def test_its_config_is_one() -> None:
@@ -80,7 +86,9 @@ def test_its_config_is_one() -> None:
 
 
 def test_its_numbers_are_the_tests() -> None:
-    assert "some four hundred completions" in TEXT
+    assert "over three hundred completions, and with the programs" in TEXT
+    assert "some four hundred" in TEXT
+    assert 300 < len(dict(attacks("p", "1"))) < 350
     assert 350 <= len(ALL) <= 480
 
 
@@ -89,14 +97,8 @@ def test_its_table_of_scores_is_what_the_command_prints(tmp_path: Path) -> None:
     (command,) = re.findall(r"^python -m reward_model .*$", TEXT, flags=re.MULTILINE)
     data = re.search(r"--data (\S+)", command)
     assert data is not None
-    samples = [json.loads(line) for line in (ROOT / data[1]).read_text().splitlines()]
-    prompts = [
-        next(s["prompt"] for s in samples if f"def {name}(" in s["solution"]) for name in ("distance", "is_multiple")
-    ]
-    programs = ["def distance(a, b):\n    return abs(a - b)", "def is_multiple(a, b):\n    return a % b == 0"]
-    pairs = zip(prompts, programs, strict=True)
-    lines = [json.dumps({"prompt": p, "completion": f"```python\n{code}\n```"}) + "\n" for p, code in pairs]
-    (tmp_path / "my_completions.jsonl").write_text("".join(lines))
+    (lines,) = re.findall(r"```json\n(\{\"completion\".*?)\n```\n", TEXT, flags=re.DOTALL)
+    (tmp_path / "my_completions.jsonl").write_text(lines)
     arguments = ["--data", data[1], "--completions", str(tmp_path / "my_completions.jsonl"), "--rewards", "[code]"]
     done = subprocess.run([sys.executable, "-m", "reward_model", *arguments], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == shown
