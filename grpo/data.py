@@ -136,7 +136,7 @@ def model_input(sample: Sample) -> Any:
     return sample["prompt"] if ids is None else ids
 
 
-def text_of(prompt: Prompt) -> str:
+def prompt_text(prompt: Prompt) -> str:
     """A prompt as people read it: messages one after another, each behind its role."""
     if isinstance(prompt, str):
         return prompt

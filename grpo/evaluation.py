@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.advantages import groups_without_spread
-from grpo.data import SOURCE, Sample, model_input, text_of
+from grpo.data import SOURCE, Sample, model_input, prompt_text
 from grpo.errors import InputError
 from grpo.rollout import Rollout, generate_completions
 
@@ -324,7 +324,7 @@ def side_by_side(sample: Sample, completions: dict[str, str]) -> str:
     width = max(map(len, completions))
     expected = f"   (answer: {sample['answer']})" if "answer" in sample else ""
     lines = [f"    {name:{width}}  {_one_line(text)}" for name, text in completions.items()]
-    return "\n".join([f"  {_one_line(text_of(sample['prompt']))}{expected}", *lines])
+    return "\n".join([f"  {_one_line(prompt_text(sample['prompt']))}{expected}", *lines])
 
 
 def _one_line(text: str, limit: int = 300) -> str:

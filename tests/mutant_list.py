@@ -1304,8 +1304,8 @@ MUTANTS = [
     Mutant(
         "a formula copied from the prompt taken for its simplification",
         "grpo/rewards/symbolic.py",
-        " or plain in plain_latex(prompt):",
-        ":",
+        "if plain_latex(found) in plain_latex(prompt) or not _ask(",
+        "if not _ask(",
         (f"{OF_LIBRARY}test_an_echo_of_the_prompt_is_no_answer",),
     ),
     Mutant(
@@ -1325,16 +1325,44 @@ MUTANTS = [
     Mutant(
         "tests that were not run left out of the share",
         "grpo/rewards/sandbox.py",
-        "passed += [False] * (len(job.tests or ()) - len(passed))",
+        "passed += [False] * (expected - len(passed))",
         "passed += []",
         (f"{OF_SANDBOX}test_a_test_that_does_not_end_is_ended",),
     ),
     Mutant(
         "a script that failed judged by what it had printed",
         "grpo/rewards/code.py",
-        "not verdicts[number].why and _same_output",
+        "verdict.passed == (True,) and _same_output",
         "_same_output",
         (f"{OF_LIBRARY}test_a_script_is_judged_by_its_lines",),
+    ),
+    Mutant(
+        "the question paid for, said in other words",
+        "grpo/rewards/symbolic.py",
+        "return not any(_ask(expected, formula) for formula in formulas(prompt) if not _WORK.search(formula))",
+        "return True",
+        (f"{OF_LIBRARY}test_a_formula_that_only_says_the_question_again_is_no_answer",),
+    ),
+    Mutant(
+        "an element that never closes",
+        "grpo/rewards/answers.py",
+        "if not is_closed:",
+        "if False:",
+        (f"{OF_ANSWERS}test_the_form_is_these_elements_and_nothing_else",),
+    ),
+    Mutant(
+        "a second answer taken for a unit",
+        NUMERALS,
+        "\\{[a-zA-Z ./()-]*\\}",
+        "\\{[^{}]*\\}",
+        (f"{OF_LIBRARY}test_a_second_answer_is_no_unit",),
+    ),
+    Mutant(
+        "a column that overrides an argument of the config",
+        "grpo/rewards/loading.py",
+        "(given | arguments).items()",
+        "(arguments | given).items()",
+        ("tests/test_loading.py::test_an_argument_of_the_config_comes_before_a_column_of_its_name",),
     ),
     Mutant(
         "the last n-gram left out",

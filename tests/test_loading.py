@@ -2,10 +2,11 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from grpo.errors import InputError
-from reward_model import RewardError, check_samples, load_rewards, required_columns, score_completions
+from reward_model import Reward, RewardError, check_samples, load_rewards, required_columns, score_completions
 from tests import toy_rewards
 
 MINE = "tests.toy_rewards:"
@@ -25,8 +26,8 @@ def test_a_function_may_name_what_it_wants_and_no_more() -> None:
 
 
 def test_an_argument_of_the_config_comes_before_a_column_of_its_name() -> None:
-    assert scores({"name": f"{MINE}brief", "limit": 1}, "ab", limit=9) == [0]
-    assert scores({"name": f"{MINE}scaled", "scale": 3.0}, "a", scale=9.0) == [3]
+    (reward,) = load_rewards([{"name": f"{MINE}scaled", "scale": 3.0}])
+    assert reward.fn(prompts=["p"], completions=["a"], scale=[9.0]) == [3.0]
 
 
 def test_a_column_is_no_argument() -> None:
@@ -103,6 +104,13 @@ def test_an_attribute_that_is_none_is_wrong_input(
 
 def broken(*_: Any) -> float:
     return 1 / 0
+
+
+def test_an_array_is_no_list() -> None:
+    with pytest.raises(
+        RewardError, match=r"returned ndarray for 1 completions, expected a list of as many: its .tolist"
+    ):
+        score_completions([Reward("r", lambda **_: np.ones(1), 1.0)], [{"prompt": "p"}], ["a"], [[1]])
 
 
 @pytest.mark.parametrize("attribute", ["has_answer", "is_right_leniently"])

@@ -1,6 +1,7 @@
 """examples/train_ppo.py: the whole loop worked by hand, exact resume, rewards for single tokens, what it refuses."""
 
 import copy
+import itertools
 import json
 import math
 import re
@@ -319,9 +320,13 @@ def test_every_pass_takes_every_completion_once_and_in_its_own_order(
 # Rewards
 
 
+NUM_GROUPED = itertools.count()  # calls of the next function for groups
+
+
 def silent(prompts: list[str], completions: list[str], **_: Any) -> list[Any]:
-    """A reward that applies in evaluations, but never to groups."""
-    return [1.0 if len(set(prompts)) == len(prompts) else None] * len(completions)
+    """A reward that applies in the pre-flight and in evaluations, but never in training."""
+    is_training = len(set(prompts)) < len(prompts) and next(NUM_GROUPED) > 0
+    return [None if is_training else 1.0] * len(completions)
 
 
 def first_token(prompts: list[str], completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[Any]:
@@ -342,6 +347,7 @@ def test_completions_that_are_left_out_teach_nothing(
 ) -> None:
     """Neither by the KL, nor by the entropy, nor by a value: the critic is awake, so a return of 0 would move it."""
     monkeypatch.setattr(train_ppo, "Critic", lambda policy: awake(Critic(policy)))
+    monkeypatch.setattr("tests.test_ppo.NUM_GROUPED", itertools.count())  # as which the run imports this file
     rows = train(small, tmp_path / "run", **changes, kl_coeff=0.5, entropy_coeff=0.1)
     assert [row["grad_norm"] for row in rows[1:]] == [row["critic_grad_norm"] for row in rows[1:]] == [0.0, 0.0]
     assert not moved(tmp_path / "run", small["model_name"])

@@ -156,7 +156,7 @@ def test_units_do_not_count(text: str) -> None:
 
 def test_an_echo_of_the_prompt_is_no_answer() -> None:
     samples = [
-        {"prompt": "Simplify $\\sqrt{8}$.", "answer": "2\\sqrt{2}"},
+        {"prompt": "Simplify \\sqrt{8}.", "answer": "2\\sqrt{2}"},
         {"prompt": "What is 47 + 38?", "answer": "85"},
     ]
     echoes = ["\\boxed{\\sqrt{8}}", "\\boxed{47 + 38}"]

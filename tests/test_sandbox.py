@@ -109,8 +109,8 @@ def test_a_right_program_passes_and_a_wrong_one_does_not(walls: tuple[str, ...])
 
 def test_a_script_reads_and_writes(walls: tuple[str, ...]) -> None:
     [verdict] = sandbox.run([Job("print(sum(map(int, input().split())))", stdin="1 2 39\n")], walls=walls)
-    assert verdict == Verdict((), "42\n", "")
-    assert attack("import sys; print('x'); sys.exit(3)", walls) == Verdict((), "x\n", "ended with status 3")
+    assert verdict == Verdict((True,), "42\n", "")
+    assert attack("import sys; print('x'); sys.exit(3)", walls) == Verdict((False,), "x\n", "ended with status 3")
     assert attack("raise SystemExit", walls).why == ""
     assert attack("1 / 0", walls).why == "ended with status 1"
     assert attack("if __name__ == '__main__': print('main')", walls).output == "main\n"

@@ -73,7 +73,9 @@ def checked(name: str, values: Any, prompts: Sequence[Any], lengths: Sequence[in
     """One value a completion; lists of so many token rewards are allowed where `lengths` are given."""
     if not isinstance(values, (list, tuple)) or len(values) != len(prompts):
         got = f"{len(values)} values" if isinstance(values, (list, tuple)) else type(values).__name__
-        raise RewardError(f"reward {name} returned {got} for {len(prompts)} completions, expected a list of as many")
+        hint = ": its .tolist()" if hasattr(values, "tolist") else ""  # of an array or tensor
+        allowed = f"expected a list of as many{hint}"
+        raise RewardError(f"reward {name} returned {got} for {len(prompts)} completions, {allowed}")
     for row, (value, prompt) in enumerate(zip(values, prompts, strict=True)):
         if problem := _problem(value, None if lengths is None else lengths[row], short(prompt)):
             raise RewardError(f"reward {name} returned {problem}")
