@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,6 +42,12 @@ PROMPTS = [[5], [7, 12, 30, 9, 41, 6, 22], [15, 3, 28, 28]]  # ragged: 1, 7 and 
 STOP_IDS = [EOS_ID, 8, 17, 25, 33, 42]  # enough of them that completions end at different places
 BROAD: dict[str, Any] = {"group_size": 4, "max_completion_length": 10, "seed": 3}
 INITIALIZER_RANGE = 0.3  # far from uniform distributions: a wrong position or temperature must show
+
+
+def later_slow(cases: Iterable[Any], num_fast: int) -> list[Any]:
+    """The cases of a test; those behind the first `num_fast` show more of the same and are slow."""
+    values = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*case, marks=[pytest.mark.slow] * (n >= num_fast)) for n, case in enumerate(values)]
 
 
 def make_tokenizer(pad_token: str = "<pad>") -> PreTrainedTokenizerFast:

@@ -19,6 +19,7 @@ from grpo.algorithms import ALGORITHMS, CLIP_KEYS, PAPERS, ROW_KEYS, filled, mar
 from grpo.config import DEFAULTS_FILE, TYPES, Config, load_config, parse_command_line, warnings_about
 from grpo.errors import InputError
 from grpo.loss import AGGREGATIONS, KL_ESTIMATORS, SURROGATES
+from tests.conftest import later_slow
 
 ROOT = Path(__file__).parent.parent
 INF = math.inf
@@ -248,7 +249,7 @@ def on_record(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(settings, allow_nan=False))
 
 
-@pytest.mark.parametrize("algorithm", PUBLISHED)
+@pytest.mark.parametrize("algorithm", later_slow(PUBLISHED, 3))
 def test_what_a_run_recorded_means_the_same_again(algorithm: str) -> None:
     """Filling the filled changes nothing, whatever was chosen besides: else --resume would refuse its own run."""
     changes: list[list[str]] = [[], ["kl_coeff=0"], ["kl_coeff=0.1"], ["kl_coeff=0.1", "kl_in=loss"], ["seed=7"]]

@@ -80,6 +80,7 @@ WRONG: dict[str, tuple[bool, Callable[[Row], str]]] = {  # for scripts?, the pro
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", WRONG)
 def test_a_wrong_program_never_gets_full_marks(kind: str) -> None:
     for_scripts, program = WRONG[kind]

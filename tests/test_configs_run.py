@@ -115,6 +115,7 @@ def test_the_data_scripts_write_our_columns(tmp_path: Path) -> None:
     assert set(rows[0]) == {"prompt", "answer", "solution", "level", "type"}
 
 
+@pytest.mark.slow
 def test_a_data_script_names_what_is_missing(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"question": "1+1?"}\n')
     command = [sys.executable, "data/prepare_gsm8k.py", f"--train={tmp_path / 'x.jsonl'}", f"--out={tmp_path}"]

@@ -16,6 +16,7 @@ from matplotlib.image import imread
 import grpo.plots
 from grpo.errors import InputError, RunError
 from grpo.plots import draw_comparison, draw_curves
+from tests.conftest import later_slow
 
 ROOT = Path(__file__).parent.parent
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -78,7 +79,7 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", later_slow(RUNS, 3))
 def test_any_run_gives_a_picture_that_replaces_the_earlier_one(tmp_path: Path, name: str) -> None:
     path = tmp_path / "training_curves.png"
     path.write_text("an old one")

@@ -36,6 +36,7 @@ from grpo.checkpoint import (
 from grpo.config import MAY_CHANGE_ON_RESUME, TYPES, resumed_config
 from grpo.errors import InputError, RunError
 from tests import test_train as helpers
+from tests.conftest import later_slow
 from tests.test_train import read, resume, train
 
 small = helpers.small  # the fixture
@@ -379,7 +380,7 @@ DAMAGES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize("damage", later_slow(DAMAGES, 3), ids=lambda damage: damage.__name__)
 def test_a_damaged_checkpoint_is_named_with_a_way_on_that_works(
     whole: Path, tmp_path: Path, damage: Callable[[Path], str]
 ) -> None:

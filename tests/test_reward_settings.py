@@ -290,15 +290,9 @@ def tried(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., l
 DATA = [{"prompt": "What is 2 + 3?", "answer": 5}, {"prompt": "What is 1 + 1?", "answer": 2}]
 
 
-def test_a_reward_is_tried_row_by_row(tmp_path: Path) -> None:
-    rewards, completions = (
-        "--rewards=[math, {name: format, weight: 2}]",
-        [{"completion": "2+3=5 5"}, {"completion": "so\n3"}],
-    )
-    command = [sys.executable, "-m", "reward_model", *written(tmp_path, DATA, completions, rewards)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [
+def test_a_reward_is_tried_row_by_row(tried: Callable[..., list[str]]) -> None:
+    completions = [{"completion": "2+3=5 5"}, {"completion": "so\n3"}]
+    assert tried(DATA, completions, "--rewards=[math, {name: format, weight: 2}]") == [
         "  row    reward      math    format  right  completion",
         "    1     1.000     1.000     0.000    yes  2+3=5 5",
         "    2     0.000     0.000     0.000     no  so 3",

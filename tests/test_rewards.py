@@ -122,6 +122,7 @@ ADVERSARIAL = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ADVERSARIAL)
 @pytest.mark.parametrize("tail", ["", "x", "."])
 def test_adversarial_texts_of_100_kilobytes_are_fast(unit: str, tail: str) -> None:

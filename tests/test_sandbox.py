@@ -215,14 +215,19 @@ def test_nothing_of_one_program_is_seen_by_the_next(walls: tuple[str, ...]) -> N
 @pytest.mark.parametrize(
     "program",
     [
-        "while True: pass",
         "import time; time.sleep(1000)",
-        "import time\nwhile True:\n    try: time.sleep(100)\n    except BaseException: pass",
         "import signal\nfor n in range(1, 65):\n    try: signal.signal(n, signal.SIG_IGN)\n    except OSError: pass\n"
         "    except ValueError: pass\nwhile True: pass",
-        "9 ** 9 ** 9",
-        "def f():\n    while True:\n        try: f()\n        except BaseException: pass\nf()",
-        "import re; re.fullmatch('(a+)+b', 'a' * 100)",
+        pytest.param("while True: pass", marks=pytest.mark.slow),
+        pytest.param(
+            "import time\nwhile True:\n    try: time.sleep(100)\n    except BaseException: pass", marks=pytest.mark.slow
+        ),
+        pytest.param("9 ** 9 ** 9", marks=pytest.mark.slow),
+        pytest.param(
+            "def f():\n    while True:\n        try: f()\n        except BaseException: pass\nf()",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("import re; re.fullmatch('(a+)+b', 'a' * 100)", marks=pytest.mark.slow),
     ],
 )
 def test_an_endless_loop_ends(program: str, walls: tuple[str, ...]) -> None:
@@ -251,10 +256,13 @@ def test_what_passed_before_the_time_was_up_counts(walls: tuple[str, ...]) -> No
 @pytest.mark.parametrize(
     "test",
     [
-        "while True: assert f(1) == 1",
         "while True:\n    try: assert f(2) == 1\n    except BaseException: pass",
-        "import time\nwhile True: time.sleep(1)",
-        "import signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))\nwhile True: pass",
+        pytest.param("while True: assert f(1) == 1", marks=pytest.mark.slow),
+        pytest.param("import time\nwhile True: time.sleep(1)", marks=pytest.mark.slow),
+        pytest.param(
+            "import signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))\nwhile True: pass",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_test_that_does_not_end_is_ended(test: str, walls: tuple[str, ...]) -> None:

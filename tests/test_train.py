@@ -30,6 +30,7 @@ from grpo.errors import InputError, errors_explained
 from grpo.policy import load_policy
 from grpo.rollout import generate_completions, step_seed
 from reward_model import REWARDS
+from tests.conftest import later_slow
 from tests.toy_rewards import different_letters
 
 ROOT = Path(__file__).parent.parent
@@ -427,6 +428,7 @@ def test_ctrl_c_before_the_first_step_leaves_nothing(small: dict[str, Any], tmp_
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name != "ppo"])
 def test_every_algorithm_trains(small: dict[str, Any], tmp_path: Path, algorithm: str) -> None:
     """Two steps of two updates each."""
@@ -679,9 +681,7 @@ TWINS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "twin", [pytest.param(twin, id=name, marks=[pytest.mark.slow] * (name == "CISPO")) for name, twin in TWINS.items()]
-)
+@pytest.mark.parametrize("twin", later_slow(TWINS.values(), 3), ids=TWINS)
 def test_two_steps_of_the_loop_worked_by_hand(small: dict[str, Any], tmp_path: Path, twin: Twin) -> None:
     """The whole wiring of train_grpo.py against a naive twin: row by row, without padding, masks or micro-batches.
 

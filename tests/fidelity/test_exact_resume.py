@@ -23,6 +23,7 @@ import train_grpo
 from grpo.checkpoint import check_integrity, checkpoints, sha256, step_of
 from grpo.errors import InputError, RunError, errors_explained
 from tests import test_train as helpers
+from tests.conftest import later_slow
 from tests.test_resume import assert_same_run
 from tests.test_train import ROOT, read, resume, train
 
@@ -114,8 +115,7 @@ def assert_goes_on_as(whole: Path, folder: Path) -> None:
 # The same bits
 
 
-# Between two checkpoints and right after one; the other steps are slow.
-EVERY_STOP = [pytest.param(step, marks=[] if step in (3, 4) else [pytest.mark.slow]) for step in (1, 2, 3, 4, 5)]
+EVERY_STOP = later_slow((3, 4, 1, 2, 5), 1)  # first between two checkpoints, then right after one
 
 
 @pytest.mark.parametrize("step", EVERY_STOP)
@@ -179,6 +179,7 @@ def samples_not_cut_off(load: Any, folder: Path, *objects: Any) -> Any:
     return load(folder, *objects) | {"samples_size": (folder.parent / "samples.jsonl").stat().st_size}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wrong",
     [

@@ -122,6 +122,7 @@ def test_any_bytes_give_a_config_or_one_line(tmp_path: Path, content: bytes) -> 
     check_yaml(content, tmp_path)
 
 
+@pytest.mark.slow
 @examples(200)
 @given(
     key=st.sampled_from(list(TYPES)),
@@ -131,6 +132,7 @@ def test_any_punctuation_gives_a_config_or_one_line(tmp_path: Path, key: str, te
     check_yaml(f"{key}: {text}".encode(), tmp_path)
 
 
+@pytest.mark.slow
 @examples(200)
 @given(structure=st.one_of(STRUCTURES, VALUES))
 def test_any_structure_gives_a_config_or_one_line(tmp_path: Path, structure: Any) -> None:
@@ -146,6 +148,7 @@ def test_any_override_gives_a_config_or_one_line(override: str) -> None:
     outcome(lambda: check_config(load_config(None, [override])))
 
 
+@pytest.mark.slow
 @examples(200)
 @given(recorded=STRUCTURES)
 def test_any_recorded_settings_give_a_config_or_one_line(recorded: dict[Any, Any]) -> None:
@@ -159,6 +162,7 @@ JSON_VALUES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @examples(150)
 @given(run=st.one_of(
     st.binary(max_size=40),

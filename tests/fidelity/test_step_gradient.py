@@ -21,7 +21,7 @@ from grpo.loss import AGGREGATIONS, clipped_surrogate, clipped_tokens, kl_diverg
 from grpo.policy import load_policy
 from grpo.records import TokenMeans
 from grpo.rollout import Rollout, generate_completions
-from tests.conftest import make_tiny_model
+from tests.conftest import later_slow, make_tiny_model
 from train_grpo import without_idle
 
 PROMPT_LENGTHS = (3, 3, 3, 3, 7, 7, 7, 7)  # two groups of four
@@ -340,16 +340,19 @@ def test_metrics_cover_the_rows_that_are_scored(
 
 @pytest.mark.parametrize(
     ("num_scored", "settings"),
-    [
-        (8, {}),
-        (8, {"advantage_baseline": "leave_one_out", "advantage_scale": "batch"}),
-        (16, {"kl_coeff": 0.1}),
-        (16, {"advantage_baseline": "batch", "advantage_scale": "none"}),
-        (16, {"advantage_baseline": "none", "advantage_scale": "none"}),
-        (16, {"advantage_scale": "tokens"}),
-        (16, {"entropy_coeff": 0.1}),
-        (8, {"algorithm": "gspo"}),
-    ],
+    later_slow(
+        [
+            (8, {}),
+            (16, {"kl_coeff": 0.1}),
+            (8, {"advantage_baseline": "leave_one_out", "advantage_scale": "batch"}),
+            (16, {"advantage_baseline": "batch", "advantage_scale": "none"}),
+            (16, {"advantage_baseline": "none", "advantage_scale": "none"}),
+            (16, {"advantage_scale": "tokens"}),
+            (16, {"entropy_coeff": 0.1}),
+            (8, {"algorithm": "gspo"}),
+        ],
+        3,
+    ),
     ids=str,
 )
 def test_nothing_is_left_out_that_has_a_gradient(
