@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from reward_model import REWARDS, Reward, load_rewards, score_completions
 from tests.attacks import PLACES, SIZE, attacks
-from tests.conftest import VOCABULARY, make_tokenizer
+from tests.conftest import VOCABULARY, later_slow, make_tokenizer
 from tests.test_sandbox import CHEATS
 
 SAMPLE = {
@@ -41,17 +41,21 @@ CASES: dict[str, tuple[dict[str, Any], str, float]] = {
     "code": ({"timeout": 1.0}, PROGRAM, 0.0),
     "classifier": ({}, "12+25=36", 1.0),
 }
-VARIANTS: list[Any] = [
-    *((name, {}) for name in CASES if name != "classifier"),
-    pytest.param("classifier", {}, marks=pytest.mark.slow),
-    ("gsm8k", {"lenient": True}),
-    ("repetition", {"ngram_size": 40}),
-    ("boxed", {"symbolic": False}),
-    ("boxed", {"symbolic": True}),
-    ("format", {"pattern": r"(?s)<reasoning>(\s*.*?)+</reasoning>\s*<answer>(.*?)+</answer>\s*"}),
-    ("format", {"pattern": r"(?s)\s*<reasoning>\n.*\n</reasoning>\n<answer>\n\d+\n</answer>\s*"}),
-    pytest.param("code", {"timeout": 1.0, "mode": "all", "bare": True}, marks=pytest.mark.slow),
-]
+FAST = ("gsm8k", "boxed", "correctness", "format")
+VARIANTS = later_slow(
+    [
+        *((name, {}) for name in FAST),
+        ("boxed", {"symbolic": True}),
+        *((name, {}) for name in CASES if name not in FAST),
+        ("gsm8k", {"lenient": True}),
+        ("repetition", {"ngram_size": 40}),
+        ("boxed", {"symbolic": False}),
+        ("format", {"pattern": r"(?s)<reasoning>(\s*.*?)+</reasoning>\s*<answer>(.*?)+</answer>\s*"}),
+        ("format", {"pattern": r"(?s)\s*<reasoning>\n.*\n</reasoning>\n<answer>\n\d+\n</answer>\s*"}),
+        ("code", {"timeout": 1.0, "mode": "all", "bare": True}),
+    ],
+    1 + len(FAST),
+)
 
 
 def test_every_reward_is_attacked() -> None:

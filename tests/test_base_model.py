@@ -167,6 +167,7 @@ def test_a_half_written_cache_is_never_used(quick_recipe: Path, monkeypatch: pyt
     assert saved(tiny_base_model(0, 2)).num_parameters() > 0
 
 
+@pytest.mark.slow
 def test_a_changed_recipe_is_another_model(
     quick_recipe: Path, monkeypatch: pytest.MonkeyPatch, dataset: JSONLinesDataset
 ) -> None:

@@ -13,6 +13,7 @@ from grpo.errors import InputError
 from grpo.mixture import load_train_set
 from grpo.policy import load_skeleton
 from tests import test_train as helpers
+from tests.conftest import later_slow
 
 small = helpers.small  # the fixture
 
@@ -70,12 +71,21 @@ def test_updates_and_micro_batches_by_hand() -> None:
 
 @pytest.mark.parametrize(
     ("override", "parts"),
-    [
-        ("algorithm=grpo", ["grpo: baseline group, scale group", "surrogate clipped", "0.2", "KL 0.005 in the loss"]),
-        ("algorithm=rloo", ["rloo: baseline leave_one_out, scale none", "reinforce", "KL 0.005 in the reward (k1)"]),
-        ("algorithm=gspo", ["gspo: baseline group", "surrogate gspo", "0.0003", "0.0004", "aggregation sequence"]),
-        ("surrogate=cispo", ["grpo: baseline group", "surrogate cispo", "clip_range_high 4", "aggregation token"]),
-    ],
+    later_slow(
+        [
+            (
+                "algorithm=grpo",
+                ["grpo: baseline group, scale group", "surrogate clipped", "0.2", "KL 0.005 in the loss"],
+            ),
+            (
+                "algorithm=rloo",
+                ["rloo: baseline leave_one_out, scale none", "reinforce", "KL 0.005 in the reward (k1)"],
+            ),
+            ("algorithm=gspo", ["gspo: baseline group", "surrogate gspo", "0.0003", "0.0004", "aggregation sequence"]),
+            ("surrogate=cispo", ["grpo: baseline group", "surrogate cispo", "clip_range_high 4", "aggregation token"]),
+        ],
+        1,
+    ),
 )
 def test_the_method_is_said_as_it_was_filled(override: str, parts: list[str]) -> None:
     method = described(override)["the method"]
@@ -130,6 +140,7 @@ def test_the_cache_of_the_rollout_counts_where_it_is_the_larger_part() -> None:
     assert estimate_memory(config, model, 30)["rollout or update"] == expected
 
 
+@pytest.mark.slow
 def test_the_sum_of_the_parts_is_said() -> None:
     def said(*overrides: str) -> str:
         return described(*overrides)["memory"]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import later_slow
 from tests.mutant_list import MUTANTS, Mutant
 from tests.mutants import CONTROL, ROOT, check, main, run
 
@@ -84,19 +85,22 @@ def test_a_test_that_fails_on_its_own_check_kills(project: Path, changed: Mutant
 
 @pytest.mark.parametrize(
     ("changed", "why"),
-    [
-        (mutant("number + number", "number", "test_nothing"), "every named test passes"),
-        (mutant("number + number", "number / 0", "test_double"), "test_double crashed: ZeroDivisionError"),
-        (mutant("is not None", "is None", "test_double"), "test_double crashed: AssertionError"),
-        (
-            mutant("json.dumps(number)", "unittest.TestCase().assertEqual(1, 2)", "test_double"),
-            "crashed: AssertionError",
-        ),
-        (mutant("is not None", "is None", "test_elsewhere"), "test_elsewhere crashed: AssertionError"),
-        (mutant("number + number", "number / 0", "test_command"), "test_command crashed: AssertionError"),
-        (mutant("import json", "import no_such_module", "test_double"), "could not be run"),
-        (mutant("number + number", "number", "test_that_is_not_there"), "could not be run"),
-    ],
+    later_slow(
+        [
+            (mutant("number + number", "number", "test_nothing"), "every named test passes"),
+            (mutant("number + number", "number / 0", "test_double"), "test_double crashed: ZeroDivisionError"),
+            (mutant("is not None", "is None", "test_double"), "test_double crashed: AssertionError"),
+            (
+                mutant("json.dumps(number)", "unittest.TestCase().assertEqual(1, 2)", "test_double"),
+                "crashed: AssertionError",
+            ),
+            (mutant("is not None", "is None", "test_elsewhere"), "test_elsewhere crashed: AssertionError"),
+            (mutant("number + number", "number / 0", "test_command"), "test_command crashed: AssertionError"),
+            (mutant("import json", "import no_such_module", "test_double"), "could not be run"),
+            (mutant("number + number", "number", "test_that_is_not_there"), "could not be run"),
+        ],
+        3,
+    ),
     ids=[
         "no test sees it",
         "a crash",

@@ -27,6 +27,7 @@ from grpo.errors import InputError, RunError
 from grpo.policy import load_policy
 from grpo.rollout import generate_completions, step_seed
 from tests import test_train as helpers
+from tests.conftest import later_slow
 from tests.fidelity.test_gae import awake, plain_gae
 from tests.test_resume import assert_same_run
 from tests.test_train import EVERY_EVALUATION, EVERY_STEP, ROOT, read, weights_of
@@ -175,7 +176,7 @@ BY_HAND: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("changes", BY_HAND, ids=["everything on", "other values"])
+@pytest.mark.parametrize("changes", later_slow(BY_HAND, 1), ids=["everything on", "other values"])
 def test_two_steps_of_the_loop_worked_by_hand(small: dict[str, Any], tmp_path: Path, changes: dict[str, Any]) -> None:
     """The whole wiring against a naive twin: row by row, without padding, masks or micro-batches."""
     settings = small | {"rewards": "[tests.test_ppo:token_marks]", "eval_metric": "eval/reward", "warmup_steps": 0}

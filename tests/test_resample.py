@@ -327,6 +327,7 @@ def test_a_place_gets_the_same_group_whichever_others_are_replaced(
     assert few == {place: many[place] for place in few}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_resamples_alike(small: dict[str, Any], tmp_path: Path) -> None:
     """4 == 2 + 2, bit for bit."""
     settings = small | DYNAMIC | {"save_every": 2}

@@ -170,8 +170,9 @@ def test_an_echo_of_the_prompt_is_no_answer() -> None:
 
 def test_a_formula_that_takes_too_long_is_wrong_and_the_next_one_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     symbolic._ask.cache_clear()
-    monkeypatch.setattr(symbolic, "SECONDS", 0.0)  # nothing is answered in no time
-    assert values({"name": "boxed", "symbolic": True}, ["\\boxed{a+b}"], answer="b+a") == [0]
+    assert values({"name": "boxed", "symbolic": True}, ["\\boxed{a+b}"], answer="b+a") == [1]  # it is there now
+    monkeypatch.setattr(symbolic, "SECONDS", 0.1)
+    assert values({"name": "boxed", "symbolic": True}, ["\\boxed{(a+b+c)^{99}}"], answer="b+a") == [0]
     assert symbolic._mathematicians == []
     monkeypatch.undo()
     symbolic._ask.cache_clear()

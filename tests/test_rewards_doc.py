@@ -92,6 +92,7 @@ def test_its_numbers_are_the_tests() -> None:
     assert 350 <= len(ALL) <= 480
 
 
+@pytest.mark.slow
 def test_its_table_of_scores_is_what_the_command_prints(tmp_path: Path) -> None:
     (shown,) = re.findall(r"```text\n(  row .*?\n)```\n", TEXT, flags=re.DOTALL)
     (command,) = re.findall(r"^python -m reward_model .*$", TEXT, flags=re.MULTILINE)

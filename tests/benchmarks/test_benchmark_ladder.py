@@ -317,6 +317,7 @@ def test_a_row_is_tuned_on_its_grid_and_then_run_on_the_other_seeds(fake: FakeRu
     assert ladder.results.parts["grpo seed 4"]["accuracy"] == pytest.approx(0.94)
 
 
+@pytest.mark.slow
 def test_a_stopped_ladder_goes_on_and_other_code_or_flags_are_measured_again(
     fake: FakeRuns, monkeypatch: pytest.MonkeyPatch
 ) -> None:

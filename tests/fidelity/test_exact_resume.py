@@ -70,7 +70,7 @@ def at_the_start_of(patch: pytest.MonkeyPatch, action: Callable[[int], None]) ->
     patch.setattr(train_grpo, "samples_for_step", hooked)
 
 
-@pytest.fixture(scope="module", params=SETTINGS)
+@pytest.fixture(scope="module", params=later_slow(reversed(SETTINGS), 4))  # the least of them last
 def recorded(
     request: pytest.FixtureRequest, small: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path]:

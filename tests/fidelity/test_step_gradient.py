@@ -273,6 +273,7 @@ def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Watched:
 SOME_ALIKE = {"rewards": "[alike_reward:alike_for_sums]", "kl_coeff": 0, "learning_rate": 3e-4}  # two of four groups
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("aggregation", "baseline"),
     [

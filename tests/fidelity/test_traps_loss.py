@@ -586,6 +586,7 @@ def test_token_mean_per_micro_batch_is_another_gradient(make_model: Callable[...
     assert (whole - wrong).norm() / whole.norm() > 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "aggregation", ["token", *(pytest.param(name, marks=pytest.mark.slow) for name in AGGREGATIONS if name != "token")]
 )

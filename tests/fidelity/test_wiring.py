@@ -146,6 +146,7 @@ def test_the_ratio_is_against_the_scorer_not_the_sampler(
         assert torch.equal(call["old_logps"], logps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shift", [0.5, -0.5])
 def test_the_logged_difference_has_no_sign(
     run_training: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, shift: float
