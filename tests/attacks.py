@@ -12,62 +12,13 @@ PLACES = {  # where rewards look for an answer
 }
 DIGITS = {"fullwidth": 0xFF10, "Arabic": 0x660, "Devanagari": 0x966, "mathematical": 0x1D7CE}
 UNITS = (  # of what a huge text is made
-    *(
-        "a",
-        "1",
-        " ",
-        "\n",
-        "{",
-        "}",
-        "<",
-        "\\",
-        "`",
-        "\t",
-        "-",
-        ".",
-        ",",
-        "\u0661",
-        "\U0001d7d7",
-        "\0",
-        "\ud800",
-        "\u200b",
-    ),
-    *(
-        "1,",
-        "1.",
-        "-1",
-        "1,111,",
-        "--",
-        "9**",
-        "\\frac{1}{",
-        "\\boxed{",
-        "\\boxed{{",
-        "{}",
-        "####",
-        "#### 1\n",
-        "<answer>",
-    ),
-    *(
-        "</answer>",
-        "<answer>1</answer>",
-        "<reasoning>",
-        "<reasoning>\n</reasoning>\n<answer>\n</answer>\n",
-        "<reasoning>\n",
-    ),
-    *(
-        "```",
-        "```python\n",
-        "```\n",
-        "```python\n```\n",
-        "a b ",
-        "aa!",
-        "x=1 ",
-        "\\text{",
-        "\\left",
-        "((",
-        "\n<answer>\n",
-    ),
-)
+    *("a", "1", " ", "\n", "{", "}", "<", "\\", "`", "\t", "-", ".", ",", "\0"),
+    *("\u0661", "\U0001d7d7", "\ud800", "\u200b"),  # digits of other scripts, half a character, one without width
+    *("1,", "1.", "-1", "1,111,", "--", "9**", "\\frac{1}{", "\\boxed{", "\\boxed{{", "{}", "####", "#### 1\n"),
+    *("<answer>", "</answer>", "<answer>1</answer>", "<reasoning>", "<reasoning>\n", "\n<answer>\n"),
+    *("<reasoning>\n</reasoning>\n<answer>\n</answer>\n", "```", "```python\n", "```\n", "```python\n```\n"),
+    *("a b ", "aa!", "x=1 ", "\\text{", "\\left", "(("),
+)  # fmt: skip
 
 
 def attacks(prompt: str, answer: str) -> Iterator[tuple[str, str]]:
