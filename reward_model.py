@@ -27,7 +27,7 @@ A function may carry attributes that say more about it:
     has_answer(completion)     is there anything to judge? (any text at all where it does not say); only for statistics
     check_sample(sample)       raises a ValueError for a row of the data that it cannot score, before any compute
     is_right_leniently(sample, completion)   right, be it not in the form that was asked for; only for evaluations
-    explain(sample, completion)              what keeps it from earning more, in words; only for `-m reward_model`
+    explain(samples, completions)            what keeps each from earning more, in words; only for `-m reward_model`
 """
 
 import argparse
@@ -47,7 +47,7 @@ from grpo.policy import load_skeleton
 from grpo.rewards import loading
 from grpo.rewards.arguments import check_rewards
 from grpo.rewards.base import RewardFn, RewardValue, declare, text_of
-from grpo.rewards.calls import RewardError, asked
+from grpo.rewards.calls import RewardError
 from grpo.rewards.classifier import classifier_reward
 from grpo.rewards.code import code_reward
 from grpo.rewards.exact import boxed_reward, correctness_reward, gsm8k_reward, integer_reward
@@ -157,13 +157,7 @@ def main(arguments: argparse.Namespace, config: Config) -> None:
         ids = [[*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for text in texts]
         return score_completions(rewards, samples, completions, ids, combine=config.combine)
 
-    def explain(sample: Sample, completion: str) -> list[str]:
-        said = [
-            (own.name, asked(own.name, "explain", own.explain, sample, completion)) for own in rewards if own.explain
-        ]
-        return [f"{name}: {words}" for name, words in said if words]
-
-    print(try_rewards(arguments, source, lambda data: check_samples(rewards, data, data.place), score, explain))
+    print(try_rewards(arguments, source, rewards, lambda data: check_samples(rewards, data, data.place), score))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ script prints is compared line by line, but for white space at the end of lines 
 import ast
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import starmap
 from typing import Any
 
 from grpo.rewards.arguments import check_choice, check_count, check_flag, check_numbers
@@ -108,29 +109,27 @@ def code_reward(
     check_platform()
     limits = Limits(seconds=float(timeout), memory_mb=memory_mb)
 
-    def code_fn(completions: list, tests: list, **_: Any) -> list[RewardValue]:
+    def judged(completions: Sequence[str], tests: Sequence[Any]) -> list[list[tuple[Verdict, str | None]]]:
+        """What became of each completion's program in each of its runs, and what that run must print."""
         jobs: dict[Job, int] = {}  # what is the same is run once
         rows: list[list[tuple[int, str | None]]] = []  # of each completion: number of the job, what it must print
         for completion, own in zip(completions, tests, strict=True):
-            planned = _jobs(code_block(text_of(completion), bare=bare), tests_of(own))
+            planned = _jobs(code_block(completion, bare=bare), tests_of(own))
             rows.append([(jobs.setdefault(job, len(jobs)), output) for job, output in planned])
         verdicts = run(list(jobs), limits, parallel=parallel)
+        return [[(verdicts[number], output) for number, output in row] for row in rows]
+
+    def code_fn(completions: list, tests: list, **_: Any) -> list[RewardValue]:
         values: list[RewardValue] = []
-        for row in rows:
-            passed = [is_right for number, output in row for is_right in _passed(verdicts[number], output)]
+        for runs in judged([text_of(completion) for completion in completions], tests):
+            passed = [is_right for verdict, output in runs for is_right in _passed(verdict, output)]
             share = sum(passed) / len(passed) if passed else 0.0
             values.append(share if mode == "fraction" else float(share == 1.0))
         return values
 
-    def explain(sample: dict[str, Any], completion: str) -> str:
-        program = code_block(completion, bare=bare)
-        if program is None:
-            return "no block of Python"
-        planned = _jobs(program, tests_of(sample["tests"]))
-        for verdict, (_, output) in zip(run([job for job, _ in planned], limits), planned, strict=True):
-            if not all(_passed(verdict, output)):
-                return verdict.why or f"printed {short(verdict.output)}, expected {short(output)}"
-        return ""
+    def explain(samples: Sequence[dict[str, Any]], completions: Sequence[str]) -> list[str]:
+        rows = judged(completions, [sample["tests"] for sample in samples])
+        return [next(filter(None, starmap(_problem, runs)), "") if runs else "no block of Python" for runs in rows]
 
     return declare(
         code_fn,
@@ -156,6 +155,13 @@ def _passed(verdict: Verdict, output: str | None) -> tuple[bool, ...]:
     if output is None:
         return verdict.passed
     return (verdict.passed == (True,) and _same_output(verdict.output, output),)
+
+
+def _problem(verdict: Verdict, output: str | None) -> str:
+    """Why a run did not pass, in words; empty where it did."""
+    if all(_passed(verdict, output)):
+        return ""
+    return verdict.why or f"printed {short(verdict.output)}, expected {short(output)}"
 
 
 def _same_output(written: str, expected: str) -> bool:

@@ -35,7 +35,7 @@ class Reward:
     has_answer: Callable[[str], object] = str.strip  # true where there is anything to judge
     check_sample: Callable[[dict[str, Any]], object] = lambda sample: None  # a ValueError for a row it cannot score
     is_right_leniently: Callable[[dict[str, Any], str], bool] | None = None  # wherever the answer stands
-    explain: Callable[[dict[str, Any], str], str] | None = None  # what keeps a completion from more; "": nothing does
+    explain: Callable[..., Sequence[str]] | None = None  # what keeps each completion from more; "": nothing does
 
     @classmethod
     def of(cls, name: str, fn: RewardFn, weight: float, arguments: dict[str, Any]) -> Self:

@@ -9,6 +9,8 @@ from grpo.config import Config, SettingsParser, load_config
 from grpo.data import Dataset, Sample, json_lines
 from grpo.errors import InputError
 from grpo.formats import Columns, load_dataset
+from grpo.rewards.calls import asked
+from grpo.rewards.loading import Reward
 from grpo.sources import Source, sources_of
 
 if TYPE_CHECKING:  # they import torch, which --help can do without
@@ -48,21 +50,25 @@ def source_of(path: str, config: Config) -> Source:
 def try_rewards(
     arguments: argparse.Namespace,
     source: Source,
+    rewards: Sequence[Reward],
     check: Callable[[Dataset], object],
-    score: Callable[[Sequence[Any], Sequence[str]], "Scores"],
-    explain: Callable[[Any, str], list[str]],
+    score: Callable[[Sequence[Sample], Sequence[str]], "Scores"],
 ) -> str:
     """The table of scores.
 
-    `check` raises an InputError for a row that cannot be scored; `score` takes samples and as many completions;
-    `explain` says in words what keeps a completion from earning more.
+    `check` raises an InputError for a row that cannot be scored; `score` takes samples and as many completions.
     """
     data = load_dataset(arguments.data, Columns(source.prompt_column, source.answer_column))
     check(data)
     rows, completions = paired(data, arguments.data, arguments.completions)
     samples = [data[row] for row in rows]
-    words = [explain(sample, completion) for sample, completion in zip(samples, completions, strict=True)]
-    return table(rows, completions, score(samples, completions), words)
+    return table(rows, completions, score(samples, completions), explained(rewards, samples, completions))
+
+
+def explained(rewards: Sequence[Reward], samples: Sequence[Sample], completions: Sequence[str]) -> list[list[str]]:
+    """Of each completion, why it does not earn more: the words of the rewards that have any."""
+    said = {own.name: asked(own.name, "explain", own.explain, samples, completions) for own in rewards if own.explain}
+    return [[f"{name}: {words[row]}" for name, words in said.items() if words[row]] for row in range(len(completions))]
 
 
 def paired(data: Dataset, data_name: str, path: str) -> tuple[list[int], list[str]]:
