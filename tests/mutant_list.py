@@ -1306,7 +1306,7 @@ MUTANTS = [
         "grpo/rewards/symbolic.py",
         "if plain_latex(found) in plain_latex(prompt) or not _ask(",
         "if not _ask(",
-        (f"{OF_LIBRARY}test_an_echo_of_the_prompt_is_no_answer",),
+        ("tests/test_formulas.py::test_an_echo_of_the_prompt_is_no_answer",),
     ),
     Mutant(
         "tags counted wherever they stand",
@@ -1341,7 +1341,7 @@ MUTANTS = [
         "grpo/rewards/symbolic.py",
         "return not any(_ask(expected, formula) for formula in formulas(prompt) if not _WORK.search(formula))",
         "return True",
-        (f"{OF_LIBRARY}test_a_formula_that_only_says_the_question_again_is_no_answer",),
+        ("tests/test_formulas.py::test_a_formula_that_only_says_the_question_again_is_no_answer",),
     ),
     Mutant(
         "an element that never closes",

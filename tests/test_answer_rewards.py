@@ -37,10 +37,10 @@ BOXED = [
     (r"so \boxed{5}", 1.0),
     (r"\boxed{4} \boxed{5}", 1.0),
     (r"\boxed{5} \boxed{4}", 0.0),
-    (r"\boxed{{5}}", 0.0),
+    (r"\boxed{{5}}", 1.0),
     (r"\boxed{5", 0.0),
     (r"\boxed{\frac{1}{5}}", 0.0),
-    (r"\boxed{x = 5}", 0.0),
+    (r"\boxed{x = 5}", 1.0),
     (r"\boxed{5.0}", 1.0),
     ("5", 0.0),
 ]

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 from grpo.errors import InputError
-from grpo.rewards import symbolic
 from grpo.rewards.answers import in_tag_lines, tags_in_place
 from grpo.rewards.code import code_block
 from grpo.rewards.numerals import number
@@ -51,7 +50,8 @@ def refused(spec: dict[str, Any]) -> str:
         ("\\frac{1}2", "1/2"), ("-\\frac{1}{2}", "-1/2"), ("2\\frac{1}{4}", "9/4"), ("\\frac{1}{0}", None),
         ("\\frac{a}{b}", None), ("$5$", "5"), ("\\$5", "5"), ("5\\%", "5"), ("50%", "50"), ("90^\\circ", "90"),
         ("90^{\\circ}", "90"), ("5\\text{ cm}", "5"), ("5 cm", None), ("1{,}800", "1800"), ("10,\\!000", "10000"),
-        ("5 or 6", None), ("5, 6", None), ("x=5", None), ("1e3", None), ("", None), (".", None), ("-", None),
+        ("5 or 6", None), ("5, 6", None), ("x=5", "5"), ("6=5", None),
+        ("xy=5", None), ("1e3", None), ("", None), (".", None), ("-", None),
         ("\u0665", None), ("\uff15", None), ("5\u00b2", None), ("\u00bd", None), ("0x10", None), ("1_000", None),
         ("nan", None), ("inf", None), ("7" * 201, None), ("7" * 200, "7" * 200),
     ],
@@ -81,17 +81,12 @@ BOXED = [
     ("5", "\\boxed{4} then \\boxed{5}", 1), ("5", "\\boxed{5} then \\boxed{4}", 0), ("5", "\\boxed{5", 0),
     ("5", "5", 0),
     ("5", "\\boxed{ 5 }", 1), ("5", "\\boxed{$5$}", 1), ("5", "\\boxed{5 or 6}", 0), ("5", "\\boxed{4, 5}", 0),
-    ("5", "\\boxed{x=5}", 0), ("5", "\\boxed{2+3}", 0), ("5", "\\boxed{\\boxed{5}}", 1), ("5", "\\boxed {5}", 0),
+    ("5", "\\boxed{x=5}", 1), ("5", "\\boxed{2+3}", 0), ("5", "\\boxed{\\boxed{5}}", 1), ("5", "\\boxed {5}", 0),
     ("5", "\\fbox{5}", 0), (5, "\\boxed{5}", 1), (0.5, "\\boxed{1/2}", 1), (1e-05, "\\boxed{0.00001}", 1),
     ("so \\boxed{\\frac{3}{4}}.", "\\boxed{0.75}", 1), ("work #### 12", "\\boxed{12}", 1),
     ("x+1", "\\boxed{x + 1}", 1), ("\\text{red}", "\\boxed{red}", 1), ("\\left(1,2\\right)", "\\boxed{(1, 2)}", 1),
     ("red", "\\boxed{blue}", 0), ("x+1", "\\boxed{x+2}", 0), ("x+1", "\\boxed{}", 0),
     ("\\frac{x}{\\sqrt{2}}", "\\boxed{\\dfrac{x}{\\sqrt{2}}}", 1),
-]  # fmt: skip
-SYMBOLIC = [
-    ("2\\sqrt{2}", "\\boxed{\\sqrt{8}}", 1), ("x+1", "\\boxed{1+x}", 1), ("x^2-1", "\\boxed{(x-1)(x+1)}", 1),
-    ("x+1", "\\boxed{x+2}", 0), ("2\\sqrt{2}", "\\boxed{\\sqrt{8}, \\sqrt{9}}", 0), ("x", "\\boxed{x = 1 = 2}", 0),
-    ("\\sqrt{2}", "\\boxed{9^{9^{9^{9}}}}", 0), ("\\sqrt{2}", "\\boxed{" + "(" * 90 + "1" + ")" * 90 + "}", 0),
 ]  # fmt: skip
 
 
@@ -99,41 +94,6 @@ SYMBOLIC = [
 def test_boxed(answer: Any, completion: str, right: int) -> None:
     assert values({"name": "boxed", "symbolic": False}, [completion], answer=answer) == [right]
     assert values({"name": "boxed", "wrong_reward": -1.0}, [completion], answer=answer) == [right or -1]
-
-
-@pytest.mark.parametrize(("answer", "completion", "right"), SYMBOLIC)
-def test_boxed_formulas_are_compared_as_mathematics(answer: str, completion: str, right: int) -> None:
-    assert values({"name": "boxed", "symbolic": True}, [completion], answer=answer) == [right]
-    assert values({"name": "boxed", "symbolic": False}, [completion], answer=answer) == [0]
-
-
-REWRITTEN = [  # what the prompt asks about, the answer, the same formula in other words, the answer in other words
-    ("Simplify $\\sqrt{50}+\\sqrt{2}$.", "6\\sqrt{2}", "\\sqrt{2}+\\sqrt{50}", "6 \\sqrt{2}"),
-    ("Simplify $\\sqrt{50}+\\sqrt{2}$.", "6\\sqrt{2}", "\\sqrt{50}+\\sqrt{2}+0", "6\\sqrt{2}."),
-    ("Simplify \\(\\sqrt{50}+\\sqrt{2}\\).", "6\\sqrt{2}", "\\sqrt{50}+\\sqrt2", "$6\\sqrt{2}$"),
-    ("Expand $$(x+1)^2$$", "x^2+2x+1", "(1+x)^2", "x^2 + 2x + 1"),
-    ("Factor \\[x^2-1\\]", "(x-1)(x+1)", "-1+x^2", "\\left(x-1\\right)(x+1)"),
-    ("Evaluate $\\int_0^1 \\frac{1}{1+x^2} dx$.", "\\frac{\\pi}{4}", "\\int_0^1 \\frac{1}{1+t^2} dt", "\\pi/4"),
-    ("How long is the diagonal?", "6\\sqrt{2}", "7=6\\sqrt{2}", "d=\\sqrt{72}"),
-    ("In base 7?", "5_7", "5", "5_7"),
-    ("In base 7?", "5_7", "5_{8}", "5_{7}"),
-    ("Which colour?", "red", "der", "\\text{red}"),
-    ("What is the limit?", "\\frac{e}{2}", "\\lim_{n\\to\\infty}\\frac{(1+1/n)^n}{2}", "e/2"),
-]
-
-
-@pytest.mark.parametrize(("prompt", "answer", "rewritten", "right"), REWRITTEN)
-def test_a_formula_that_only_says_the_question_again_is_no_answer(
-    prompt: str, answer: str, rewritten: str, right: str
-) -> None:
-    completions = [f"\\boxed{{{rewritten}}}", f"\\boxed{{{right}}}"]
-    assert values({"name": "boxed", "symbolic": True}, completions, prompt=prompt, answer=answer) == [0, 1]
-
-
-def test_what_sympy_has_no_chance_at_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(symbolic, "_ask", lambda expected, found: pytest.fail(found))
-    towers = ["9^{9^{9}}", "9^9^9", "2^{99999999}", "99999999!", "\\binom{99999999}{9999}", "x^{-10000}"]
-    assert values({"name": "boxed", "symbolic": True}, [f"\\boxed{{{t}}}" for t in towers], answer="x+1") == [0] * 6
 
 
 @pytest.mark.parametrize("nothing", ["$", " $ $ ", "\\left", "\\boxed{\\,}"])
@@ -144,62 +104,29 @@ def test_an_answer_that_is_nothing_is_refused(nothing: str) -> None:
             check_samples(load_rewards([name]), [{"prompt": "p", "answer": nothing}], lambda row: f"row {row + 1}")
 
 
-@pytest.mark.parametrize("text", ["5\\text{ or 6}", "5\\text{, 6}", "5\\mathrm{4}", "5\\text{ m}^6", "5\\text{{}}"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "5\\text{ or 6}", "5\\text{, 6}", "5\\mathrm{4}", "5\\text{ m}^6", "5\\text{{}}", "5\\text{ or six}",
+        "5\\text{ not}", "5\\text{ (or -six)}", "5\\mathrm{or}\\text{six}", "5\\,6", "5\\ 6", "5~6",
+        "\\frac{-1}{2}\\frac{1}{2}", "1\\frac{-1}{2}",
+    ],
+)  # fmt: skip
 def test_a_second_answer_is_no_unit(text: str) -> None:
     assert number(text) is None
 
 
-@pytest.mark.parametrize("text", ["5\\text{ cm}^2", "5\\text{ m}^{3}", "5\\mathrm{km/h}", "5\\text{ (miles)}"])
-def test_units_do_not_count(text: str) -> None:
+@pytest.mark.parametrize(
+    "text",
+    [
+        "5\\text{ cm}^2", "5\\text{ m}^{3}", "5\\mathrm{km/h}", "5\\text{ (miles)}", "5\\,\\text{cm}", "5~\\text{cm}",
+        "5\\ \\mathrm{cm^2}", "5\\mathrm{~m}", "5\\textup{ cm}", "5°", "5\\degree", "5\\,^\\circ", "5\\,\\%", "n = 5",
+        "\\left(5\\right)", "\\(5\\)", "{5}", "\\text{5}", "\\mathbf{5}", "\\frac {10} {2}", "10 / 2",
+        "\\displaystyle\\cfrac{-10}{-2}", "$ 5 $",
+    ],
+)  # fmt: skip
+def test_units_and_what_latex_writes_around_do_not_count(text: str) -> None:
     assert number(text) == 5
-
-
-def test_an_echo_of_the_prompt_is_no_answer() -> None:
-    samples = [
-        {"prompt": "Simplify \\sqrt{8}.", "answer": "2\\sqrt{2}"},
-        {"prompt": "What is 47 + 38?", "answer": "85"},
-    ]
-    echoes = ["\\boxed{\\sqrt{8}}", "\\boxed{47 + 38}"]
-    rewards = load_rewards([{"name": "boxed", "symbolic": True}])
-    assert score_completions(rewards, samples, echoes, [[1]] * 2).combined.tolist() == [0, 0]
-    assert score_completions(rewards, samples, ["\\boxed{2\\sqrt{2}}", "\\boxed{85}"], [[1]] * 2).combined.tolist() == [
-        1,
-        1,
-    ]
-
-
-def test_a_formula_that_takes_too_long_is_wrong_and_the_next_one_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
-    symbolic._ask.cache_clear()
-    assert values({"name": "boxed", "symbolic": True}, ["\\boxed{a+b}"], answer="b+a") == [1]  # it is there now
-    monkeypatch.setattr(symbolic, "SECONDS", 0.1)
-    assert values({"name": "boxed", "symbolic": True}, ["\\boxed{(a+b+c)^{99}}"], answer="b+a") == [0]
-    assert symbolic._mathematicians == []
-    monkeypatch.undo()
-    symbolic._ask.cache_clear()
-    assert values({"name": "boxed", "symbolic": True}, ["\\boxed{a+b}"], answer="b+a") == [1]
-    symbolic._mathematicians[0].process.kill()
-    symbolic._mathematicians[0].process.wait()
-    assert values({"name": "boxed", "symbolic": True}, ["\\boxed{c+b}"], answer="b+c") == [0]  # nobody there
-    symbolic._ask.cache_clear()
-    assert values({"name": "boxed", "symbolic": True}, ["\\boxed{c+b}"], answer="b+c") == [1]
-
-
-def test_math_verify_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not a world in which every formula is wrong."""
-    symbolic._ask.cache_clear()
-    symbolic._let_go()
-    monkeypatch.setattr("sys.executable", "/bin/false")
-    with pytest.raises(RewardError, match=r"math-verify does not start; try it: /bin/false -m grpo.rewards.symbolic"):
-        values({"name": "boxed", "symbolic": True}, ["\\boxed{a+b}"], answer="b+a")
-    assert symbolic._mathematicians == []
-
-
-def test_without_math_verify_formulas_are_texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(symbolic, "PACKAGE", "no_such_package_of_anybody")
-    assert values({"name": "boxed"}, ["\\boxed{\\sqrt{8}}", "\\boxed{2 \\sqrt{2}}"], answer="2\\sqrt{2}") == [0, 1]
-    assert refused({"name": "boxed", "symbolic": True}) == (
-        "rewards: boxed: symbolic: formulas need the package math-verify: pip install math-verify"
-    )
 
 
 def test_latex_of_other_dialects_is_the_same() -> None:

@@ -12,7 +12,7 @@ from grpo.rewards.answers import after_mark, between_tags, boxed
 from grpo.rewards.arguments import check_flag, check_numbers, check_rewards, check_tag
 from grpo.rewards.base import RewardFn, RewardValue, declare, text_of
 from grpo.rewards.numerals import last_integer, number, only_integer
-from grpo.rewards.symbolic import Equality, plain_latex, symbolic_equality
+from grpo.rewards.symbolic import Equality, plain_latex, same_latex, symbolic_equality
 
 Find = Callable[[str], str | None]
 
@@ -82,8 +82,8 @@ def same_number(expected: str, found: str, prompt: str = "") -> bool:
     return value is not None and value == number(expected)
 
 
-def same_answer(expected: str, found: str, prompt: str = "") -> bool:
-    """The same number where a number is expected, else the same text but for spaces and the dialects of LaTeX."""
+def same_text(expected: str, found: str, prompt: str = "") -> bool:
+    """The same number where a number is expected, else the same text but for what makes no difference in LaTeX."""
     if number(expected) is not None:
         return same_number(expected, found)
     return plain_latex(expected) == plain_latex(found)
@@ -112,9 +112,9 @@ def boxed_reward(correct_reward: float = 1.0, wrong_reward: float = 0.0, symboli
     is_same = symbolic_equality(symbolic)
 
     def is_same_mathematics(expected: str, found: str, prompt: str = "") -> bool:
-        if same_answer(expected, found):
-            return True
-        return number(expected) is None and is_same(expected, found, prompt)
+        if number(expected) is not None:
+            return same_number(expected, found)
+        return same_latex(expected, found) or is_same(expected, found, prompt)
 
     return _judge(boxed, is_same_mathematics, expected_text, correct_reward, wrong_reward)
 
@@ -122,7 +122,7 @@ def boxed_reward(correct_reward: float = 1.0, wrong_reward: float = 0.0, symboli
 def correctness_reward(correct_reward: float = 2.0, wrong_reward: float = 0.0, tag: str = "answer") -> RewardFn:
     """What the last <answer> ... </answer> holds against "answer": the recipe's main reward."""
     check_tag("tag", tag)
-    return _judge(lambda text: between_tags(text, tag), same_answer, expected_text, correct_reward, wrong_reward)
+    return _judge(lambda text: between_tags(text, tag), same_text, expected_text, correct_reward, wrong_reward)
 
 
 def integer_reward(reward: float = 0.5, tag: str = "answer") -> RewardFn:

@@ -48,25 +48,31 @@ def only_integer(text: str) -> str | None:
 LONGEST = 200  # characters of a number: what is longer is none
 _DECIMAL = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+"
 _FORMS = re.compile(
-    rf"(?P<sign>[-+\u2212]?)(?:(?P<decimal>{_DECIMAL})"
-    rf"|(?P<whole>[0-9]*)\\[dt]?frac(?:\{{(?P<top>[0-9]+)\}}\{{?(?P<bottom>[0-9]+)\}}?|(?P<digits>[0-9]{{2}}))"
-    rf"|(?P<over>[0-9]+)/(?P<under>[0-9]+))"
+    rf"(?P<sign>[-+\u2212]?) ?(?:(?P<decimal>{_DECIMAL})"
+    rf"|(?P<whole>[0-9]*) ?\\[dtc]?frac ?"
+    rf"(?:\{{(?P<top>-?[0-9]+)\}} ?\{{?(?P<bottom>-?[0-9]+)\}}?|(?P<digits>[0-9]{{2}}))"
+    rf"|(?P<over>[0-9]+) ?/ ?(?P<under>[0-9]+))"
 )
-# %, a degree sign, or a word as in \text{ cm} or \text{ m}^2: without digits and commas, so no second answer.
-_UNIT = re.compile(r"(?:\\?%|\^\\circ|\^\{\\circ\}|\\(?:text|mbox|mathrm)\{[a-zA-Z ./()-]*\}(?:\^\{?[23]\}?)?)$")
+# %, a degree sign, or words as in \text{ cm} or \text{ m}^2: no digit, comma or "or", so no second answer.
+_POWER = r"(?:\^\{?[23]\}?)?"
+_UNIT = re.compile(
+    r"(?:\\?%|\\degree|\u00b0|\^ ?\\circ|\^\{\\circ\}"
+    rf"|\\(?:text|textup|mbox|mathrm)\{{(?![^{{}}]*\b(?:or|and|not)\b)[a-zA-Z ./()-]*{_POWER}\}}{_POWER})$"
+)
 
 
 def number(text: str) -> Fraction | None:
     """The number that a text is, not one among other things, exactly; or None.
 
-    Dollars, percent, degrees and a unit in \\text{...} do not count: what is compared has the same ones or none.
+    Dollars, percent, degrees and a unit in \\text{...} do not count: what is compared has the same ones or none. Nor do
+    names: x = 5 is 5.
 
-    >>> [str(number(text)) for text in ["72.0", "1,234", "1/2", "\\\\frac{1}{2}", "-.5", "2\\\\frac{1}{4}", "5 or 6"]]
-    ['72', '1234', '1/2', '1/2', '-1/2', '9/4', 'None']
+    >>> [str(number(text)) for text in ["72.0", "1,234", "1/2", "\\\\frac{-1}{2}", "-.5", "2\\\\frac{1}{4}", "5 or 6"]]
+    ['72', '1234', '1/2', '-1/2', '-1/2', '9/4', 'None']
     """
     if len(text) > LONGEST:
         return None
-    found = _FORMS.fullmatch(_UNIT.sub("", _bare(text)).strip())
+    found = _FORMS.fullmatch(_bare(without_unit(_bare(text))))
     if not found:
         return None
     if found["decimal"] is not None:
@@ -75,14 +81,29 @@ def number(text: str) -> Fraction | None:
         top, bottom = found["top"] or found["over"], found["bottom"] or found["under"]
         if found["digits"]:
             top, bottom = found["digits"][0], found["digits"][1]  # \frac12
-        if int(bottom) == 0:
+        if int(bottom) == 0 or (found["whole"] and "-" in top + bottom):
             return None
         value = int(found["whole"] or 0) + Fraction(int(top), int(bottom))
     return -value if found["sign"] in ("-", "\u2212") else value
 
 
+def without_unit(text: str) -> str:
+    """A number or formula without the unit behind it.
+
+    >>> without_unit("6\\\\sqrt{2}\\\\text{ cm}")
+    '6\\\\sqrt{2}'
+    """
+    return _UNIT.sub("", text).strip()
+
+
+_COMMA = re.compile(r"(?<=[0-9])(?:\{,\}|,\\!|\\,)(?=[0-9]{3}(?![0-9]))")
+_SPACE = re.compile(r"(?<!\\)\\[!,;: ]|~|\\(?:left|right|displaystyle)(?![a-zA-Z])|\s+")
+_NO_USE = re.compile(r"\\\$|\\[()]")
+_AROUND = re.compile(r"^(?:\((.*)\)|\{(.*)\}|\\(?:text|textbf|mathbf|mathrm)\{([^{}]*)\})$")
+_NAME = re.compile(r"^[a-zA-Z] ?= ?")
+
+
 def _bare(text: str) -> str:
-    """Without what LaTeX writes around a number and within it: $1{,}234$. and 1,\\!234 are 1,234."""
-    for latex, plain in (("{,}", ","), (",\\!", ","), ("\\$", "")):
-        text = text.replace(latex, plain)
-    return text.strip().removesuffix(".").strip("$").strip()
+    """Without what LaTeX writes around a number and within it: $x = 1{,}234$. and \\left(1,\\!234\\right) are 1,234."""
+    text = _NO_USE.sub("", _SPACE.sub(" ", _COMMA.sub(",", text))).strip(" $").removesuffix(".").strip(" $")
+    return _NAME.sub("", _AROUND.sub(r"\1\2\3", text)).strip()

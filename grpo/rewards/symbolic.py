@@ -17,8 +17,10 @@ import threading
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from grpo.rewards.arguments import check_flag
+from grpo.rewards.numerals import without_unit
 
 Equality = Callable[[str, str, str], bool]  # expected, found, prompt
 
@@ -28,18 +30,78 @@ STARTING = 60.0  # for the first: sympy is large
 MEMORY = 2 << 30  # bytes
 PACKAGE = "math_verify"
 
-_WORD = re.compile(r"\\(?:text|textbf|mathrm|mbox)\{([^{}]*)\}")
-_NOTHING = re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\[!,;: ]|[$\s]")
+
+# Formulas as texts
+
+_DIALECTS = [  # what is written in several ways, and the one that is kept; spaces go when they end no command any more
+    (re.compile(pattern), plain)
+    for pattern, plain in (
+        (r"\\[dtc]frac", r"\\frac"),
+        (r"\\le(?![a-zA-Z])", r"\\leq"),
+        (r"\\ge(?![a-zA-Z])", r"\\geq"),
+        (r"\\varnothing", r"\\emptyset"),
+        (r"\\cdot(?![a-zA-Z])", "*"),
+        (r"\\(?:text|textup|textbf|mathrm|mathbf|mbox)\{([^{}]*)\}", r"\1"),
+        (r"(?<!\\)\\[!,;: ]|\\(?:left|right|displaystyle)(?![a-zA-Z])|[$~\s]", ""),
+        (r"\\frac([0-9a-zA-Z])([0-9a-zA-Z])", r"\\frac{\1}{\2}"),
+        (r"\\sqrt([0-9a-zA-Z])", r"\\sqrt{\1}"),
+        (r"\^\{([0-9a-zA-Z])\}", r"^\1"),
+        (r"(?<![0-9])\*|\*(?![0-9])", ""),
+        (r"\.$", ""),
+    )
+]
 
 
 def plain_latex(text: str) -> str:
     """Without what makes no difference: spaces, \\left and \\right, \\dfrac for \\frac, \\text around a word.
 
-    >>> plain_latex("\\\\left( \\\\dfrac{1}{2},\\\\, \\\\text{red} \\\\right)")
-    '(\\\\frac{1}{2},red)'
+    >>> plain_latex("\\\\left( \\\\dfrac{1}{2},\\\\, 2 \\\\cdot \\\\sqrt3, \\\\text{red} \\\\right)")
+    '(\\\\frac{1}{2},2\\\\sqrt{3},red)'
     """
-    text = _NOTHING.sub("", _WORD.sub(r"\1", text))
-    return text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac").removesuffix(".")
+    for pattern, plain in _DIALECTS:
+        text = pattern.sub(plain, text)
+    return text
+
+
+def same_latex(expected: str, found: str) -> bool:
+    """The same text but for dialects, the order of terms or of factors, and in a word the case of letters.
+
+    >>> [same_latex("(x+1)(x-2)", found) for found in ["(x-2)(1+x)", "(x-2)(x-1)"]]
+    [True, False]
+    """
+    expected, found = plain_latex(expected), plain_latex(found)
+    if re.fullmatch(r"[a-zA-Z]{3,}", expected):
+        expected, found = expected.casefold(), found.casefold()
+    return _ordered(expected) == _ordered(found)
+
+
+def _ordered(text: str) -> str:
+    """Its factors in parentheses, or its terms, in alphabetical order."""
+    if re.fullmatch(r"(?:\([^()]+\))+", text):
+        return "".join(sorted(f"({_ordered(factor)})" for factor in re.findall(r"\(([^()]+)\)", text)))
+    if re.fullmatch(r"[^(){}\\,=<>]*[a-zA-Z][^(){}\\,=<>]*", text):
+        terms = re.findall(r"[-+]?[^-+]+", text)
+        return "".join(sorted(term if term[0] in "-+" else f"+{term}" for term in terms))
+    return text
+
+
+_FORMULA = re.compile(
+    r"(?<!\\)\$\$?([^$]+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]|\\begin\{(?:align|equation|gather)\*?\}(.+?)\\end",
+    re.DOTALL,
+)
+
+
+def formulas(prompt: str) -> list[str]:
+    """What stands between dollars, \\( and \\), \\[ and \\], or in align, where it is not too long to be looked at.
+
+    >>> formulas("It costs \\\\$5. Simplify $\\\\sqrt{8}.$, or \\\\(x+x = ?\\\\)")
+    ['\\\\sqrt{8}', 'x+x']
+    """
+    found = ["".join(parts).strip(" .,;:?=\n") for parts in _FORMULA.findall(prompt)]
+    return [formula for formula in found if 0 < len(formula) <= LONGEST]
+
+
+# Formulas as mathematics
 
 
 def symbolic_equality(wanted: bool | None) -> Equality:
@@ -58,43 +120,77 @@ def symbolic_equality(wanted: bool | None) -> Equality:
         return lambda expected, found, prompt: False
 
     def is_same(expected: str, found: str, prompt: str) -> bool:
-        if max(len(expected), len(found)) > LONGEST or not _is_answer(plain_latex(found), plain_latex(expected)):
+        if max(len(expected), len(found)) > LONGEST:
             return False
-        if plain_latex(found) in plain_latex(prompt) or not _ask(expected, found):
+        expected, found = _nameless(expected), _nameless(found)
+        if not _texts(expected):
+            found = without_unit(found)
+        if not is_comparable(expected, found) or not _ask(expected, found):
             return False
-        return not any(_ask(expected, formula) for formula in formulas(prompt) if not _WORK.search(formula))
+        asked_about = formulas(prompt)
+        if not asked_about:
+            return plain_latex(found) not in plain_latex(prompt)
+        return not any(_ask(expected, formula) for formula in asked_about if not NEVER_ADDED["work"].search(formula))
 
     return is_same
 
 
-_WORK = re.compile(r"\\(?:int|sum|prod|lim)(?![a-zA-Z])")  # what was to be worked out is left to sympy
-_HUGE = re.compile(r"\^\{[^{}]*\^|\^.\^|\^\{?-?[0-9]{4}|[0-9]{4}!|\\binom\{[0-9]{4}")  # sympy has no chance
-_BASE = re.compile(r"(?<=[0-9])_\{?([0-9]+)")  # 5_7, which math-verify takes for 5
+_NAME = re.compile(r"(^|,)\s*[a-zA-Z](?:_\w)?(?:\([a-z]\))?\s*=(?=[^=]*(?:,|$))")
 
 
-def _is_answer(found: str, expected: str) -> bool:
-    """Is this a formula to be compared with the expected one at all? Both without what makes no difference.
+def _nameless(formula: str) -> str:
+    """Without names: x = 3, f(x) = \\sqrt{2} is 3, \\sqrt{2}."""
+    return _NAME.sub(r"\1", formula.strip().strip("$").removesuffix(".")).strip()
 
-    >>> [_is_answer(found, "6\\\\sqrt{2}") for found in ["x=\\\\sqrt{72}", "7=6\\\\sqrt{2}", "\\\\int_0^1x", "9^{9^9}"]]
-    [True, False, False, False]
+
+NEVER_ADDED = {  # what a formula does not have unless the expected one has it, too
+    "work": re.compile(  # left to sympy
+        r"\\(?:int|sum|prod|lim|max|min|cup|cap|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|binom)(?![a-zA-Z])"
+        r"|\\frac\s*\{\s*(?:d|\\partial)[^{}]*\}\s*\{\s*(?:d|\\partial)\s*[a-zA-Z]|[0-9a-zA-Z)]\s*!"
+    ),
+    "arithmetic": re.compile(  # 40 + 45, but neither 4 + 5x nor x^4 + 5
+        r"(?<![\^_0-9.a-zA-Z])[0-9.]+\s*(?:[-+*]|\\cdot|\\times)\s*[0-9.]+(?![0-9.]|\s*[a-zA-Z\\(^/])"
+    ),
+    "hopeless": re.compile(r"\^\{[^{}]*\^|\^.\^|\^\{?-?[0-9]{4}|[0-9]{4}!|\\binom\{[0-9]{4}"),  # 9^{9^9}
+    "relation": re.compile(r"=|\\approx|\\equiv|\\sim|\\neq?(?![a-zA-Z])"),
+    "decimals": re.compile(r"[0-9]\.[0-9]"),
+    "product of matrices": re.compile(r"\\begin.*\\begin", re.DOTALL),
+}
+_TEXT = re.compile(r"\\(?:text|textup|textbf|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}?")
+_COMMAND = re.compile(r"\\[a-zA-Z]+")
+
+
+def is_comparable(expected: str, found: str) -> bool:
+    """Are these two formulas of one kind, so that math-verify may be asked? It takes (1,2) for {2,1}, and 5 for 5_7.
+
+    >>> [is_comparable("6\\\\sqrt{2}", found) for found in ["\\\\sqrt{72}", "7=6\\\\sqrt{2}", "8.485"]]
+    [True, False, False]
     """
-    is_word = re.fullmatch(r"[a-zA-Z]{3,}", expected)  # not a product of letters: "der" is not "red"
-    is_equation = "=" in re.sub(r"^[a-zA-Z]=", "", found) and "=" not in expected
-    is_open = any(pattern.search(found) and not pattern.search(expected) for pattern in (_WORK, _HUGE))
-    return bool(found) and not (is_word or is_equation or is_open) and _BASE.findall(found) == _BASE.findall(expected)
+    if re.fullmatch(r"[a-zA-Z]{2,}", plain_latex(expected)) or not plain_latex(found):
+        return False  # a word is not the product of its letters: "der" is not "red"
+    kinds: tuple[Callable[[str], object], ...] = (_texts, _letters, _brackets, _bases)
+    if any(kind(expected) != kind(found) for kind in kinds):
+        return False
+    return not any(pattern.search(found) and not pattern.search(expected) for pattern in NEVER_ADDED.values())
 
 
-_FORMULA = re.compile(r"\$\$?([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+def _texts(formula: str) -> list[str]:
+    return ["".join(text.split()).casefold() for text in _TEXT.findall(formula)]
 
 
-def formulas(prompt: str) -> list[str]:
-    """What stands between dollars, \\( and \\), \\[ and \\], where it is not too long to be looked at.
+def _letters(formula: str) -> set[str]:
+    return set(re.findall("[a-zA-Z]", _COMMAND.sub(" ", _TEXT.sub(" ", formula))))
 
-    >>> formulas("Simplify $\\\\sqrt{8}$, or \\\\(x+x\\\\).")
-    ['\\\\sqrt{8}', 'x+x']
-    """
-    found = ["".join(parts).strip() for parts in _FORMULA.findall(prompt)]
-    return [formula for formula in found if 0 < len(formula) <= LONGEST]
+
+def _brackets(formula: str) -> tuple[Any, ...]:
+    """Of what lists something: how it opens and closes, and how many there are."""
+    plain = plain_latex(formula)
+    ends = re.match(r"(\\?[\[({])?.*?(\\?[\])}])?$", plain, re.DOTALL)
+    return (*ends.groups(), plain.count(",")) if ends and "," in plain else ()
+
+
+def _bases(formula: str) -> list[str]:
+    return re.findall(r"(?<=[0-9])_\{?([0-9]+)", formula)
 
 
 class _Mathematician:
@@ -109,7 +205,7 @@ class _Mathematician:
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is not for it
         )
-        if self.answer(STARTING) is None:  # without it every formula would be wrong, and nobody know
+        if self.answer(STARTING) is None:  # without it every formula would be wrong, and nobody would know
             self.end()
             raise RuntimeError(f"math-verify does not start; try it: {sys.executable} -m {__name__}")
 
@@ -141,15 +237,23 @@ _mathematicians: list[_Mathematician] = []  # none or one
 _turn = threading.Lock()
 
 
-@lru_cache(maxsize=4096)  # siblings are often the same
 def _ask(expected: str, found: str) -> bool:
+    try:
+        return _answered(expected, found)
+    except TimeoutError:
+        return False
+
+
+@lru_cache(maxsize=4096)  # siblings are often the same; what took too long is asked again
+def _answered(expected: str, found: str) -> bool:
     with _turn:
         if not _mathematicians:
             _mathematicians.append(_Mathematician())
         answer = _mathematicians[0].ask(expected, found)
-        if answer is None:  # whoever asks next gets another one
-            _let_go()
-        return bool(answer)
+        if answer is None:
+            _let_go()  # whoever asks next gets another one
+            raise TimeoutError
+        return answer
 
 
 @atexit.register
