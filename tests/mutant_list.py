@@ -1254,8 +1254,8 @@ MUTANTS = [
     Mutant(
         "a number among others taken for the answer",
         NUMERALS,
-        'found = _FORMS.fullmatch(_UNIT.sub("", _bare(text)).strip())',
-        'found = _FORMS.match(_UNIT.sub("", _bare(text)).strip())',
+        "found = _FORMS.fullmatch(_bare(without_unit(_bare(text))))",
+        "found = _FORMS.match(_bare(without_unit(_bare(text))))",
         (f"{OF_ANSWERS}test_gsm8k_wants_the_number_in_its_place",),
     ),
     # The reward library
@@ -1297,15 +1297,15 @@ MUTANTS = [
     Mutant(
         "an unevaluated expression taken for the number it is equal to",
         "grpo/rewards/exact.py",
-        "return number(expected) is None and is_same(expected, found, prompt)",
-        "return is_same(expected, found, prompt)",
+        "if number(expected) is not None:\n            return same_number(expected, found)\n        return same_latex",
+        "if same_number(expected, found):\n            return True\n        return same_latex",
         (f"{OF_LIBRARY}test_boxed",),
     ),
     Mutant(
         "a formula copied from the prompt taken for its simplification",
         "grpo/rewards/symbolic.py",
-        "if plain_latex(found) in plain_latex(prompt) or not _ask(",
-        "if not _ask(",
+        "return plain_latex(found) not in plain_latex(prompt)",
+        "return True",
         ("tests/test_formulas.py::test_an_echo_of_the_prompt_is_no_answer",),
     ),
     Mutant(
@@ -1337,9 +1337,16 @@ MUTANTS = [
         (f"{OF_LIBRARY}test_a_script_is_judged_by_its_lines",),
     ),
     Mutant(
+        "math-verify asked about what is of another kind",
+        "grpo/rewards/symbolic.py",
+        "if not is_comparable(expected, found) or not _ask(",
+        "if not _ask(",
+        ("tests/test_formulas.py::test_what_only_math_verify_takes_for_the_answer_is_wrong",),
+    ),
+    Mutant(
         "the question paid for, said in other words",
         "grpo/rewards/symbolic.py",
-        "return not any(_ask(expected, formula) for formula in formulas(prompt) if not _WORK.search(formula))",
+        'return not any(_ask(expected, formula) for formula in asked_about if not NEVER_ADDED["work"].search(formula))',
         "return True",
         ("tests/test_formulas.py::test_a_formula_that_only_says_the_question_again_is_no_answer",),
     ),
@@ -1353,8 +1360,8 @@ MUTANTS = [
     Mutant(
         "a second answer taken for a unit",
         NUMERALS,
-        "\\{[a-zA-Z ./()-]*\\}",
-        "\\{[^{}]*\\}",
+        "[a-zA-Z ./()-]*{_POWER}",
+        "[^{{}}]*{_POWER}",
         (f"{OF_LIBRARY}test_a_second_answer_is_no_unit",),
     ),
     Mutant(

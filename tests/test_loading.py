@@ -33,7 +33,7 @@ def test_an_argument_of_the_config_comes_before_a_column_of_its_name() -> None:
 def test_a_column_is_no_argument() -> None:
     """It would be taken and ignored, and rows without the column be scored without it."""
     assert required_columns(load_rewards([f"{MINE}needs_colour"])[0]) == {"colour"}
-    with pytest.raises(InputError, match=r"needs_colour: got 'colour', allowed: weight, as$"):
+    with pytest.raises(InputError, match=r"needs_colour: got 'colour', which has no default in the function and so is"):
         load_rewards([{"name": f"{MINE}needs_colour", "colour": "red"}])
 
 
@@ -58,7 +58,7 @@ def test_a_reward_may_stand_there_twice_under_two_names() -> None:
 
 
 def test_an_async_function_is_refused() -> None:
-    with pytest.raises(InputError, match="waits: got an async function, expected one that returns its values"):
+    with pytest.raises(InputError, match="waits: got an async function, expected a function that returns its values"):
         load_rewards([f"{MINE}waits"])
 
 
@@ -108,9 +108,23 @@ def broken(*_: Any) -> float:
 
 def test_an_array_is_no_list() -> None:
     with pytest.raises(
-        RewardError, match=r"returned ndarray for 1 completions, expected a list of as many: its .tolist"
+        RewardError, match=r"returned ndarray for 1 completions, expected a list of as many: use .tolist"
     ):
         score_completions([Reward("r", lambda **_: np.ones(1), 1.0)], [{"prompt": "p"}], ["a"], [[1]])
+
+
+def test_an_answer_that_is_neither_true_nor_false_is_named() -> None:
+    reward = Reward("r", lambda **_: [1.0], 1.0, has_answer=lambda text: np.ones(2))
+    with pytest.raises(
+        RewardError, match="reward r: its attribute has_answer raised ValueError: The truth value of an"
+    ):
+        score_completions([reward], [{"prompt": "p"}], ["a"], [[1]])
+
+
+@pytest.mark.parametrize("name", ["Scorer", "by_place"])
+def test_what_cannot_be_called_by_name_is_refused(name: str) -> None:
+    with pytest.raises(InputError, match=rf"{name}: (got a class, expected a function|has parameters without a name)"):
+        load_rewards([f"{MINE}{name}"])
 
 
 @pytest.mark.parametrize("attribute", ["has_answer", "is_right_leniently"])

@@ -334,8 +334,8 @@ def test_why_a_program_earns_no_more_is_said(tried: Callable[..., list[str]]) ->
     lines = tried([{"prompt": "p", "tests": tests}] * 5, completions, "--rewards=[code]")
     assert [line.strip() for line in lines if line.strip().startswith("code: ")] == [
         "code: printed '3\\n', expected '2'",
-        "code: ValueError",
-        "code: ModuleNotFoundError: No module named 'no'",
+        "code: assert 1: ValueError",
+        "code: assert 1: ModuleNotFoundError: No module named 'no'",
         "code: no block of Python",
     ]
 

@@ -62,3 +62,15 @@ async def waits(prompts: list[str], completions: list[str], **_: Any) -> list[fl
 def logs(prompts: list[str], completions: list[str], log_metric: Any, **_: Any) -> list[float]:
     """TRL hands its logger on."""
     return [0.0 for _ in completions]
+
+
+class Scorer:
+    """No function: its instances might be."""
+
+    def __init__(self, completions: list[str], **_: Any) -> None:
+        self.completions = completions
+
+
+def by_place(completions: list[str], /, **_: Any) -> list[float]:
+    """Takes completions by their place only."""
+    return [0.0 for _ in completions]

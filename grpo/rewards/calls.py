@@ -3,10 +3,12 @@
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from grpo.errors import RunError
 from grpo.rewards.base import RewardFn, RewardValue, is_number
+
+T = TypeVar("T")
 
 
 class RewardError(RunError):
@@ -25,7 +27,7 @@ def call(
 
     Raises:
         RewardError: it raised (the first sample it also raises on alone is named), or returned the wrong number of
-            values, or a value that is none.
+            values, or something that is no reward.
     """
     prompts = given["prompts"]
     try:
@@ -39,10 +41,10 @@ def call(
     return checked(name, values, prompts, lengths)
 
 
-def asked(name: str, attribute: str, fn: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function says that stands in an attribute of a reward; a RewardError where it raises."""
+def asked(name: str, attribute: str, kind: Callable[[Any], T], fn: Callable[..., Any], *arguments: Any) -> T:
+    """What a function says that stands in an attribute of a reward, as a `kind`; a RewardError where it raises."""
     try:
-        return fn(*arguments)
+        return kind(fn(*arguments))
     except (Exception, SystemExit) as error:
         what = f"reward {name}: its attribute {attribute} raised {described(error)}"
         raise RewardError(f"{what}, for {', '.join(map(short, arguments))}") from error
@@ -73,7 +75,7 @@ def checked(name: str, values: Any, prompts: Sequence[Any], lengths: Sequence[in
     """One value a completion; lists of so many token rewards are allowed where `lengths` are given."""
     if not isinstance(values, (list, tuple)) or len(values) != len(prompts):
         got = f"{len(values)} values" if isinstance(values, (list, tuple)) else type(values).__name__
-        hint = ": its .tolist()" if hasattr(values, "tolist") else ""  # of an array or tensor
+        hint = ": use .tolist()" if hasattr(values, "tolist") else ""  # of an array or tensor
         allowed = f"expected a list of as many{hint}"
         raise RewardError(f"reward {name} returned {got} for {len(prompts)} completions, {allowed}")
     for row, (value, prompt) in enumerate(zip(values, prompts, strict=True)):

@@ -159,8 +159,11 @@ def _passed(verdict: Verdict, output: str | None) -> tuple[bool, ...]:
 
 def _problem(verdict: Verdict, output: str | None) -> str:
     """Why a run did not pass, in words; empty where it did."""
-    if all(_passed(verdict, output)):
+    passed = _passed(verdict, output)
+    if all(passed):
         return ""
+    if output is None:
+        return f"assert {passed.index(False) + 1}: {verdict.why}"
     return verdict.why or f"printed {short(verdict.output)}, expected {short(output)}"
 
 

@@ -39,24 +39,19 @@ class Reward:
 
     @classmethod
     def of(cls, name: str, fn: RewardFn, weight: float, arguments: dict[str, Any]) -> Self:
-        """`fn` with `arguments` fixed, and what its attributes say of it.
-
-        Raises:
-            ValueError: an attribute is none that a reward function may have.
-        """
+        """`fn` with `arguments` fixed, and what its attributes say of it; a ValueError where one cannot be used."""
         said = {key: getattr(fn, key) for key in SAID_OF_ITSELF if hasattr(fn, key)}
         for key, value in said.items():
             if key in ("full_mark", "lowest"):
-                is_good, expected = is_number(value) or (key == "full_mark" and value is None), "a number"
-            else:
-                is_good, expected = callable(value), "a function"
-            if not is_good:
-                raise ValueError(f"its attribute {key}: got {value!r}, expected {expected}")
+                if not is_number(value) and not (key == "full_mark" and value is None):
+                    raise ValueError(f"its attribute {key}: got {value!r}, expected a number")
+            elif not callable(value):
+                raise ValueError(f"its attribute {key}: got {value!r}, expected a function")
         return cls(name, _with_arguments(fn, arguments), weight, **said)
 
 
 def _with_arguments(fn: RewardFn, arguments: dict[str, Any]) -> RewardFn:
-    """`fn` as it is called by name: a column never overrides an argument, and who names no **columns gets none."""
+    """`fn` as it is called: a column never overrides an argument; without **columns it gets what it names, no more."""
     takes_all = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(fn).parameters.values())
     wanted = named_parameters(fn)
 
@@ -89,9 +84,7 @@ def load_rewards(
 
 
 def _load_reward(spec: str | dict[str, Any], table: Mapping[str, Callable[..., RewardFn]]) -> Reward:
-    arguments: dict[str, Any] = (
-        {"name": spec} if isinstance(spec, str) else dict(spec) if isinstance(spec, dict) else {}
-    )
+    arguments: dict[str, Any] = {"name": spec} if not isinstance(spec, dict) else dict(spec)
     name, weight = arguments.pop("name", None), arguments.pop("weight", 1.0)
     if not isinstance(name, str):
         raise InputError(f"rewards: got {spec!r}, expected a name or {{name: …, weight: …}}")
@@ -103,7 +96,7 @@ def _load_reward(spec: str | dict[str, Any], table: Mapping[str, Callable[..., R
     try:
         if name in table:
             _check_arguments(table[name], arguments)
-            return Reward.of(logged_as, table[name](**arguments), weight, {})
+            return Reward.of(logged_as, table[name](**arguments), weight, {})  # the factory has had them
         if ":" in name:
             fn = _import_function(name)
             _check_arguments(fn, arguments, is_factory=False)
@@ -119,21 +112,26 @@ def _check_arguments(fn: Callable[..., Any], arguments: Mapping[str, Any], *, is
     own = named_parameters(fn) if is_factory else named_parameters(fn) - needed - GIVEN
     allowed = ["weight", "as", *sorted(own)]
     for key in arguments.keys() - own:
+        if key in needed - GIVEN:
+            raise ValueError(f"got {key!r}, which has no default in the function and so is a column of the data")
         raise ValueError(f"got {key!r}, allowed: {', '.join(allowed)}{_nearest(key, allowed)}")
     if is_factory and (missing := needed - arguments.keys()):
         raise ValueError(f"got no {' and no '.join(sorted(missing))}, which it needs")
 
 
 def _import_function(name: str) -> RewardFn:
-    """`module:function`; a ValueError if it is none that can be called as a reward."""
+    """`module:function`; a ValueError where it cannot be called as a reward."""
     module_name, _, function_name = name.partition(":")
     try:
         fn = getattr(importlib.import_module(module_name), function_name)
-        inspect.signature(fn)
+        parameters = inspect.signature(fn).parameters.values()
     except (Exception, SystemExit) as error:  # importing runs the user's module, which may raise anything
         raise ValueError(f"cannot be used: {described(error)}") from error
-    if inspect.iscoroutinefunction(fn):
-        raise ValueError("got an async function, expected one that returns its values")
+    if inspect.iscoroutinefunction(fn) or inspect.isclass(fn):
+        what = "a class" if inspect.isclass(fn) else "an async function"
+        raise ValueError(f"got {what}, expected a function that returns its values")
+    if any(parameter.kind is parameter.POSITIONAL_ONLY for parameter in parameters):
+        raise ValueError("has parameters without a name, before a /; expected ones that can be given by name")
     if only_there := named_parameters(fn, without_default=True) & OF_TRL:
         raise ValueError(f"needs {', '.join(sorted(only_there))}, which only TRL's own trainer gives")
     return fn

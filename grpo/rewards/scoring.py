@@ -106,7 +106,7 @@ def _check_factors(rewards: Sequence[Reward], by_name: dict[str, Tensor], prompt
 
 def _have_answers(reward: Reward, completions: Sequence[str]) -> Tensor:
     """(B,) bool: there is something to be right or wrong about."""
-    return torch.tensor([bool(asked(reward.name, "has_answer", reward.has_answer, text)) for text in completions])
+    return torch.tensor([asked(reward.name, "has_answer", bool, reward.has_answer, text) for text in completions])
 
 
 def _leniently(reward: Reward, samples: Sequence[dict[str, Any]], completions: Sequence[str]) -> Tensor:
@@ -115,7 +115,7 @@ def _leniently(reward: Reward, samples: Sequence[dict[str, Any]], completions: S
     if fn is None:
         return torch.full((len(samples),), torch.nan)
     pairs = zip(samples, completions, strict=True)
-    return torch.tensor([float(bool(asked(reward.name, "is_right_leniently", fn, *pair))) for pair in pairs])
+    return torch.tensor([asked(reward.name, "is_right_leniently", bool, fn, *pair) for pair in pairs]).float()
 
 
 def _like(prompt: Any, completion: str) -> Any:

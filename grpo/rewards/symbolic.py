@@ -79,7 +79,7 @@ def _ordered(text: str) -> str:
     """Its factors in parentheses, or its terms, in alphabetical order."""
     if re.fullmatch(r"(?:\([^()]+\))+", text):
         return "".join(sorted(f"({_ordered(factor)})" for factor in re.findall(r"\(([^()]+)\)", text)))
-    if re.fullmatch(r"[^(){}\\,=<>]*[a-zA-Z][^(){}\\,=<>]*", text):
+    if re.search(r"[a-zA-Z]", text) and re.fullmatch(r"[^(){}\\,=<>]+", text):
         terms = re.findall(r"[-+]?[^-+]+", text)
         return "".join(sorted(term if term[0] in "-+" else f"+{term}" for term in terms))
     return text

@@ -3,6 +3,7 @@
 import argparse
 import math
 from collections.abc import Callable, Sequence
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 from grpo.config import Config, SettingsParser, load_config
@@ -67,8 +68,9 @@ def try_rewards(
 
 def explained(rewards: Sequence[Reward], samples: Sequence[Sample], completions: Sequence[str]) -> list[list[str]]:
     """Of each completion, why it does not earn more: the words of the rewards that have any."""
-    said = {own.name: asked(own.name, "explain", own.explain, samples, completions) for own in rewards if own.explain}
-    return [[f"{name}: {words[row]}" for name, words in said.items() if words[row]] for row in range(len(completions))]
+    said = {r.name: asked(r.name, "explain", list, r.explain, samples, completions) for r in rewards if r.explain}
+    rows = zip(*said.values(), strict=True) if said else repeat((), len(completions))
+    return [[f"{name}: {words}" for name, words in zip(said, row, strict=True) if words] for row in rows]
 
 
 def paired(data: Dataset, data_name: str, path: str) -> tuple[list[int], list[str]]:
