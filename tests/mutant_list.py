@@ -1346,7 +1346,7 @@ MUTANTS = [
     Mutant(
         "the question paid for, said in other words",
         "grpo/rewards/symbolic.py",
-        'return not any(_ask(expected, formula) for formula in asked_about if not NEVER_ADDED["work"].search(formula))',
+        "return not any(_ask(expected, formula) for formula in asked_about)",
         "return True",
         ("tests/test_formulas.py::test_a_formula_that_only_says_the_question_again_is_no_answer",),
     ),

@@ -30,6 +30,7 @@ REWRITTEN = [  # what the prompt asks about, the answer, the same formula in oth
     ("Evaluate $\\int_0^1 \\frac{1}{1+x^2} dx$.", "\\frac{\\pi}{4}", "\\int_0^1 \\frac{1}{1+t^2} dt", "\\pi/4"),
     ("How long is the diagonal?", "6\\sqrt{2}", "7=6\\sqrt{2}", "d=\\sqrt{72}"),
     ("In base 7?", "5_7", "5", "5_7"),
+    ("Write $\\sin 2x$ in terms of x.", "2\\sin x\\cos x", "\\sin 2x", "2 \\sin x \\cos x"),
     ("In base 7?", "5_7", "5_{8}", "5_{7}"),
     ("Which colour?", "red", "der", "\\text{red}"),
     ("What is the limit?", "\\frac{e}{2}", "\\lim_{n\\to\\infty}\\frac{(1+1/n)^n}{2}", "e/2"),

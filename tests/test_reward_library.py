@@ -16,8 +16,8 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig,
 from grpo.errors import InputError
 from grpo.rewards.answers import in_tag_lines, tags_in_place
 from grpo.rewards.code import code_block
+from grpo.rewards.formulas import plain_latex
 from grpo.rewards.numerals import number
-from grpo.rewards.symbolic import plain_latex
 from reward_model import Reward, RewardError, check_samples, load_rewards, required_columns, score_completions
 from tests.conftest import VOCABULARY, make_tokenizer
 

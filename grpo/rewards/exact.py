@@ -11,8 +11,9 @@ from typing import Any
 from grpo.rewards.answers import after_mark, between_tags, boxed
 from grpo.rewards.arguments import check_flag, check_numbers, check_rewards, check_tag
 from grpo.rewards.base import RewardFn, RewardValue, declare, text_of
+from grpo.rewards.formulas import plain_latex, same_latex
 from grpo.rewards.numerals import last_integer, number, only_integer
-from grpo.rewards.symbolic import Equality, plain_latex, same_latex, symbolic_equality
+from grpo.rewards.symbolic import Equality, symbolic_equality
 
 Find = Callable[[str], str | None]
 
