@@ -153,22 +153,22 @@ _POSITIVE: Rule = (lambda value: value > 0, "> 0")
 _SEED: Rule = (lambda value: 0 <= value < 2**63, "0 ... 2**63 - 1")
 _FILE_NAME: Rule = (_is_file_name, "a name that a file can have")
 _BETA: Rule = (lambda value: 0 <= value < 1, "in [0, 1)")
+
+
+def _some(what: str) -> Rule:
+    return lambda value: len(value) > 0 and _is_json(value), f"a list of at least one {what}, no date or .inf in it"
+
+
 RULES: dict[str, Rule] = {
     "model_name": _FILE_NAME,
     "base_seed": _SEED,
     "base_steps": _AT_LEAST_0,
     "train_file": _FILE_NAME,
     "eval_file": _FILE_NAME,
-    "datasets": (
-        lambda value: len(value) > 0 and _is_json(value),
-        "a list of at least one data set, no date or .inf in it",
-    ),
+    "datasets": _some("data set"),
     "total_rows": _AT_LEAST_1,
     "single_turn_ratio": (lambda value: 0 <= value <= 1, "in [0, 1]"),
-    "rewards": (
-        lambda value: len(value) > 0 and _is_json(value),
-        "a list of at least one reward, no date or .inf in it",
-    ),
+    "rewards": _some("reward"),
     "reward_clip": _POSITIVE,
     "lora_rank": _AT_LEAST_0,
     "lora_alpha": _POSITIVE,

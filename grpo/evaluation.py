@@ -265,10 +265,8 @@ def preflight(samples: Sequence[Sample], rollout: Rollout, score_fn: ScoreFn) ->
     group_size = len(rollout.completions) // len(samples)
     scores = score_fn([sample for sample in samples for _ in range(group_size)], rollout)
     if scores.combined.isnan().all():
-        num = len(rollout.completions)
-        raise InputError(
-            f"rewards: none of them applies to any of the first step's {num} completions: nothing to learn"
-        )
+        drawn = f"any of the first step's {len(rollout.completions)} completions"
+        raise InputError(f"rewards: none of them applies to {drawn}: nothing to learn")
     verdicts = _verdicts(scores.is_right)
     kinds: Counter[str] = Counter()
     for start in range(0, len(verdicts), group_size):

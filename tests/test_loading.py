@@ -76,6 +76,20 @@ def test_a_function_that_ends_the_process_does_not() -> None:
         scores(f"{MINE}exits", "a")
 
 
+def test_an_error_of_several_lines_is_told_in_one() -> None:
+    reward = Reward("r", lambda **_: int("a\n\nb"), 1.0)
+    with pytest.raises(RewardError, match=r"reward r raised ValueError: .*") as raised:
+        score_completions([reward], [{"prompt": "p"}], ["a"], [[1]])
+    assert "\n" not in str(raised.value)
+    reward = Reward("r", lambda **_: broken_in_lines(), 1.0)
+    with pytest.raises(RewardError, match=r"reward r raised ValueError: one two \(") as raised:
+        score_completions([reward], [{"prompt": "p"}], ["a"], [[1]])
+
+
+def broken_in_lines() -> None:
+    raise ValueError("one\n  two")
+
+
 def test_a_module_that_ends_the_process_is_wrong_input(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "ends_at_once.py").write_text("raise SystemExit(0)")
     monkeypatch.syspath_prepend(tmp_path)

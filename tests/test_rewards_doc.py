@@ -82,7 +82,8 @@ def test_its_config_is_one() -> None:
     (block,) = re.findall(r"```yaml\n(.*?)```", TEXT, flags=re.DOTALL)
     settings = yaml.safe_load(block)
     config = load_config(overrides=[f"{key}={json.dumps(value)}" for key, value in settings.items()])
-    load_rewards(config.rewards, config.combine)
+    rewards = load_rewards(config.rewards, config.combine)
+    assert [reward.name for reward in rewards] == ["correctness", "strict_format", "overlong"]
 
 
 def test_its_numbers_are_the_tests() -> None:

@@ -34,7 +34,7 @@ def call(
         values = fn(**{key: list(column) for key, column in given.items()})  # its own lists: it may edit them
     except (Exception, SystemExit) as error:  # a user's function may raise anything; it must stop the run, by name
         place = traceback.extract_tb(error.__traceback__)[-1]
-        message = f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"
+        message = f"{described(error)} ({Path(place.filename).name}, line {place.lineno})"
         row = _first_failing_row(fn, given)
         culprit = "" if row is None else f" for prompt {short(prompts[row])}, completion {short(completions[row])}"
         raise RewardError(f"reward {name} raised {message}{culprit}") from error

@@ -57,8 +57,6 @@ def classifier_reward(
     Raises:
         ValueError: there is no such model or label, or an argument is not among what is allowed.
     """
-    if not isinstance(model, str):
-        raise ValueError(f"model: got {model!r}, expected a folder or a name on the Hub")
     check_choice("reads", reads, READS)
     if output is not None:
         check_choice("output", output, OUTPUTS)
@@ -66,17 +64,10 @@ def classifier_reward(
     check_choice("dtype", dtype, list(DTYPES))
     check_count("batch_size", batch_size)
     try:
-        source, chosen = find_model(model), choose_device(device)
+        chosen = choose_device(device)
     except InputError as error:
-        raise ValueError(str(error).replace("model_name:", "model:", 1)) from error
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # foreign files are read by foreign code
-        raise ValueError(f"model: {model!r} cannot be loaded: {' '.join(str(error).split())[:200]}") from error
-    if not any("ForSequenceClassification" in name for name in config.architectures or ()):
-        found = ", ".join(config.architectures or ["nothing"])
-        raise ValueError(f"model: {model!r} is no sequence classifier, but {found}")
+        raise ValueError(str(error)) from error
+    source, config, tokenizer = _find(model)
     index = _label_number(label, config.id2label)
     if output is None:
         output = "logit" if len(config.id2label) == 1 else "probability"
@@ -111,6 +102,25 @@ def classifier_reward(
         return values
 
     return declare(classifier_fn, full_mark=None, lowest=0.0 if output == "probability" else -LARGEST)
+
+
+def _find(model: str) -> tuple[str | Path, Any, PreTrainedTokenizerBase]:
+    """Where the classifier is, with its settings and tokenizer but not yet its weights."""
+    if not isinstance(model, str):
+        raise ValueError(f"model: got {model!r}, expected a folder or a name on the Hub")
+    try:
+        source = find_model(model)
+    except InputError as error:
+        raise ValueError(str(error).replace("model_name:", "model:", 1)) from error
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # foreign files are read by foreign code
+        raise ValueError(f"model: {model!r} cannot be loaded: {' '.join(str(error).split())[:200]}") from error
+    if not any("ForSequenceClassification" in name for name in config.architectures or ()):
+        found = ", ".join(config.architectures or ["nothing"])
+        raise ValueError(f"model: {model!r} is no sequence classifier, but {found}")
+    return source, config, tokenizer
 
 
 def _num_readable(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:

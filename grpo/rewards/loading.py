@@ -111,7 +111,7 @@ def _check_arguments(fn: Callable[..., Any], arguments: Mapping[str, Any], *, is
     needed = named_parameters(fn, without_default=True)
     own = named_parameters(fn) if is_factory else named_parameters(fn) - needed - GIVEN
     allowed = ["weight", "as", *sorted(own)]
-    for key in arguments.keys() - own:
+    for key in sorted(arguments.keys() - own):
         if key in needed - GIVEN:
             raise ValueError(f"got {key!r}, which has no default in the function and so is a column of the data")
         raise ValueError(f"got {key!r}, allowed: {', '.join(allowed)}{_nearest(key, allowed)}")
