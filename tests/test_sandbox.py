@@ -718,19 +718,19 @@ def test_nothing_survives_whoever_started_it() -> None:
     """The run is killed with SIGKILL in the middle of a batch."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom grpo.rewards.sandbox import *\n" \
         "own = 'import os; os.mkdir(\"closed\", 0o300); open(\"closed/x\", \"w\")\\nwhile True: pass'\n" \
-        "run([Job(own)] * 4, Limits(seconds=60), walls=%r)"  # fmt: skip
+        "run([Job(own)] * 4, Limits(seconds=60), parallel=4, walls=%r)"  # fmt: skip
+    num_expected = 1 + 4 * 2  # the supervisor, and of each a judge and a program; what it tries first takes three
     for walls in (ALL_WALLS, WITHOUT_NAMESPACES):
         with subprocess.Popen([sys.executable, "-c", code % (walls,)]) as process:
             deadline = time.monotonic() + 30
-            while len(processes(process.pid)) < 3 and time.monotonic() < deadline:
+            while (num_started := len(processes(process.pid))) < num_expected and time.monotonic() < deadline:
                 time.sleep(0.05)
-            num_started = len(processes(process.pid))
             time.sleep(0.3)  # for the folders
             process.kill()
         deadline = time.monotonic() + 10
         while processes(process.pid) and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert num_started >= 3
+        assert num_started >= num_expected
         assert processes(process.pid) == set()
         for folder in Path(tempfile.gettempdir()).glob(f"grpo-{process.pid}-*"):
             assert list(folder.iterdir()) == []  # what the programs wrote is gone
