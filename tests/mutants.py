@@ -11,9 +11,9 @@ must survive all of those tests. Exit status: 0 all as it should be, 1 a mutant 
 
 import argparse
 import json
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,6 +29,8 @@ ROOT = Path(__file__).parent.parent
 TIMEOUT = 60  # seconds a mutant
 CONTROL = "control: nothing is changed"
 COPIED = Path.cwd()  # within pytest, the copy: read before a test changes it
+FORKS = multiprocessing.get_context("forkserver")  # the libraries are loaded once, not once a mutant
+FORKS.set_forkserver_preload(["pytest", "torch", "peft", "transformers.models.gpt2.modeling_gpt2", "hypothesis"])
 OWN_CHECKS = ("AssertionError", "Failed", "GradcheckError")  # Failed is pytest's DID NOT RAISE
 
 
@@ -68,14 +70,16 @@ def run(mutant: Mutant, root: Path, timeout: float = TIMEOUT) -> Verdict:
         copy, report = copied(root, Path(folder)), Path(folder) / "failure.json"
         file = copy / mutant.file
         file.write_text(file.read_text("utf-8").replace(mutant.pattern, mutant.replacement), "utf-8")
-        # This file is also the plugin that writes the report. One thread: two mutants share two cores.
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "tests.mutants", "-o", "addopts=", *mutant.tests]
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "PYTHON"))}
         environment |= {"MUTANT_REPORT": str(report), "OMP_NUM_THREADS": "1", "GRPO_CACHE": str(Path(folder) / "cache")}
-        try:
-            status = subprocess.run(command, cwd=copy, env=environment, timeout=timeout, capture_output=True).returncode
-        except subprocess.TimeoutExpired:
+        process = FORKS.Process(target=run_tests, args=(mutant.tests, copy, environment))
+        process.start()
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            process.join()
             return Verdict(False, f"no test failed within {timeout:.0f} s", timeout)
+        status = process.exitcode
         failure = json.loads(report.read_text()) if report.is_file() else {}
     seconds = time.perf_counter() - start
     if status == 0:
@@ -85,6 +89,24 @@ def run(mutant: Mutant, root: Path, timeout: float = TIMEOUT) -> Verdict:
     if not failure["is_own_check"]:
         return Verdict(False, f"{failure['test']} crashed: {failure['error']}", seconds)
     return Verdict(True, failure["test"], seconds)
+
+
+def run_tests(tests: Sequence[str], copy: Path, environment: dict[str, str]) -> None:
+    """In a process of its own: pytest as `python -m pytest` would in the copy. Ends with pytest's exit status."""
+    import pytest
+    import torch
+
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(1)  # two mutants share two cores
+    os.chdir(copy)
+    sys.path = [str(copy), *(path for path in sys.path if Path(path).resolve() != ROOT)]
+    for name in [name for name in sys.modules if name.split(".")[0] == "tests"]:
+        del sys.modules[name]  # this file: of the copy, it is the plugin that writes the report
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(nowhere, stream)
+    sys.exit(pytest.main(["-x", "-q", "-p", "tests.mutants", "-o", "addopts=", *tests]))
 
 
 def pytest_exception_interact(node: Any, call: Any, report: Any) -> None:
