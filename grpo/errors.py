@@ -5,6 +5,7 @@
 
 import contextlib
 import io
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -50,6 +51,10 @@ def errors_explained() -> Iterator[None]:
             stream.reconfigure(errors="backslashreplace")
     try:
         yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails again when it flushes at the end
+        sys.exit("error: standard output was closed: nobody reads what is printed here")  # status 1
     except InputError as error:
         exit_with(error)
     except RunError as error:

@@ -1,6 +1,7 @@
 """What a run does with its rewards: combining, scaling, what is kept of the best; a reward tried before training."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -392,3 +393,15 @@ def test_wrong_input_is_one_line_and_said_at_once(tmp_path: Path) -> None:
         assert done.returncode == 2
         assert done.stderr.startswith(f"error: {message}")
         assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("size", [1, 10**6], ids=["when it ends", "before"])
+def test_a_reader_that_has_gone_is_one_line(size: int) -> None:
+    """`| head` reads some lines and closes the pipe."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    code = f"from grpo.errors import errors_explained\nwith errors_explained():\n    print('x' * {size})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    message = "error: standard output was closed: nobody reads what is printed here\n"
+    assert (done.returncode, done.stderr) == (1, message)

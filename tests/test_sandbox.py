@@ -753,6 +753,8 @@ def test_a_supervisor_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr(sandbox, "ROOT", tmp_path)  # nothing to start there
     with pytest.raises(RunError, match=r"the sandbox failed: its supervisor ended: .*No module named"):
         sandbox.run([Job("")])
+    with pytest.raises(RunError, match=r"the sandbox failed: its supervisor ended: .*No module named"):
+        sandbox.run([Job("")] * 20_000)  # more than a pipe holds, and nobody reads it
 
 
 def test_a_sandbox_that_cannot_be_made_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

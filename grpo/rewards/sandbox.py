@@ -188,8 +188,9 @@ def _answers(request: dict[str, Any], patience: float) -> Iterator[dict[str, Any
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            process.stdin.write(json.dumps(request).encode() + b"\n")
-            process.stdin.flush()
+            with suppress(BrokenPipeError):  # it has ended: what it said of that comes below
+                process.stdin.write(json.dumps(request).encode() + b"\n")
+                process.stdin.flush()
             num_left = 1 + len(request["jobs"])
             for answer in _messages(process.stdout, patience):
                 yield answer
@@ -199,7 +200,8 @@ def _answers(request: dict[str, Any], patience: float) -> Iterator[dict[str, Any
                 said = errors.read().decode(errors="replace").strip().splitlines()
                 raise RunError(f"the sandbox failed: its supervisor ended: {said[-1] if said else 'without a word'}")
         finally:
-            process.stdin.close()
+            with suppress(BrokenPipeError):
+                process.stdin.close()
             try:
                 process.wait(timeout=10)
             except subprocess.TimeoutExpired:
