@@ -53,7 +53,8 @@ def errors_explained() -> Iterator[None]:
         yield
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails again when it flushes at the end
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # or Python fails again, when it flushes at the end
         sys.exit("error: standard output was closed: nobody reads what is printed here")  # status 1
     except InputError as error:
         exit_with(error)
