@@ -51,18 +51,34 @@ def errors_explained() -> Iterator[None]:
             stream.reconfigure(errors="backslashreplace")
     try:
         yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())  # or Python fails again, when it flushes at the end
-        sys.exit("error: standard output was closed: nobody reads what is printed here")  # status 1
+        _flush()
     except InputError as error:
         exit_with(error)
     except RunError as error:
         sys.exit(f"error: {error}")  # status 1
+    except BrokenPipeError as error:  # all others that there may be are dealt with where they are
+        sys.exit(f"error: {_not_printed(error)}")
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or "interrupted", file=sys.stderr)
         sys.exit(130)
+    finally:
+        with contextlib.suppress(RunError):
+            _flush()  # what comes too late for a message of its own must not change the exit status
+
+
+def _flush() -> None:
+    """Print what is still to be printed; where that fails it is dropped, or Python would fail at it once more."""
+    if sys.stdout is None:  # closed when this was started
+        return
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise RunError(_not_printed(error)) from error
+
+
+def _not_printed(error: OSError) -> str:
+    return f"standard output cannot be written to: {error.strerror}"
 
 
 def exit_with(error: InputError) -> NoReturn:

@@ -11,16 +11,18 @@ must survive all of those tests. Exit status: 0 all as it should be, 1 a mutant 
 
 import argparse
 import json
-import multiprocessing
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from tests.mutant_list import MUTANTS, Mutant
@@ -29,8 +31,8 @@ ROOT = Path(__file__).parent.parent
 TIMEOUT = 60  # seconds a mutant
 CONTROL = "control: nothing is changed"
 COPIED = Path.cwd()  # within pytest, the copy: read before a test changes it
-FORKS = multiprocessing.get_context("forkserver")  # the libraries are loaded once, not once a mutant
-FORKS.set_forkserver_preload(["pytest", "torch", "peft", "transformers.models.gpt2.modeling_gpt2", "hypothesis"])
+LIBRARIES = ("pytest", "torch", "peft", "transformers.models.gpt2.modeling_gpt2")  # loaded once, not once a mutant
+Ask = Callable[[dict[str, Any]], int | None]  # a request of tests/forked.py -> its answer
 OWN_CHECKS = ("AssertionError", "Failed", "GradcheckError")  # Failed is pytest's DID NOT RAISE
 
 
@@ -63,25 +65,50 @@ def copied(root: Path, folder: Path) -> Path:
     return shutil.copytree(root, folder / "project", ignore=ignore)
 
 
-def run(mutant: Mutant, root: Path, timeout: float = TIMEOUT) -> Verdict:
+@contextmanager
+def forks(libraries: Sequence[str]) -> Iterator[Ask]:
+    """A process of tests/forked.py, as a function from a request to its answer."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "PYTHON"))}
+    command = [sys.executable, "-P", str(ROOT / "tests" / "forked.py"), *libraries]
+    with (
+        tempfile.TemporaryDirectory() as nowhere,
+        subprocess.Popen(
+            command,
+            cwd=nowhere,
+            env=environment | {"OMP_NUM_THREADS": "1"},  # two mutants share two cores
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as process,
+    ):
+        requests, answers = process.stdin, process.stdout
+        assert requests is not None
+        assert answers is not None
+
+        def ask(request: dict[str, Any]) -> int | None:
+            print(json.dumps(request), file=requests, flush=True)
+            if not (line := answers.readline()):
+                raise RuntimeError("tests/forked.py ended")
+            return json.loads(line)
+
+        yield ask
+
+
+def run(mutant: Mutant, root: Path, ask: Ask, timeout: float = TIMEOUT) -> Verdict:
     """Copy the project, apply the mutant, run its tests until the first one fails."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         copy, report = copied(root, Path(folder)), Path(folder) / "failure.json"
         file = copy / mutant.file
         file.write_text(file.read_text("utf-8").replace(mutant.pattern, mutant.replacement), "utf-8")
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "PYTHON"))}
-        environment |= {"MUTANT_REPORT": str(report), "OMP_NUM_THREADS": "1", "GRPO_CACHE": str(Path(folder) / "cache")}
-        process = FORKS.Process(target=run_tests, args=(mutant.tests, copy, environment))
-        process.start()
-        process.join(timeout)
-        if process.is_alive():
-            process.kill()
-            process.join()
-            return Verdict(False, f"no test failed within {timeout:.0f} s", timeout)
-        status = process.exitcode
+        # This file is also the plugin that writes the report.
+        environment = {"MUTANT_REPORT": str(report), "GRPO_CACHE": str(Path(folder) / "cache")}
+        request = {"folder": str(copy), "tests": mutant.tests, "environment": environment, "timeout": timeout}
+        status = ask(request)
         failure = json.loads(report.read_text()) if report.is_file() else {}
     seconds = time.perf_counter() - start
+    if status is None:
+        return Verdict(False, f"no test failed within {timeout:.0f} s", seconds)
     if status == 0:
         return Verdict(False, "every named test passes", seconds)
     if status != 1 or not failure:
@@ -89,24 +116,6 @@ def run(mutant: Mutant, root: Path, timeout: float = TIMEOUT) -> Verdict:
     if not failure["is_own_check"]:
         return Verdict(False, f"{failure['test']} crashed: {failure['error']}", seconds)
     return Verdict(True, failure["test"], seconds)
-
-
-def run_tests(tests: Sequence[str], copy: Path, environment: dict[str, str]) -> None:
-    """In a process of its own: pytest as `python -m pytest` would in the copy. Ends with pytest's exit status."""
-    import pytest
-    import torch
-
-    os.environ.clear()
-    os.environ.update(environment)
-    torch.set_num_threads(1)  # two mutants share two cores
-    os.chdir(copy)
-    sys.path = [str(copy), *(path for path in sys.path if Path(path).resolve() != ROOT)]
-    for name in [name for name in sys.modules if name.split(".")[0] == "tests"]:
-        del sys.modules[name]  # this file: of the copy, it is the plugin that writes the report
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    for stream in (0, 1, 2):
-        os.dup2(nowhere, stream)
-    sys.exit(pytest.main(["-x", "-q", "-p", "tests.mutants", "-o", "addopts=", *tests]))
 
 
 def pytest_exception_interact(node: Any, call: Any, report: Any) -> None:
@@ -125,7 +134,12 @@ def pytest_exception_interact(node: Any, call: Any, report: Any) -> None:
     Path(os.environ["MUTANT_REPORT"]).write_text(json.dumps(failure))
 
 
-def main(arguments: Sequence[str] | None = None, mutants: Sequence[Mutant] = MUTANTS, root: Path = ROOT) -> int:
+def main(
+    arguments: Sequence[str] | None = None,
+    mutants: Sequence[Mutant] = MUTANTS,
+    root: Path = ROOT,
+    libraries: Sequence[str] = LIBRARIES,
+) -> int:
     """Run the mutants, two at a time, and print what became of each; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="only mutants whose name contains one of these")
@@ -142,10 +156,22 @@ def main(arguments: Sequence[str] | None = None, mutants: Sequence[Mutant] = MUT
 
     start = time.perf_counter()
     survivors = 0
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(max_workers=2) as pool:
-        snapshot = copied(root, Path(folder))  # whoever edits meanwhile changes no verdict
-        verdict_of_control = pool.submit(run, control, snapshot, 10 * TIMEOUT)
-        for mutant, verdict in zip(chosen, pool.map(lambda mutant: run(mutant, snapshot), chosen), strict=True):
+    with ExitStack() as stack:
+        snapshot = copied(root, Path(stack.enter_context(tempfile.TemporaryDirectory())))  # for whoever edits meanwhile
+        free: SimpleQueue[Ask] = SimpleQueue()
+        for _ in range(2):
+            free.put(stack.enter_context(forks(libraries)))
+
+        def judge(mutant: Mutant, timeout: float = TIMEOUT) -> Verdict:
+            ask = free.get()
+            try:
+                return run(mutant, snapshot, ask, timeout)
+            finally:
+                free.put(ask)
+
+        pool = stack.enter_context(ThreadPoolExecutor(max_workers=2))
+        verdict_of_control = pool.submit(judge, control, 10 * TIMEOUT)
+        for mutant, verdict in zip(chosen, pool.map(judge, chosen), strict=True):
             survivors += not verdict.is_killed
             print(f"{'killed' if verdict.is_killed else 'SURVIVED':8} {verdict.seconds:4.0f} s  {mutant.name}")
             print(f"                 {verdict.by}", flush=True)

@@ -2,13 +2,14 @@
 
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import later_slow
 from tests.mutant_list import MUTANTS, Mutant
-from tests.mutants import CONTROL, ROOT, check, main, run
+from tests.mutants import CONTROL, ROOT, Ask, check, forks, main, run
 
 THING = """
 import json
@@ -63,6 +64,12 @@ def project(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def ask() -> Iterator[Ask]:
+    with forks([]) as ask:
+        yield ask
+
+
 def mutant(pattern: str, replacement: str, *tests: str) -> Mutant:
     return Mutant(
         replacement, "thing.py", pattern, replacement, tuple(f"tests/test_thing.py::{test}" for test in tests)
@@ -77,8 +84,8 @@ def mutant(pattern: str, replacement: str, *tests: str) -> Mutant:
     ],
     ids=["AssertionError", "DID NOT RAISE"],
 )
-def test_a_test_that_fails_on_its_own_check_kills(project: Path, changed: Mutant, by: str) -> None:
-    verdict = run(changed, project)
+def test_a_test_that_fails_on_its_own_check_kills(project: Path, ask: Ask, changed: Mutant, by: str) -> None:
+    verdict = run(changed, project, ask)
     assert (verdict.is_killed, verdict.by) == (True, by)
     assert (project / "thing.py").read_text() == THING
 
@@ -112,20 +119,20 @@ def test_a_test_that_fails_on_its_own_check_kills(project: Path, changed: Mutant
         "no such test",
     ],
 )
-def test_anything_else_is_no_kill(project: Path, changed: Mutant, why: str) -> None:
-    verdict = run(changed, project)
+def test_anything_else_is_no_kill(project: Path, ask: Ask, changed: Mutant, why: str) -> None:
+    verdict = run(changed, project, ask)
     assert not verdict.is_killed
     assert why in verdict.by
 
 
-def test_a_mutant_that_hangs_is_no_kill(project: Path) -> None:
-    verdict = run(mutant("number + number", "__import__('time').sleep(60)", "test_double"), project, timeout=2)
+def test_a_mutant_that_hangs_is_no_kill(project: Path, ask: Ask) -> None:
+    verdict = run(mutant("number + number", "__import__('time').sleep(60)", "test_double"), project, ask, timeout=2)
     assert (verdict.is_killed, verdict.by) == (False, "no test failed within 2 s")
 
 
 def test_the_report_names_mutant_and_killing_test(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     killed = mutant("number + number", "number", "test_double")
-    assert main([], [killed], project) == 0
+    assert main([], [killed], project, []) == 0
     output = capsys.readouterr().out
     assert re.search(r"killed +\d+ s  number\n +tests/test_thing\.py::test_double\n", output)
     assert re.search(rf"survived +\d+ s  {CONTROL}\n", output)
@@ -133,13 +140,13 @@ def test_the_report_names_mutant_and_killing_test(project: Path, capsys: pytest.
 
 
 def test_a_survivor_is_an_error(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([], [mutant("number + number", "number", "test_nothing")], project) == 1
+    assert main([], [mutant("number + number", "number", "test_nothing")], project, []) == 1
     assert "SURVIVED" in capsys.readouterr().out
 
 
 def test_a_control_that_dies_is_an_error(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (project / "tests" / "test_thing.py").write_text("def test_double():\n    assert False\n")
-    assert main([], [mutant("number + number", "number", "test_double")], project) == 1
+    assert main([], [mutant("number + number", "number", "test_double")], project, []) == 1
     assert "KILLED     " in capsys.readouterr().out
 
 

@@ -395,13 +395,45 @@ def test_wrong_input_is_one_line_and_said_at_once(tmp_path: Path) -> None:
         assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("size", [1, 10**6], ids=["when it ends", "before"])
-def test_a_reader_that_has_gone_is_one_line(size: int) -> None:
+@pytest.mark.parametrize(
+    ("code", "status", "message"),
+    [
+        ("print('x')", 1, "standard output cannot be written to: Broken pipe"),
+        ("print('x' * 10**6)", 1, "standard output cannot be written to: Broken pipe"),
+        ("print('x'); raise InputError('wrong')", 2, "wrong"),
+        ("print('x'); raise RunError('failed')", 1, "failed"),
+    ],
+)
+def test_a_reader_that_has_gone_is_one_line(code: str, status: int, message: str) -> None:
     """`| head` reads some lines and closes the pipe."""
     reading, writing = os.pipe()
     os.close(reading)
-    code = f"from grpo.errors import errors_explained\nwith errors_explained():\n    print('x' * {size})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True)
+    assert explained(code, writing) == (status, f"error: {message}\n")
     os.close(writing)
-    message = "error: standard output was closed: nobody reads what is printed here\n"
-    assert (done.returncode, done.stderr) == (1, message)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
+def test_an_output_that_is_full_is_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        message = "error: standard output cannot be written to: No space left on device\n"
+        assert explained("print('x')", full.fileno()) == (1, message)
+
+
+def test_an_output_that_is_closed_is_no_error() -> None:
+    assert explained("print('x')", None) == (0, "")
+
+
+def explained(code: str, stdout: int | None) -> tuple[int, str]:
+    """Exit status and standard error of a command."""
+    code = f"from grpo.errors import InputError, RunError, errors_explained\nwith errors_explained():\n    {code}"
+    closed = [] if stdout is not None else ["sh", "-c", 'exec "$@" >&-', "sh"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        [*closed, sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    return done.returncode, done.stderr

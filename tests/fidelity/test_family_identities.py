@@ -185,7 +185,7 @@ GROUPS = st.integers(2, 5).flatmap(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(GROUPS)
 def test_rloo_is_dr_grpo_times_g_over_g_minus_1(rewards: list[list[float]]) -> None:
     values = torch.tensor(rewards, dtype=torch.float64)
@@ -194,7 +194,7 @@ def test_rloo_is_dr_grpo_times_g_over_g_minus_1(rewards: list[list[float]]) -> N
     torch.testing.assert_close(rloo, size / (size - 1) * dr_grpo, **EXACT)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(rewards=GROUPS, seed=st.integers(0, 9))
 def test_a_charge_that_all_siblings_pay_changes_nothing(rewards: list[list[float]], seed: int) -> None:
     values = torch.tensor(rewards, dtype=torch.float64)

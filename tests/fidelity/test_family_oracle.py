@@ -347,7 +347,7 @@ def test_the_slopes_of_the_loops_are_those_of_their_values(surrogate: str) -> No
 # Micro-batches and padding
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     algorithm=st.sampled_from(ROWS),
     case=st.sampled_from(CASES),

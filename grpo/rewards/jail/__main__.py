@@ -142,6 +142,7 @@ def main() -> None:
     """The batch."""
     request = json.loads(sys.stdin.buffer.readline())
     os.chdir("/")
+    os.umask(0o022)  # a program that runs as nobody must get to what is made for it
     sys.path.pop(0)  # the project: nothing to be imported in a sandbox
     kernel.prctl(kernel.DUMPABLE, 0)
     kernel.prctl(kernel.CHILD_SUBREAPER, 1)
