@@ -169,7 +169,8 @@ def main(
             finally:
                 free.put(ask)
 
-        pool = stack.enter_context(ThreadPoolExecutor(max_workers=2))
+        pool = ThreadPoolExecutor(max_workers=2)
+        stack.callback(pool.shutdown, cancel_futures=True)  # after Ctrl-C
         verdict_of_control = pool.submit(judge, control, 10 * TIMEOUT)
         for mutant, verdict in zip(chosen, pool.map(judge, chosen), strict=True):
             survivors += not verdict.is_killed
