@@ -29,6 +29,7 @@ def run_tests(request: dict[str, Any]) -> int:
     nowhere = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(nowhere, stream)
+    # The plugin writes down which test failed, and of what: tests/mutants.py of the folder.
     return pytest.main(["-x", "-q", "-p", "tests.mutants", "-o", "addopts=", *request["tests"]])
 
 

@@ -101,7 +101,6 @@ def run(mutant: Mutant, root: Path, ask: Ask, timeout: float = TIMEOUT) -> Verdi
         copy, report = copied(root, Path(folder)), Path(folder) / "failure.json"
         file = copy / mutant.file
         file.write_text(file.read_text("utf-8").replace(mutant.pattern, mutant.replacement), "utf-8")
-        # This file is also the plugin that writes the report.
         environment = {"MUTANT_REPORT": str(report), "GRPO_CACHE": str(Path(folder) / "cache")}
         request = {"folder": str(copy), "tests": mutant.tests, "environment": environment, "timeout": timeout}
         status = ask(request)

@@ -6,6 +6,8 @@ from grpo.rewards import symbolic
 from reward_model import RewardError, load_rewards, score_completions
 from tests.test_reward_library import refused, values
 
+BY_MEANING = {"name": "boxed", "symbolic": True}
+
 # As mathematics
 
 SYMBOLIC = [
@@ -17,7 +19,7 @@ SYMBOLIC = [
 
 @pytest.mark.parametrize(("answer", "completion", "right"), SYMBOLIC)
 def test_boxed_formulas_are_compared_as_mathematics(answer: str, completion: str, right: int) -> None:
-    assert values({"name": "boxed", "symbolic": True}, [completion], answer=answer) == [right]
+    assert values(BY_MEANING, [completion], answer=answer) == [right]
     assert values({"name": "boxed", "symbolic": False}, [completion], answer=answer) == [0]
 
 
@@ -42,7 +44,7 @@ def test_a_formula_that_only_says_the_question_again_is_no_answer(
     prompt: str, answer: str, rewritten: str, right: str
 ) -> None:
     completions = [f"\\boxed{{{rewritten}}}", f"\\boxed{{{right}}}"]
-    assert values({"name": "boxed", "symbolic": True}, completions, prompt=prompt, answer=answer) == [0, 1]
+    assert values(BY_MEANING, completions, prompt=prompt, answer=answer) == [0, 1]
 
 
 UNLIKE = [  # the answer, and what math-verify takes for it (or would have to work at)
@@ -67,12 +69,12 @@ ALIKE = [  # the answer, and other honest ways to write it
 
 @pytest.mark.parametrize(("answer", "found"), UNLIKE)
 def test_what_only_math_verify_takes_for_the_answer_is_wrong(answer: str, found: str) -> None:
-    assert values({"name": "boxed", "symbolic": True}, [f"\\boxed{{{found}}}"], answer=answer) == [0]
+    assert values(BY_MEANING, [f"\\boxed{{{found}}}"], answer=answer) == [0]
 
 
 @pytest.mark.parametrize(("answer", "found"), ALIKE)
 def test_an_honest_answer_may_be_written_in_other_ways(answer: str, found: str) -> None:
-    assert values({"name": "boxed", "symbolic": True}, [f"\\boxed{{{found}}}"], answer=answer) == [1]
+    assert values(BY_MEANING, [f"\\boxed{{{found}}}"], answer=answer) == [1]
 
 
 ASKED_ABOUT = [
@@ -86,7 +88,7 @@ ASKED_ABOUT = [
 @pytest.mark.parametrize("prompt", ASKED_ABOUT)
 def test_the_formula_of_a_prompt_is_found(prompt: str) -> None:
     completions = ["\\boxed{(1+x)^2}", "\\boxed{2x + x^{2} + 1}"]
-    assert values({"name": "boxed", "symbolic": True}, completions, prompt=prompt, answer="x^2+2x+1") == [0, 1]
+    assert values(BY_MEANING, completions, prompt=prompt, answer="x^2+2x+1") == [0, 1]
 
 
 SAME_FORM = [
@@ -98,13 +100,13 @@ SAME_FORM = [
 
 @pytest.mark.parametrize(("prompt", "answer", "found"), SAME_FORM)
 def test_where_the_form_is_asked_for_dialects_make_no_difference(prompt: str, answer: str, found: str) -> None:
-    assert values({"name": "boxed", "symbolic": True}, [f"\\boxed{{{found}}}"], prompt=prompt, answer=answer) == [1]
+    assert values(BY_MEANING, [f"\\boxed{{{found}}}"], prompt=prompt, answer=answer) == [1]
 
 
 def test_what_sympy_has_no_chance_at_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(symbolic, "_ask", lambda expected, found: pytest.fail(found))
     towers = ["9^{9^{9}}", "9^9^9", "2^{99999999}", "99999999!", "\\binom{99999999}{9999}", "x^{-10000}"]
-    assert values({"name": "boxed", "symbolic": True}, [f"\\boxed{{{t}}}" for t in towers], answer="x+1") == [0] * 6
+    assert values(BY_MEANING, [f"\\boxed{{{t}}}" for t in towers], answer="x+1") == [0] * 6
 
 
 def test_an_echo_of_the_prompt_is_no_answer() -> None:
@@ -113,7 +115,7 @@ def test_an_echo_of_the_prompt_is_no_answer() -> None:
         {"prompt": "What is 47 + 38?", "answer": "85"},
     ]
     echoes = ["\\boxed{\\sqrt{8}}", "\\boxed{47 + 38}"]
-    rewards = load_rewards([{"name": "boxed", "symbolic": True}])
+    rewards = load_rewards([BY_MEANING])
     assert score_completions(rewards, samples, echoes, [[1]] * 2).combined.tolist() == [0, 0]
     assert score_completions(rewards, samples, ["\\boxed{2\\sqrt{2}}", "\\boxed{85}"], [[1]] * 2).combined.tolist() == [
         1,
@@ -123,22 +125,18 @@ def test_an_echo_of_the_prompt_is_no_answer() -> None:
 
 def test_a_formula_that_takes_too_long_is_wrong_and_the_next_one_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     symbolic._answered.cache_clear()
-    assert values({"name": "boxed", "symbolic": True}, ["\\boxed{\\frac{2a}{2b}}"], answer="\\frac{a}{b}") == [
-        1
-    ]  # it is there now
+    assert values(BY_MEANING, ["\\boxed{\\frac{2a}{2b}}"], answer="\\frac{a}{b}") == [1]  # it is there now
     monkeypatch.setattr(symbolic, "SECONDS", 0.1)
-    assert values({"name": "boxed", "symbolic": True}, ["\\boxed{(a+b+1)^{99}}"], answer="\\frac{a}{b}") == [0]
+    assert values(BY_MEANING, ["\\boxed{(a+b+1)^{99}}"], answer="\\frac{a}{b}") == [0]
     assert symbolic._mathematicians == []
     monkeypatch.undo()
     symbolic._answered.cache_clear()
-    assert values({"name": "boxed", "symbolic": True}, ["\\boxed{\\frac{2a}{2b}}"], answer="\\frac{a}{b}") == [1]
+    assert values(BY_MEANING, ["\\boxed{\\frac{2a}{2b}}"], answer="\\frac{a}{b}") == [1]
     symbolic._mathematicians[0].process.kill()
     symbolic._mathematicians[0].process.wait()
-    assert values({"name": "boxed", "symbolic": True}, ["\\boxed{\\frac{2c}{2b}}"], answer="\\frac{c}{b}") == [
-        0
-    ]  # nobody there
+    assert values(BY_MEANING, ["\\boxed{\\frac{2c}{2b}}"], answer="\\frac{c}{b}") == [0]  # nobody there
     symbolic._answered.cache_clear()
-    assert values({"name": "boxed", "symbolic": True}, ["\\boxed{\\frac{2c}{2b}}"], answer="\\frac{c}{b}") == [1]
+    assert values(BY_MEANING, ["\\boxed{\\frac{2c}{2b}}"], answer="\\frac{c}{b}") == [1]
 
 
 def test_math_verify_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +145,7 @@ def test_math_verify_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyP
     symbolic._let_go()
     monkeypatch.setattr("sys.executable", "/bin/false")
     with pytest.raises(RewardError, match=r"math-verify does not start; try it: /bin/false -m grpo.rewards.symbolic"):
-        values({"name": "boxed", "symbolic": True}, ["\\boxed{\\frac{2a}{2b}}"], answer="\\frac{a}{b}")
+        values(BY_MEANING, ["\\boxed{\\frac{2a}{2b}}"], answer="\\frac{a}{b}")
     assert symbolic._mathematicians == []
 
 

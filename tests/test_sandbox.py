@@ -1,7 +1,8 @@
 """The sandbox, attacked: one property a test. The standard library and pytest are all this file needs.
 
-Every attack is made with all walls, and with those of a container that gives no namespaces. The last test makes all of
-them again as an ordinary user, where this one is root.
+Every attack is made with all walls, and with those of a container that gives no namespaces, as far as the kernel here
+gives them; what it does not give is skipped. The last test makes all of them again as an ordinary user, where this one
+is root.
 """
 
 import contextlib

@@ -4,6 +4,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from grpo.rewards.numerals import SPACE, TEXT
+
 LONGEST = 200  # characters of a formula that is looked at
 
 _DIALECTS = [  # what is written in several ways, and the one that is kept; spaces go when they end no command any more
@@ -14,8 +16,8 @@ _DIALECTS = [  # what is written in several ways, and the one that is kept; spac
         (r"\\ge(?![a-zA-Z])", r"\\geq"),
         (r"\\varnothing", r"\\emptyset"),
         (r"\\cdot(?![a-zA-Z])", "*"),
-        (r"\\(?:text|textup|textbf|mathrm|mathbf|mbox)\{([^{}]*)\}", r"\1"),
-        (r"(?<!\\)\\[!,;: ]|\\(?:left|right|displaystyle)(?![a-zA-Z])|[$~\s]", ""),
+        (rf"{TEXT}\{{([^{{}}]*)\}}", r"\1"),
+        (rf"{SPACE}|\$", ""),
         (r"\\frac([0-9a-zA-Z])([0-9a-zA-Z])", r"\\frac{\1}{\2}"),
         (r"\\sqrt([0-9a-zA-Z])", r"\\sqrt{\1}"),
         (r"\^\{([0-9a-zA-Z])\}", r"^\1"),
@@ -97,7 +99,7 @@ NEVER_ADDED = {  # what a formula does not have unless the expected one has it, 
     "decimals": re.compile(r"[0-9]\.[0-9]"),
     "product of matrices": re.compile(r"\\begin.*\\begin", re.DOTALL),
 }
-_TEXT = re.compile(r"\\(?:text|textup|textbf|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}?")
+_TEXT = re.compile(rf"(?:{TEXT}|\\operatorname)\s*\{{([^{{}}]*)\}}?")
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
 
 

@@ -45,6 +45,10 @@ def only_integer(text: str) -> str | None:
     return last_integer(stripped) if _INTEGER.fullmatch(digits) else None
 
 
+# LaTeX, for formulas as well: what makes no difference, and what puts words between braces.
+SPACE = r"(?<!\\)\\[!,;: ]|\\(?:left|right|displaystyle)(?![a-zA-Z])|[~\s]"
+TEXT = r"\\(?:text|textup|textbf|mathrm|mathbf|mbox)"
+
 LONGEST = 200  # characters of a number: what is longer is none
 _DECIMAL = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+"
 _FORMS = re.compile(
@@ -57,7 +61,7 @@ _FORMS = re.compile(
 _POWER = r"(?:\^\{?[23]\}?)?"
 _UNIT = re.compile(
     r"(?:\\?%|\\degree|\u00b0|\^ ?\\circ|\^\{\\circ\}"
-    rf"|\\(?:text|textup|mbox|mathrm)\{{(?![^{{}}]*\b(?:or|and|not)\b)[a-zA-Z ./()-]*{_POWER}\}}{_POWER})$"
+    rf"|{TEXT}\{{(?![^{{}}]*\b(?:or|and|not)\b)[a-zA-Z ./()-]*{_POWER}\}}{_POWER})$"
 )
 
 
@@ -72,7 +76,7 @@ def number(text: str) -> Fraction | None:
     """
     if len(text) > LONGEST:
         return None
-    found = _FORMS.fullmatch(_bare(without_unit(_bare(text))))
+    found = _FORMS.fullmatch(_bare(without_unit(_bare(text))))  # again: of (5)\text{ cm} parentheses are left
     if not found:
         return None
     if found["decimal"] is not None:
@@ -97,13 +101,13 @@ def without_unit(text: str) -> str:
 
 
 _COMMA = re.compile(r"(?<=[0-9])(?:\{,\}|,\\!|\\,)(?=[0-9]{3}(?![0-9]))")
-_SPACE = re.compile(r"(?<!\\)\\[!,;: ]|~|\\(?:left|right|displaystyle)(?![a-zA-Z])|\s+")
+_SPACES = re.compile(rf"(?:{SPACE})+")
 _NO_USE = re.compile(r"\\\$|\\[()]")
-_AROUND = re.compile(r"^(?:\((.*)\)|\{(.*)\}|\\(?:text|textbf|mathbf|mathrm)\{([^{}]*)\})$")
+_AROUND = re.compile(rf"^(?:\((.*)\)|\{{(.*)\}}|{TEXT}\{{([^{{}}]*)\}})$")
 _NAME = re.compile(r"^[a-zA-Z] ?= ?")
 
 
 def _bare(text: str) -> str:
     """Without what LaTeX writes around a number and within it: $x = 1{,}234$. and \\left(1,\\!234\\right) are 1,234."""
-    text = _NO_USE.sub("", _SPACE.sub(" ", _COMMA.sub(",", text))).strip(" $").removesuffix(".").strip(" $")
+    text = _NO_USE.sub("", _SPACES.sub(" ", _COMMA.sub(",", text))).strip(" $").removesuffix(".").strip(" $")
     return _NAME.sub("", _AROUND.sub(r"\1\2\3", text)).strip()
