@@ -17,9 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grpo.config import Config, SettingsParser, load_config, read_run_json
 from grpo.errors import InputError, errors_explained
-from grpo.sources import sources_of
+from grpo.settings.command_line import SettingsParser
+from grpo.settings.config import Config, load_config, read_run_json
+from grpo.settings.sources import sources_of
 
 MAX_CHANGED_SHOWN = 5
 
@@ -71,28 +72,16 @@ if __name__ == "__main__":  # before the slow imports: --help and a misspelt fla
     with errors_explained():
         ARGUMENTS, CONFIG = parse_arguments()
 
-from grpo.chat import PromptFormat
 from grpo.data import Dataset, Sample
-from grpo.evaluation import (
-    Evaluation,
-    count_right,
-    evaluate_greedy,
-    mcnemar,
-    pass_at_k,
-    side_by_side,
-)
-from grpo.kept_rollouts import KeptRollouts
-from grpo.mixture import load_eval_set
-from grpo.policy import (
-    check_lengths,
-    check_positions,
-    choose_device,
-    load_policy,
-    load_skeleton,
-    loading_settings,
-    make_autocast,
-)
-from grpo.records import without_nan
+from grpo.datasets.chat import PromptFormat
+from grpo.datasets.mixture import load_eval_set
+from grpo.evaluation.greedy import Evaluation, count_correct, evaluate_greedy
+from grpo.evaluation.kept_rollouts import KeptRollouts
+from grpo.evaluation.preflight import side_by_side
+from grpo.evaluation.statistics import mcnemar, pass_at_k
+from grpo.files import without_nan
+from grpo.models.device import choose_device, make_autocast
+from grpo.models.loading import check_lengths, check_positions, load_policy, load_skeleton, loading_settings
 from grpo.rollout import Rollout, generate_completions
 from reward_model import RewardsOf, Scores, check_mixture, load_rewards_of, score_mixture
 
@@ -183,7 +172,7 @@ def measure(
             progress=f"{name}, greedy",
             generate=generate,
         )
-        counts = count_right(
+        counts = count_correct(
             model,
             tokenizer,
             dataset,
@@ -258,7 +247,7 @@ def table(reports: Sequence[dict[str, Any]]) -> str:
 def compare(names: Sequence[str], dataset: Dataset, evaluations: Sequence[Evaluation]) -> dict[str, Any]:
     """McNemar's test on the problems that exactly one of two models solves; some of them are shown."""
     first, second = evaluations
-    verdicts = list(zip(first.is_right, second.is_right, strict=True))
+    verdicts = list(zip(first.is_correct, second.is_correct, strict=True))
     only_first = [index for index, pair in enumerate(verdicts) if pair == (True, False)]
     only_second = [index for index, pair in enumerate(verdicts) if pair == (False, True)]
     p_value = mcnemar(len(only_first), len(only_second))

@@ -26,7 +26,7 @@ A function may carry attributes that say more about it:
     lowest                     no value of it is less (0.0 where it does not say)
     has_answer(completion)     is there anything to judge? (any text at all where it does not say); only for statistics
     check_sample(sample)       raises a ValueError for a row of the data that it cannot score, before any compute
-    is_right_leniently(sample, completion)   right, be it not in the form that was asked for; only for evaluations
+    is_correct_leniently(sample, completion)   right, be it not in the form that was asked for; only for evaluations
     explain(samples, completions)            what keeps each from earning more, in words; only for `-m reward_model`
 """
 
@@ -34,31 +34,31 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from grpo.config import Config
 from grpo.errors import InputError, errors_explained
 from grpo.rewards.trial import parse_arguments, source_of, try_rewards
+from grpo.settings.config import Config
 
 if __name__ == "__main__":  # before the slow imports: --help and a misspelt flag answer at once
     with errors_explained():
         ARGUMENTS, CONFIG = parse_arguments(__doc__)
 
 from grpo.data import Sample
-from grpo.policy import load_skeleton
+from grpo.models.loading import load_skeleton
 from grpo.rewards import loading
 from grpo.rewards.arguments import check_rewards
 from grpo.rewards.base import RewardFn, RewardValue, declare, text_of
 from grpo.rewards.calls import RewardError
-from grpo.rewards.classifier import classifier_reward
-from grpo.rewards.code import code_reward
-from grpo.rewards.exact import boxed_reward, correctness_reward, gsm8k_reward, integer_reward
-from grpo.rewards.form import format_reward, soft_format_reward, strict_format_reward, xml_count_reward
-from grpo.rewards.length import length_reward, overlong_reward
+from grpo.rewards.library.classifier import classifier_reward
+from grpo.rewards.library.code import code_reward
+from grpo.rewards.library.exact import boxed_reward, correctness_reward, gsm8k_reward, integer_reward
+from grpo.rewards.library.form import format_reward, soft_format_reward, strict_format_reward, xml_count_reward
+from grpo.rewards.library.length import length_reward, overlong_reward
+from grpo.rewards.library.repetition import repetition_reward
 from grpo.rewards.loading import Reward, required_columns
-from grpo.rewards.numerals import last_integer, only_integer
-from grpo.rewards.repetition import repetition_reward
+from grpo.rewards.reading.numerals import last_integer, only_integer
 from grpo.rewards.scores import Scores, nan_std
 from grpo.rewards.scoring import RewardsOf, check_mixture, check_samples, score_completions, score_mixture
-from grpo.sources import Source
+from grpo.settings.sources import Source
 
 __all__ = [  # all that has to do with rewards, in one place for those who use or write them
     "REWARDS", "MathRewardModel", "Reward", "RewardError", "RewardsOf", "Scores", "check_mixture", "check_samples",
@@ -81,8 +81,8 @@ class MathRewardModel:
         >>> MathRewardModel().compute_reward({"answer": "5"}, "12-7=5 5")
         1.0
         """
-        is_right = last_integer(completion) == self.expected_integer(sample)
-        return self.correct_reward if is_right else self.wrong_reward
+        is_correct = last_integer(completion) == self.expected_integer(sample)
+        return self.correct_reward if is_correct else self.wrong_reward
 
     def expected_integer(self, sample: dict[str, Any]) -> str:
         """The sample's "answer" in canonical digits; a ValueError if it has no integer."""

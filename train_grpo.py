@@ -23,8 +23,9 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
-from grpo.config import Config, Options, parse_command_line, warn
 from grpo.errors import errors_explained
+from grpo.settings.command_line import parse_command_line
+from grpo.settings.config import Config, Options, warn
 
 if __name__ == "__main__":  # before the slow imports: --help and a misspelt flag answer at once
     CONFIG, OPTIONS = parse_command_line(__doc__)
@@ -34,39 +35,37 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from grpo.advantages import groups_without_spread, penalized_advantages
+from grpo.advantages import penalized_advantages, zero_variance_groups
 from grpo.algorithms import CLIP_KEYS
-from grpo.checkpoint import load_checkpoint, rescue, save_checkpoint, save_model, weights_sha256
+from grpo.batch import Groups, check_rewards_vary, replace_idle_groups
 from grpo.data import Sample, samples_for_step
-from grpo.dry_run import describe, opening_line
-from grpo.evaluation import Evaluation, evaluate_greedy, outcome_shares, pick_examples, preflight
+from grpo.datasets.mixture import load_datasets
+from grpo.evaluation.greedy import Evaluation, evaluate_greedy
+from grpo.evaluation.preflight import outcome_shares, pick_examples, preflight
+from grpo.fast.noise import step_seed
 from grpo.logprobs import compute_logprobs
-from grpo.lora import adapter_off
 from grpo.loss import SURROGATES, kl_divergence, loss_weights
-from grpo.merge_lora import save_merged
-from grpo.mixture import load_datasets
-from grpo.policy import (
-    check_compile,
+from grpo.models.device import check_compile, choose_device, compile_trunks, make_autocast, uncompiled
+from grpo.models.loading import (
     check_lengths,
     check_trainable,
-    choose_device,
-    compile_trunks,
     load_policy,
     load_skeleton,
     loading_settings,
-    make_autocast,
-    make_optimizer,
     make_reference,
     make_trainable,
-    set_learning_rate,
-    uncompiled,
 )
-from grpo.records import TokenMeans, check_finite, metrics_by_dataset, sample_rows
-from grpo.resample import Groups, check_rewards_vary, replace_idle_groups
+from grpo.models.lora import adapter_off
+from grpo.models.merge_lora import save_merged
+from grpo.models.optimizer import make_optimizer, set_learning_rate
+from grpo.models.saving import save_model, weights_sha256
 from grpo.rewards.scores import scaled
-from grpo.rollout import Rollout, generate_completions, step_seed
-from grpo.run_folder import RunFolder, open_run
-from grpo.sources import sources_of
+from grpo.rollout import Rollout, generate_completions
+from grpo.run.checkpoint import load_checkpoint, rescue, save_checkpoint
+from grpo.run.dry_run import describe, opening_line
+from grpo.run.folder import RunFolder, open_run
+from grpo.run.records import TokenMeans, check_finite, metrics_by_dataset, sample_rows
+from grpo.settings.sources import sources_of
 from reward_model import Scores, check_mixture, load_rewards_of, score_mixture
 
 
@@ -254,7 +253,7 @@ def train(config: Config, run: RunFolder) -> None:
             batch, discarded = replace_idle_groups(batch, *resampling, partial(sample_groups, step))
         rollout, scores = batch.rollout, batch.scores
         grouped_rewards = batch.rewards(config.group_size)  # (P, G)
-        is_idle = groups_without_spread(grouped_rewards)  # (P,) nothing to tell siblings apart by
+        is_idle = zero_variance_groups(grouped_rewards)  # (P,) nothing to tell siblings apart by
         mask = rollout.completion_mask  # (B, C)
         if config.mask_truncated_completions:
             mask = mask & ~rollout.is_truncated.unsqueeze(1)

@@ -31,11 +31,12 @@ from transformers.cache_utils import DynamicLayer
 import train_grpo
 from benchmarks.common import ROOT, Results, spread
 from benchmarks.vs_trl import Training, default_run, train
-from grpo.config import Config, load_config
-from grpo.lm_head import Head
-from grpo.logprobs import find_head
-from grpo.policy import frozen_copy, load_policy, make_optimizer
+from grpo.fast.abilities import find_head
+from grpo.fast.lm_head import Head
+from grpo.models.loading import frozen_copy, load_policy
+from grpo.models.optimizer import make_optimizer
 from grpo.rollout import Rollout
+from grpo.settings.config import Config, load_config
 
 SEEDS = (0, 1, 2)
 MAX_OVER_FLOOR = 1.25

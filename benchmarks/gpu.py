@@ -42,11 +42,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, 
 from benchmarks import logprobs
 from benchmarks.common import RESULTS, Results, in_fresh_process, interleaved, spread, synchronize
 from benchmarks.logprobs import Scorer, full_logits_logprobs
-from grpo.config import load_config
 from grpo.logprobs import compute_logprobs
 from grpo.loss import clipped_surrogate, loss_weights
-from grpo.policy import make_autocast, make_optimizer, make_trainable
+from grpo.models.device import make_autocast
+from grpo.models.loading import make_trainable
+from grpo.models.optimizer import make_optimizer
 from grpo.rollout import generate_completions
+from grpo.settings.config import load_config
 
 # By the name that torch gives a device, from NVIDIA's data sheets, without sparsity.
 DENSE_BF16_TFLOPS = {

@@ -34,7 +34,8 @@ from benchmarks.common import (
     peak_memory_gb,
     spread,
 )
-from grpo.logprobs import compute_logprobs, positions_from_mask
+from grpo.fast.layout import positions_from_mask
+from grpo.logprobs import compute_logprobs
 
 MEMORY_TOKENS = (1024, 4096, 8192)  # completion tokens, each a fresh process for each variant
 TIME_REPEATS = {1024: 3, 4096: 2}  # completion tokens -> turns; 8,192 of full logits fit no usual machine

@@ -28,13 +28,16 @@ from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.common import ROOT, Results, run_watched
-from grpo.base_model import parse_problem, supervised_loss, tiny_base_model, worked_answer
-from grpo.config import Config, load_config
-from grpo.data import JSONLinesDataset, samples_for_step
-from grpo.evaluation import pass_at_k, wilson_interval
-from grpo.policy import load_policy, make_optimizer, set_learning_rate
-from grpo.records import read_jsonl
-from grpo.rollout import generate_completions, step_seed
+from grpo.data import samples_for_step
+from grpo.datasets.rows import JSONLinesDataset
+from grpo.evaluation.statistics import pass_at_k, wilson_interval
+from grpo.fast.noise import step_seed
+from grpo.files import read_jsonl
+from grpo.models.loading import load_policy
+from grpo.models.optimizer import make_optimizer, set_learning_rate
+from grpo.models.tiny import parse_problem, supervised_loss, tiny_base_model, worked_answer
+from grpo.rollout import generate_completions
+from grpo.settings.config import Config, load_config
 from reward_model import MathRewardModel, math_reward
 
 TEST_FILE = ROOT / "data" / "math_tasks_test.jsonl"
@@ -57,14 +60,14 @@ def describe(folder: Path, config: Config) -> dict[str, Any]:
     prompts = [sample["prompt"] for sample in samples]
     reward_model = MathRewardModel()
 
-    def is_right(sample: dict[str, Any], completion: str) -> bool:
+    def is_correct(sample: dict[str, Any], completion: str) -> bool:
         return reward_model.compute_reward(sample, completion) == 1.0
 
     length = config.max_completion_length
     greedy = generate_completions(
         model, tokenizer, prompts, group_size=1, max_completion_length=length, temperature=0.0
     )
-    right = [is_right(*pair) for pair in zip(samples, greedy.completions, strict=True)]
+    right = [is_correct(*pair) for pair in zip(samples, greedy.completions, strict=True)]
     worked = ["=" in completion for completion in greedy.completions]
     flawless = [
         completion == worked_answer(*parse_problem(prompt))
@@ -74,7 +77,7 @@ def describe(folder: Path, config: Config) -> dict[str, Any]:
         model, tokenizer, prompts, group_size=NUM_SAMPLES, max_completion_length=length, seed=step_seed(0, 0)
     )
     num_right = [
-        sum(is_right(sample, completion) for completion in sampled.completions[start : start + NUM_SAMPLES])
+        sum(is_correct(sample, completion) for completion in sampled.completions[start : start + NUM_SAMPLES])
         for sample, start in zip(samples, range(0, len(sampled.completions), NUM_SAMPLES), strict=True)
     ]
 

@@ -40,13 +40,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 import train_grpo
 from benchmarks.common import RESULTS, ROOT, Results, in_fresh_process, peak_memory_gb, spread
-from grpo.base_model import tiny_base_model
-from grpo.config import Config, load_config
-from grpo.data import JSONLinesDataset, Sample, samples_for_step
-from grpo.evaluation import Evaluation, evaluate_greedy
-from grpo.policy import load_policy
+from grpo.data import Sample, samples_for_step
+from grpo.datasets.rows import JSONLinesDataset
+from grpo.evaluation.greedy import Evaluation, evaluate_greedy
+from grpo.models.loading import load_policy
+from grpo.models.tiny import tiny_base_model
 from grpo.rollout import Rollout
-from grpo.run_folder import RunFolder
+from grpo.run.folder import RunFolder
+from grpo.settings.config import Config, load_config
 from reward_model import Scores, load_rewards, math_reward, score_completions
 
 SEEDS = (0, 1, 2)

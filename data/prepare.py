@@ -9,9 +9,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Python itself looks beside this file only
 
-from grpo.checkpoint import write_atomically
+from grpo.datasets.formats import Columns, load_dataset
 from grpo.errors import InputError, errors_explained
-from grpo.formats import Columns, load_dataset
+from grpo.files import write_atomically
 
 FOLDER = Path(__file__).resolve().parent
 

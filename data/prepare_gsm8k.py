@@ -12,8 +12,8 @@ Source: "Training Verifiers to Solve Math Word Problems" (2110.14168), https://h
 
 from prepare import Task, main
 
-from grpo.rewards.answers import after_mark
-from grpo.rewards.numerals import only_integer
+from grpo.rewards.reading.answers import after_mark
+from grpo.rewards.reading.numerals import only_integer
 
 TASK = Task(
     name="gsm8k",

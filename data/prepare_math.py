@@ -13,8 +13,8 @@ Source: "Measuring Mathematical Problem Solving With the MATH Dataset" (2103.038
 
 from prepare import Task, main
 
-from grpo.rewards.answers import boxed
-from grpo.rewards.numerals import only_integer
+from grpo.rewards.reading.answers import boxed
+from grpo.rewards.reading.numerals import only_integer
 
 
 def answer_of(solution: str) -> str | None:

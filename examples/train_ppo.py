@@ -36,8 +36,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Python itself looks beside this file only
 
-from grpo.config import Config, Options, parse_command_line, warn
 from grpo.errors import InputError, errors_explained
+from grpo.settings.command_line import parse_command_line
+from grpo.settings.config import Config, Options, warn
 
 if __name__ == "__main__":  # before the slow imports: --help and a misspelt flag answer at once
     CONFIG, OPTIONS = parse_command_line(__doc__, has_critic=True)
@@ -49,33 +50,24 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from grpo.advantages import whitened
-from grpo.checkpoint import load_checkpoint, rescue, save_checkpoint, save_model, weights_sha256
-from grpo.critic import Critic, clipped_value_loss, clipped_values, explained_variance
 from grpo.data import Sample, samples_for_step
-from grpo.dry_run import describe, opening_line
-from grpo.evaluation import Evaluation, evaluate_greedy, outcome_shares, pick_examples, preflight
-from grpo.gae import generalized_advantages
+from grpo.datasets.mixture import load_datasets
+from grpo.evaluation.greedy import Evaluation, evaluate_greedy
+from grpo.evaluation.preflight import outcome_shares, pick_examples, preflight
+from grpo.fast.noise import step_seed
 from grpo.logprobs import compute_logprobs
 from grpo.loss import clipped_surrogate, clipped_tokens, kl_divergence, loss_weights
-from grpo.mixture import load_datasets
-from grpo.policy import (
-    check_compile,
-    check_lengths,
-    choose_device,
-    compile_trunks,
-    frozen_copy,
-    learning_rate_at,
-    load_policy,
-    load_skeleton,
-    loading_settings,
-    make_autocast,
-    make_optimizer,
-    set_learning_rate,
-    uncompiled,
-)
-from grpo.records import TokenMeans, check_finite, sample_rows
-from grpo.rollout import Rollout, generate_completions, step_seed
-from grpo.run_folder import RunFolder, open_run
+from grpo.models.device import check_compile, choose_device, compile_trunks, make_autocast, uncompiled
+from grpo.models.loading import check_lengths, frozen_copy, load_policy, load_skeleton, loading_settings
+from grpo.models.optimizer import learning_rate_at, make_optimizer, set_learning_rate
+from grpo.models.saving import save_model, weights_sha256
+from grpo.ppo.critic import Critic, clipped_value_loss, clipped_values, explained_variance
+from grpo.ppo.gae import generalized_advantages
+from grpo.rollout import Rollout, generate_completions
+from grpo.run.checkpoint import load_checkpoint, rescue, save_checkpoint
+from grpo.run.dry_run import describe, opening_line
+from grpo.run.folder import RunFolder, open_run
+from grpo.run.records import TokenMeans, check_finite, sample_rows
 from reward_model import Scores, check_samples, load_rewards, score_completions
 
 

@@ -144,7 +144,7 @@ def penalized_advantages(
     return group_advantages(rewards - charges.view_as(rewards), baseline=baseline, scale=scale).view(-1, 1)
 
 
-def groups_without_spread(rewards: Tensor) -> Tensor:
+def zero_variance_groups(rewards: Tensor) -> Tensor:
     """(P, G) -> (P,) bool: fewer than two valid rewards, or all alike; such a group has nothing to compare."""
     return _statistics(rewards).is_constant.squeeze(-1)
 

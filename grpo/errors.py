@@ -4,11 +4,12 @@
 """
 
 import contextlib
+import difflib
 import io
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -35,6 +36,12 @@ class NotFiniteError(RunError):
 def unreadable(path: str | Path, error: OSError | UnicodeDecodeError) -> InputError:
     """The InputError for a file that cannot be read as text."""
     return InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}")
+
+
+def did_you_mean(name: str, names: Iterable[str], *, prefix: str = "") -> str:
+    """The end of an error message about an unknown name: the nearest known one, or nothing."""
+    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f"; did you mean {prefix}{found[0]}?" if found else ""
 
 
 def missing_package(package: str, what: str) -> InputError:

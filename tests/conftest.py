@@ -25,10 +25,11 @@ from transformers import (
 )
 
 import train_grpo
-from grpo.checkpoint import save_model
-from grpo.config import load_config
 from grpo.data import Dataset
-from grpo.rollout import Rollout, generate_completions, sample_tokens, sampling_noise
+from grpo.fast.noise import sampling_noise
+from grpo.models.saving import save_model
+from grpo.rollout import Rollout, generate_completions, sample_tokens
+from grpo.settings.config import load_config
 
 # One thread, here and in the commands that tests start: models this small gain nothing by a second one, and where the
 # machine has other work they wait for it, for half a minute instead of a second.

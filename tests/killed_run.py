@@ -17,16 +17,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-import grpo.checkpoint
-import grpo.plots
+import grpo.run.checkpoint
+import grpo.run.plots
 import train_grpo
-from grpo.config import Options, load_config, resumed_config
 from grpo.errors import errors_explained
+from grpo.settings.config import Options, load_config, resumed_config
 
 
 def live(settings: dict[str, Any], folder: Path, *, slowly: bool) -> None:
     """What `python train_grpo.py` does, with --resume once there is a run to go on with."""
-    grpo.plots._save = lambda figure, path: None  # pictures take longer than these steps
+    grpo.run.plots._save = lambda figure, path: None  # pictures take longer than these steps
     if slowly:
         slow_down_saving()
     overrides = [f"{key}={value}" for key, value in {**settings, "output_dir": folder}.items()]
@@ -39,7 +39,7 @@ def live(settings: dict[str, Any], folder: Path, *, slowly: bool) -> None:
 
 def slow_down_saving() -> None:
     """Some milliseconds before every file is on disk, and around every change of a name: 50 ms or more a step."""
-    sync, rename = grpo.checkpoint.sync, Path.rename
+    sync, rename = grpo.files.sync, Path.rename
 
     def slow_sync(path: Path) -> None:
         time.sleep(0.003)
@@ -51,7 +51,7 @@ def slow_down_saving() -> None:
         time.sleep(0.01)
         return renamed
 
-    grpo.checkpoint.sync, Path.rename = slow_sync, slow_rename
+    grpo.files.sync, Path.rename = slow_sync, slow_rename
 
 
 def begin(settings: dict[str, Any], folder: Path, *, slowly: bool) -> int:

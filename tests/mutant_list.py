@@ -18,10 +18,13 @@ class Mutant:
     LOOP, LOSS, ADVANTAGES, LOGPROBS, LM_HEAD, ROLLOUT, CACHE, POLICY, CHECKPOINT, RESAMPLE, GAE, CRITIC, PPO,
     SCORING, CHAT, MIXTURE, LORA, SCORES, NUMERALS,
 ) = (
-    "train_grpo.py", "grpo/loss.py", "grpo/advantages.py", "grpo/logprobs.py", "grpo/lm_head.py", "grpo/rollout.py",
-    "grpo/cache.py", "grpo/policy.py", "grpo/checkpoint.py", "grpo/resample.py", "grpo/gae.py",
-    "grpo/critic.py", "examples/train_ppo.py", "grpo/rewards/scoring.py", "grpo/chat.py", "grpo/mixture.py",
-    "grpo/lora.py", "grpo/rewards/scores.py", "grpo/rewards/numerals.py",
+    "train_grpo.py", "grpo/loss.py", "grpo/advantages.py", "grpo/logprobs.py", 
+    "grpo/fast/lm_head.py",
+    "grpo/rollout.py",
+    "grpo/fast/cache.py", "grpo/models/loading.py", "grpo/run/checkpoint.py", "grpo/batch.py", "grpo/ppo/gae.py",
+    "grpo/ppo/critic.py", "examples/train_ppo.py", "grpo/rewards/scoring.py", "grpo/datasets/chat.py",
+    "grpo/datasets/mixture.py",
+    "grpo/models/lora.py", "grpo/rewards/scores.py", "grpo/rewards/reading/numerals.py",
 )  # fmt: skip
 TOKENS = "tests/fidelity/test_traps_tokens.py::"
 REWARDS = "tests/fidelity/test_traps_rewards.py::"
@@ -50,7 +53,7 @@ OF_STOPS = "tests/test_stop_strings.py::"
 OF_LIBRARY = "tests/test_reward_library.py::"
 OF_SETTINGS = "tests/test_reward_settings.py::"
 OF_SANDBOX = "tests/test_sandbox.py::"
-INSIDE, KERNEL = "grpo/rewards/jail/inside.py", "grpo/rewards/jail/kernel.py"
+INSIDE, KERNEL = "grpo/rewards/sandbox/jail/inside.py", "grpo/rewards/sandbox/jail/kernel.py"
 TWO_STEPS = "tests/test_train.py::test_two_steps_of_the_loop_worked_by_hand"
 
 MUTANTS = [
@@ -621,7 +624,7 @@ MUTANTS = [
     ),
     Mutant(
         "metrics averaged per micro-batch",
-        "grpo/records.py",
+        "grpo/run/records.py",
         "self.sums.get(name, 0) + kept.sum()\n            self.counts[name] = self.counts.get(name, 0) + mask.sum()",
         "self.sums.get(name, 0) + kept.sum() / mask.sum().clamp(min=1)\n"
         "            self.counts[name] = self.counts.get(name, 0) + torch.ones(())",
@@ -629,7 +632,7 @@ MUTANTS = [
     ),
     Mutant(
         "metrics of padding",
-        "grpo/records.py",
+        "grpo/run/records.py",
         "torch.where(mask, value.detach().float(), 0.0)",
         "value.detach().float()",
         (f"{ORACLE}test_loss_gradient_and_metrics_equal_the_loops",),
@@ -1112,7 +1115,7 @@ MUTANTS = [
     ),
     Mutant(
         "overlong punished from the start",
-        "grpo/rewards/length.py",
+        "grpo/rewards/library/length.py",
         "- (max_length - cache), 0) / cache",
         "- max_length, 0) / cache",
         (f"{OF_REWARDS}test_overlong_falls_from_0_to_minus_1_over_the_cache",),
@@ -1283,76 +1286,76 @@ MUTANTS = [
     Mutant(
         "dynamic sampling that looks at rewards before they are scaled",
         RESAMPLE,
-        "return groups_without_spread(self.rewards(group_size))",
-        "return groups_without_spread(self.scores.combined.view(-1, group_size))",
+        "return zero_variance_groups(self.rewards(group_size))",
+        "return zero_variance_groups(self.scores.combined.view(-1, group_size))",
         (f"{OF_SETTINGS}test_dynamic_sampling_replaces_what_has_no_signal_after_scaling",),
     ),
     Mutant(
         "high-scoring completions of steps that are made again kept on resume",
-        "grpo/run_folder.py",
+        "grpo/run/folder.py",
         'read_jsonl(high) if row["step"] <= step]',
         "read_jsonl(high)]",
         (f"{OF_SETTINGS}test_a_resumed_run_keeps_each_of_them_once",),
     ),
     Mutant(
         "an unevaluated expression taken for the number it is equal to",
-        "grpo/rewards/exact.py",
+        "grpo/rewards/library/exact.py",
         "if number(expected) is not None:\n            return same_number(expected, found)\n        return same_latex",
         "if same_number(expected, found):\n            return True\n        return same_latex",
         (f"{OF_LIBRARY}test_boxed",),
     ),
     Mutant(
         "a formula copied from the prompt taken for its simplification",
-        "grpo/rewards/symbolic.py",
+        "grpo/rewards/reading/symbolic.py",
         "return plain_latex(found) not in plain_latex(prompt)",
         "return True",
         ("tests/test_formulas.py::test_an_echo_of_the_prompt_is_no_answer",),
     ),
     Mutant(
         "tags counted wherever they stand",
-        "grpo/rewards/answers.py",
+        "grpo/rewards/reading/answers.py",
         "and mark in lines and lines.index(mark) > place:",
         "and mark in lines:",
         (f"{OF_LIBRARY}test_the_five_rewards_of_the_recipe",),
     ),
     Mutant(
         "a classifier that judges the padding",
-        "grpo/rewards/classifier.py",
+        "grpo/rewards/library/classifier.py",
         'padding_side="right",',
         'padding_side="left",',
         (f"{OF_LIBRARY}test_a_text_is_judged_alike_alone_and_in_a_batch[gpt2]",),
     ),
     Mutant(
         "tests that were not run left out of the share",
-        "grpo/rewards/sandbox.py",
+        "grpo/rewards/sandbox/host.py",
         "passed += [False] * (expected - len(passed))",
         "passed += []",
         (f"{OF_SANDBOX}test_a_test_that_does_not_end_is_ended",),
     ),
     Mutant(
         "a script that failed judged by what it had printed",
-        "grpo/rewards/code.py",
+        "grpo/rewards/library/code.py",
         "verdict.passed == (True,) and _same_output",
         "_same_output",
         (f"{OF_LIBRARY}test_a_script_is_judged_by_its_lines",),
     ),
     Mutant(
         "math-verify asked about what is of another kind",
-        "grpo/rewards/symbolic.py",
+        "grpo/rewards/reading/symbolic.py",
         "if not is_comparable(expected, found) or not _ask(",
         "if not _ask(",
         ("tests/test_formulas.py::test_what_only_math_verify_takes_for_the_answer_is_wrong",),
     ),
     Mutant(
         "the question paid for, said in other words",
-        "grpo/rewards/symbolic.py",
+        "grpo/rewards/reading/symbolic.py",
         "return not any(_ask(expected, formula) for formula in asked_about)",
         "return True",
         ("tests/test_formulas.py::test_a_formula_that_only_says_the_question_again_is_no_answer",),
     ),
     Mutant(
         "an element that never closes",
-        "grpo/rewards/answers.py",
+        "grpo/rewards/reading/answers.py",
         "if not is_closed:",
         "if False:",
         (f"{OF_ANSWERS}test_the_form_is_these_elements_and_nothing_else",),
@@ -1373,7 +1376,7 @@ MUTANTS = [
     ),
     Mutant(
         "the last n-gram left out",
-        "grpo/rewards/repetition.py",
+        "grpo/rewards/library/repetition.py",
         "(len(ids) - ngram_size + 1)",
         "(len(ids) - ngram_size)",
         (f"{OF_LIBRARY}test_repetition_is_that_of_trl",),
@@ -1395,7 +1398,7 @@ MUTANTS = [
     ),
     Mutant(
         "sandbox: the parent's environment handed on",
-        "grpo/rewards/sandbox.py",
+        "grpo/rewards/sandbox/host.py",
         "env=environment,",
         "env=os.environ | environment,",
         (f"{OF_SANDBOX}test_the_environment_is_not_even_handed_on",),
@@ -1467,7 +1470,7 @@ MUTANTS = [
     ),
     Mutant(
         "rows written after the checkpoint kept on resume",
-        "grpo/run_folder.py",
+        "grpo/run/folder.py",
         'os.truncate(samples, state["samples_size"])',
         "pass",
         ("tests/fidelity/test_exact_resume.py::test_after_a_power_cut_a_run_goes_on_as_if_nothing_had_happened",),

@@ -10,10 +10,10 @@ from grpo.advantages import (
     BASELINES,
     SCALES,
     group_advantages,
-    groups_without_spread,
     penalized_advantages,
     token_advantages,
     whitened,
+    zero_variance_groups,
 )
 
 EXACT = {"rtol": 0.0, "atol": 1e-12}
@@ -64,7 +64,7 @@ def test_eps_is_added_to_the_std() -> None:
 def test_equal_rewards_are_compared_relative_to_their_size() -> None:
     def is_zero(rewards: list[float]) -> bool:
         advantages = group_advantages(doubles(rewards))
-        assert groups_without_spread(doubles(rewards)).item() == bool((advantages == 0).all())
+        assert zero_variance_groups(doubles(rewards)).item() == bool((advantages == 0).all())
         return bool((advantages == 0).all())
 
     assert is_zero([0.0, 0.9e-6])

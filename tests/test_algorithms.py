@@ -16,9 +16,10 @@ import yaml
 
 from grpo.advantages import BASELINES, SCALES
 from grpo.algorithms import ALGORITHMS, CLIP_KEYS, PAPERS, ROW_KEYS, filled, markdown_table, plain_table
-from grpo.config import DEFAULTS_FILE, TYPES, Config, load_config, parse_command_line, warnings_about
 from grpo.errors import InputError
 from grpo.loss import AGGREGATIONS, KL_ESTIMATORS, SURROGATES
+from grpo.settings.command_line import parse_command_line
+from grpo.settings.config import DEFAULTS_FILE, TYPES, Config, load_config, warnings_about
 from tests.conftest import later_slow
 
 ROOT = Path(__file__).parent.parent

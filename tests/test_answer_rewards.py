@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from grpo.errors import InputError
-from grpo.rewards.answers import after_mark, between_tags, boxed, in_tags
+from grpo.rewards.reading.answers import after_mark, between_tags, boxed, in_tags
 from reward_model import load_rewards, only_integer, score_completions, text_of
 
 
@@ -59,10 +59,10 @@ def test_a_box_holds_the_answer_and_nothing_else(completion: str, reward: float)
 def test_leniently_an_answer_may_stand_anywhere() -> None:
     samples = [{"prompt": "x", "answer": "5"}] * 3
     scores = score_completions(load_rewards(["gsm8k"]), samples, ["it is 5", "6", "#### 5"], [[1]] * 3)
-    assert scores.is_right.tolist() == [0, 0, 1]
-    assert scores.is_right_leniently.tolist() == [1, 0, 1]
+    assert scores.is_correct.tolist() == [0, 0, 1]
+    assert scores.is_correct_leniently.tolist() == [1, 0, 1]
     math = score_completions(load_rewards(["math"]), samples, ["it is 5", "6", "#### 5"], [[1]] * 3)
-    assert math.is_right_leniently.isnan().all()
+    assert math.is_correct_leniently.isnan().all()
 
 
 @pytest.mark.parametrize(

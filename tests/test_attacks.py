@@ -140,8 +140,8 @@ def test_a_text_of_100_kilobytes_takes_no_more_than_50_milliseconds(
             prompts=[SAMPLE["prompt"]], completions=[text], completion_ids=ids, answer=["37"], tests=[SAMPLE["tests"]]
         )
         reward.has_answer(text)
-        if reward.is_right_leniently is not None:
-            reward.is_right_leniently(SAMPLE, text)
+        if reward.is_correct_leniently is not None:
+            reward.is_correct_leniently(SAMPLE, text)
         return time.perf_counter() - start
 
     slow = {attack: text for attack, text in texts.items() if seconds(text) > allowed}

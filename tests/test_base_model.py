@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grpo import base_model
-from grpo.base_model import (
+from grpo.datasets.rows import JSONLinesDataset
+from grpo.models import tiny as base_model
+from grpo.models.tiny import (
     build_model,
     encode_all,
     styled_answer,
@@ -18,8 +19,7 @@ from grpo.base_model import (
     train_tokenizer,
     worked_answer,
 )
-from grpo.config import load_config
-from grpo.data import JSONLinesDataset
+from grpo.settings.config import load_config
 from reward_model import last_integer
 
 PROMPT = "What is 12 - 7? Answer with an integer."

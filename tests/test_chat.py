@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from grpo.chat import PromptFormat, set_chat_template, tokenized, unused_template
-from grpo.config import load_config
 from grpo.data import Dataset
+from grpo.datasets.chat import PromptFormat, set_chat_template, tokenized, unused_template
 from grpo.errors import InputError
+from grpo.settings.config import load_config
 from tests.conftest import make_tokenizer
 
 CHATML = (

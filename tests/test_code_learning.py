@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-import grpo.plots
+import grpo.run.plots
 import train_grpo
-from grpo.base_model import build_model, train_tokenizer
-from grpo.checkpoint import save_model
-from grpo.config import load_config
+from grpo.models.saving import save_model
+from grpo.models.tiny import build_model, train_tokenizer
+from grpo.settings.config import load_config
 from tests.test_train import read
 
 OPERATORS = {"add": "+", "subtract": "-", "multiply by": "*"}
@@ -59,7 +59,7 @@ def base_model(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_a_tiny_model_learns_to_write_programs_that_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grpo.plots, "_save", lambda figure, path: None)
+    monkeypatch.setattr(grpo.run.plots, "_save", lambda figure, path: None)
     base_model(tmp_path / "base")
     held_out = TASKS[::3]
     for name, tasks in (("train", [task for task in TASKS if task not in held_out]), ("eval", held_out)):

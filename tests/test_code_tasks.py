@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from grpo.data import JSONLinesDataset
-from grpo.rewards.code import code_block, code_reward
+from grpo.datasets.rows import JSONLinesDataset
+from grpo.rewards.library.code import code_block, code_reward
 from reward_model import load_rewards, score_completions
 
 ROOT = Path(__file__).parent.parent

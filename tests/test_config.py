@@ -10,16 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from grpo.config import (
-    DEFAULTS_FILE,
-    TYPES,
-    Config,
-    documented_defaults,
-    load_config,
-    parse_command_line,
-    warnings_about,
-)
 from grpo.errors import InputError
+from grpo.settings.command_line import parse_command_line
+from grpo.settings.config import DEFAULTS_FILE, TYPES, Config, documented_defaults, load_config, warnings_about
 
 ROOT = Path(__file__).parent.parent
 

@@ -14,10 +14,10 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-import grpo.plots
+import grpo.run.plots
 import train_grpo
-from grpo.checkpoint import save_model
-from grpo.config import load_config
+from grpo.models.saving import save_model
+from grpo.settings.config import load_config
 from tests.test_train import ROOT, read
 
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
@@ -129,7 +129,7 @@ def test_a_data_script_names_what_is_missing(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_runs_two_steps(name: str, stand_ins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grpo.plots, "_save", lambda figure, path: None)
+    monkeypatch.setattr(grpo.run.plots, "_save", lambda figure, path: None)
     path = ROOT / "configs" / name
     asked = yaml.safe_load(path.read_text())
     here: dict[str, Any] = {"num_train_steps": 2, "batch_size": 2, "group_size": 4, "device": "cpu", "dtype": "float32"}

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from grpo.base_model import train_tokenizer
-from grpo.chat import PromptFormat, tokenized
-from grpo.data import Dataset, JSONLinesDataset, samples_for_step
+from grpo.data import Dataset, samples_for_step
+from grpo.datasets.chat import PromptFormat, tokenized
+from grpo.datasets.rows import JSONLinesDataset
 from grpo.errors import InputError
+from grpo.models.tiny import train_tokenizer
 from tests.conftest import numbered
 
 ROOT = Path(__file__).parent.parent

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grpo.config import Config, load_config
-from grpo.data import JSONLinesDataset
-from grpo.dry_run import describe, estimate_memory
+from grpo.datasets.mixture import load_train_set
+from grpo.datasets.rows import JSONLinesDataset
 from grpo.errors import InputError
-from grpo.mixture import load_train_set
-from grpo.policy import load_skeleton
+from grpo.models.loading import load_skeleton
+from grpo.run.dry_run import describe, estimate_memory
+from grpo.settings.config import Config, load_config
 from tests import test_train as helpers
 from tests.conftest import later_slow
 

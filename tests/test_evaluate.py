@@ -16,22 +16,16 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import evaluate
-import grpo.plots
-from grpo.config import TYPES, Config, load_config, parse_command_line
-from grpo.data import JSONLinesDataset
+import grpo.run.plots
+from grpo.datasets.rows import JSONLinesDataset
 from grpo.errors import InputError
-from grpo.evaluation import (
-    Evaluation,
-    count_right,
-    mcnemar,
-    outcome_shares,
-    pass_at_k,
-    pick_examples,
-    preflight,
-    wilson_interval,
-)
-from grpo.policy import load_policy
+from grpo.evaluation.greedy import Evaluation, count_correct
+from grpo.evaluation.preflight import outcome_shares, pick_examples, preflight
+from grpo.evaluation.statistics import mcnemar, pass_at_k, wilson_interval
+from grpo.models.loading import load_policy
 from grpo.rollout import Rollout, generate_completions
+from grpo.settings.command_line import parse_command_line
+from grpo.settings.config import TYPES, Config, load_config
 from reward_model import load_rewards, score_completions
 from tests import test_train as helpers
 from tests.test_train import ROOT, train
@@ -58,7 +52,7 @@ def trained(small: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> 
     settings = small | {"rewards": "[lucky:fn]", "learning_rate": 0.05, "warmup_steps": 0, "group_size": 6}
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
-        patch.setattr(grpo.plots, "_save", lambda figure, path: None)
+        patch.setattr(grpo.run.plots, "_save", lambda figure, path: None)
         train(settings, folder / "run", num_train_steps=3)
     return folder / "run"
 
@@ -220,7 +214,7 @@ def test_measure_by_hand(small: dict[str, Any], tmp_path: Path, monkeypatch: pyt
     right = [len(text) % 2 == 0 for text in greedy]
     counts = [sum(len(text) % 2 == 0 for text in sampled[3 * i : 3 * i + 3]) for i in range(20)]
     assert evaluation.completions == greedy
-    assert evaluation.is_right == right
+    assert evaluation.is_correct == right
     assert 0 < sum(right) < 20
     assert report["accuracy"] == sum(right) / 20
     assert report["pass_at_1"] == pytest.approx(sum(counts) / 60)
@@ -330,10 +324,10 @@ def test_count_right_does_not_depend_on_the_batches(llama: PreTrainedModel, toke
             NAN if sample["prompt"] == "?" else float(len(text) % 2 == 0)
             for sample, text in zip(batch, rollout.completions, strict=True)
         ]
-        return SimpleNamespace(is_right=torch.tensor(rights))
+        return SimpleNamespace(is_correct=torch.tensor(rights))
 
     def counts(batch_rows: int, seed: int = 0) -> list[int | None]:
-        return count_right(
+        return count_correct(
             llama, tokenizer, samples, score, k=4, max_completion_length=6, batch_rows=batch_rows, seed=seed
         )
 
@@ -357,7 +351,7 @@ def test_pass_at_k_of_the_counts_is_unbiased_in_k() -> None:
 
 def scores_of(rights: list[float], combined: list[float] | None = None, has_answer: list[bool] | None = None) -> Any:
     return SimpleNamespace(
-        is_right=torch.tensor(rights),
+        is_correct=torch.tensor(rights),
         combined=torch.tensor(rights if combined is None else combined),
         has_answer=torch.tensor(has_answer or [True] * len(rights)),
         by_name={},
@@ -479,7 +473,7 @@ def test_a_mixture_is_reported_by_data_set_and_leniently(
     """Two models, one of them an adapter; every number from the answers themselves."""
     (tmp_path / "three.py").write_text(
         "def fn(prompts, completions, **_):\n    return [1.0 * (len(text) % 3 == 0) for text in completions]\n"
-        "fn.is_right_leniently = lambda sample, text: len(text) % 3 < 2\n"
+        "fn.is_correct_leniently = lambda sample, text: len(text) % 3 < 2\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     entries = [
@@ -489,7 +483,7 @@ def test_a_mixture_is_reported_by_data_set_and_leniently(
     (tmp_path / "lucky_mix.py").write_text(LUCKY)
     mixture = {key: small[key] for key in small.keys() - {"train_file", "eval_file", "rewards"}}
     mixture |= {"datasets": json.dumps(entries), "lora_rank": 2, "learning_rate": 0.05, "eval_metric": "eval/reward"}
-    monkeypatch.setattr(grpo.plots, "_save", lambda figure, path: None)
+    monkeypatch.setattr(grpo.run.plots, "_save", lambda figure, path: None)
     train(mixture, tmp_path / "run")
     output = tmp_path / "numbers.json"
     arguments, config = parsed(
@@ -525,7 +519,7 @@ def test_a_stopped_command_says_how_to_go_on(
         monkeypatch, small["model_name"], "--output", output, "--k", 2, "--eval_file", small["eval_file"],
         "--max_completion_length", 3,
     )  # fmt: skip
-    monkeypatch.setattr(evaluate, "count_right", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(evaluate, "count_correct", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(
         KeyboardInterrupt, match=r"stopped; the same command goes on with the answers in .*numbers\.json"
     ):

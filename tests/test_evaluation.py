@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from grpo.evaluation import Evaluation, evaluate_greedy, pass_at_k, wilson_interval
+from grpo.evaluation.greedy import Evaluation, evaluate_greedy
+from grpo.evaluation.statistics import pass_at_k, wilson_interval
 from grpo.rollout import Rollout, generate_completions
 from reward_model import Scores
 
@@ -72,7 +73,7 @@ def evaluate(
     model: Any,
     tokenizer: PreTrainedTokenizerFast,
     combined: dict[str, float],
-    is_right: dict[str, float],
+    is_correct: dict[str, float],
     batch_rows: int = 2,
 ) -> Evaluation:
     """Greedy over SAMPLES, each scored by its prompt."""
@@ -80,13 +81,13 @@ def evaluate(
     def score(samples: Sequence[dict[str, Any]], rollout: Rollout) -> Scores:
         assert len(samples) == len(rollout.completions) <= batch_rows
         prompts = [sample["prompt"] for sample in samples]
-        verdicts = torch.tensor([is_right[prompt] for prompt in prompts])
+        verdicts = torch.tensor([is_correct[prompt] for prompt in prompts])
         return Scores(
             combined=torch.tensor([combined[prompt] for prompt in prompts]),
-            is_right=verdicts,
+            is_correct=verdicts,
             by_name={"mine": torch.tensor([combined[prompt] for prompt in prompts])},
             has_answer=torch.ones(len(prompts), dtype=torch.bool),
-            is_right_leniently=torch.full_like(verdicts, NAN),
+            is_correct_leniently=torch.full_like(verdicts, NAN),
         )
 
     return evaluate_greedy(model, tokenizer, SAMPLES, score, max_completion_length=6, batch_rows=batch_rows)
@@ -95,9 +96,9 @@ def evaluate(
 def test_rows_where_no_reward_applies_count_nowhere(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     prompts = [sample["prompt"] for sample in SAMPLES]
     combined = dict(zip(prompts, [1.0, NAN, 0.0, 0.5, NAN], strict=True))
-    is_right = dict(zip(prompts, [1.0, NAN, 0.0, 1.0, NAN], strict=True))
-    evaluation = evaluate(llama, tokenizer, combined, is_right)
-    assert evaluation.is_right == [True, None, False, True, None]
+    is_correct = dict(zip(prompts, [1.0, NAN, 0.0, 1.0, NAN], strict=True))
+    evaluation = evaluate(llama, tokenizer, combined, is_correct)
+    assert evaluation.is_correct == [True, None, False, True, None]
     assert (evaluation.num_right, evaluation.num_scored) == (2, 3)
     assert evaluation.reward == evaluation.rewards["mine"] == pytest.approx(0.5)  # (1 + 0 + 0.5) / 3, not / 5
     row = evaluation.metrics()
@@ -129,7 +130,7 @@ def test_evaluation_is_greedy_one_completion_a_sample_in_order(
     for batch_rows in (1, 2, 5, 100):
         evaluation = evaluate(llama, tokenizer, rights, rights, batch_rows)
         assert evaluation.completions == whole.completions
-        assert evaluation.is_right == [False, True, False, True, True]
+        assert evaluation.is_correct == [False, True, False, True, True]
         assert evaluation.reward == pytest.approx(0.6)
         assert evaluation.mean_length == pytest.approx(whole.completion_mask.sum().item() / 5)
         assert evaluation.clipped_ratio == pytest.approx(whole.is_truncated.float().mean().item())
@@ -158,7 +159,7 @@ def test_lengths_are_averaged_over_samples_not_over_batches(
     def by_prompt(model: None, tokenizer: PreTrainedTokenizerFast, prompts: list[str], **settings: Any) -> Rollout:
         return generate_completions(scripted([scripts[text] for text in prompts]), tokenizer, prompts, **settings)
 
-    monkeypatch.setattr("grpo.evaluation.generate_completions", by_prompt)
+    monkeypatch.setattr("grpo.evaluation.greedy.generate_completions", by_prompt)
     ones = dict.fromkeys(prompts, 1.0)
     evaluation = evaluate(None, tokenizer, ones, ones, batch_rows=2)
     assert evaluation.mean_length == pytest.approx(2.0)  # (1 + 1 + 1 + 1 + 6) / 5; of batches (1 + 1 + 6) / 3

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from grpo.datasets.formats import READERS, Columns, load_dataset
 from grpo.errors import InputError
-from grpo.formats import READERS, Columns, load_dataset
 
 ROWS = [{"prompt": "1+1=", "answer": "2", "level": "a"}, {"prompt": "2+2=\nsay", "answer": "4", "level": "b, c"}]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from grpo.rewards import symbolic
+from grpo.rewards.reading import symbolic
 from reward_model import RewardError, load_rewards, score_completions
 from tests.test_reward_library import refused, values
 
@@ -144,7 +144,9 @@ def test_math_verify_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyP
     symbolic._answered.cache_clear()
     symbolic._let_go()
     monkeypatch.setattr("sys.executable", "/bin/false")
-    with pytest.raises(RewardError, match=r"math-verify does not start; try it: /bin/false -m grpo.rewards.symbolic"):
+    with pytest.raises(
+        RewardError, match=r"math-verify does not start; try it: /bin/false -m grpo.rewards.reading.symbolic"
+    ):
         values(BY_MEANING, ["\\boxed{\\frac{2a}{2b}}"], answer="\\frac{a}{b}")
     assert symbolic._mathematicians == []
 

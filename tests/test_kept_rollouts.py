@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-import grpo.kept_rollouts
-from grpo.evaluation import Evaluation, count_right, evaluate_greedy
-from grpo.kept_rollouts import KeptRollouts
+import grpo.evaluation.kept_rollouts
+from grpo.evaluation.greedy import Evaluation, count_correct, evaluate_greedy
+from grpo.evaluation.kept_rollouts import KeptRollouts
 from grpo.rollout import Rollout
 from reward_model import Scores, load_rewards, score_completions
 
@@ -30,7 +30,7 @@ def evaluated(
     if kept is not None:
         common["generate"] = kept.of(model)
     greedy = evaluate_greedy(model, tokenizer, SAMPLES, score, **common)
-    return greedy, count_right(model, tokenizer, SAMPLES, score, k=2, seed=3, **common)
+    return greedy, count_correct(model, tokenizer, SAMPLES, score, k=2, seed=3, **common)
 
 
 class StoppedError(Exception):
@@ -40,7 +40,7 @@ class StoppedError(Exception):
 @pytest.fixture
 def sampled(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[Any]]:
     """sampled(n): let the sampler be called n times, then stop; what it was asked is noted."""
-    real = grpo.kept_rollouts.generate_completions
+    real = grpo.evaluation.greedy.kept_rollouts.generate_completions
 
     def limit(most: int) -> list[Any]:
         calls: list[Any] = []
@@ -51,7 +51,7 @@ def sampled(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[Any]]:
             calls.append(prompts)
             return real(model, tokenizer, prompts, **settings)
 
-        monkeypatch.setattr(grpo.kept_rollouts, "generate_completions", generate)
+        monkeypatch.setattr(grpo.evaluation.greedy.kept_rollouts, "generate_completions", generate)
         return calls
 
     return limit

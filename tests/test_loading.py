@@ -105,7 +105,7 @@ def test_a_module_that_ends_the_process_is_wrong_input(tmp_path: Any, monkeypatc
         ("lowest", None, "got None, expected a number"),
         ("has_answer", True, "got True, expected a function"),
         ("check_sample", "x", "got 'x', expected a function"),
-        ("is_right_leniently", None, "got None, expected a function"),
+        ("is_correct_leniently", None, "got None, expected a function"),
     ],
 )
 def test_an_attribute_that_is_none_is_wrong_input(
@@ -141,7 +141,7 @@ def test_what_cannot_be_called_by_name_is_refused(name: str) -> None:
         load_rewards([f"{MINE}{name}"])
 
 
-@pytest.mark.parametrize("attribute", ["has_answer", "is_right_leniently"])
+@pytest.mark.parametrize("attribute", ["has_answer", "is_correct_leniently"])
 def test_an_attribute_that_raises_is_named(attribute: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(toy_rewards.brief, attribute, broken, raising=False)
     message = f"reward {MINE}brief: its attribute {attribute} raised ZeroDivisionError: division by zero, for .*'ab'"

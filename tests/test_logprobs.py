@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from grpo import logprobs
-from grpo.logprobs import SHARED_PREFIX, completions_per_row, compute_logprobs, positions_from_mask
+from grpo.fast.layout import completions_per_row, positions_from_mask
+from grpo.logprobs import SHARED_PREFIX, compute_logprobs
 from tests.conftest import make_tiny_model
 
 EXACT = {"rtol": 0.0, "atol": 1e-12}

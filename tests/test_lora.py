@@ -12,17 +12,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-import grpo.plots
+import grpo.run.plots
 import train_grpo
-from grpo import merge_lora
-from grpo.checkpoint import weights_sha256
-from grpo.config import load_config
-from grpo.dry_run import num_trained
 from grpo.errors import InputError
 from grpo.logprobs import compute_logprobs
-from grpo.lora import ADAPTER_CONFIG, ADAPTER_FILE, adapter_off, add_adapter, has_adapter
-from grpo.merge_lora import save_merged
-from grpo.policy import load_policy, make_optimizer, make_reference
+from grpo.models import merge_lora
+from grpo.models.loading import load_policy, make_reference
+from grpo.models.lora import ADAPTER_CONFIG, ADAPTER_FILE, adapter_off, add_adapter, has_adapter
+from grpo.models.merge_lora import save_merged
+from grpo.models.optimizer import make_optimizer
+from grpo.models.saving import weights_sha256
+from grpo.run.dry_run import num_trained
+from grpo.settings.config import load_config
 from tests import test_train as helpers
 from tests.conftest import ragged_batch
 from tests.test_resume import assert_same_run, interrupted
@@ -37,7 +38,7 @@ LAYERS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 @pytest.fixture(autouse=True, scope="module")
 def _no_pictures() -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grpo.plots, "_save", lambda figure, path: None)
+        patch.setattr(grpo.run.plots, "_save", lambda figure, path: None)
         yield
 
 

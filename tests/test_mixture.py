@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-import grpo.plots
-from grpo.config import load_config
+import grpo.run.plots
 from grpo.data import SOURCE, Dataset, Sample, samples_for_step
+from grpo.datasets.mixture import Mixture, divide, load_train_set
 from grpo.errors import InputError
-from grpo.mixture import Mixture, divide, load_train_set
-from grpo.sources import Source, sources_of
+from grpo.settings.config import load_config
+from grpo.settings.sources import Source, sources_of
 from reward_model import load_rewards_of, score_mixture
 from tests import test_train as helpers
 from tests.test_resume import assert_same_run, interrupted
@@ -24,7 +24,7 @@ small = helpers.small  # the fixture
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grpo.plots, "_save", lambda figure, path: None)
+    monkeypatch.setattr(grpo.run.plots, "_save", lambda figure, path: None)
 
 
 def part(name: str, size: int) -> Dataset:
@@ -177,8 +177,8 @@ def test_rows_of_one_data_set_are_not_scored_by_the_rewards_of_another() -> None
     assert scores.by_name["boxed"].tolist() == [1.0, nan, 0.0, nan, 1.0]
     assert scores.by_name["math"].tolist() == [nan] * 5
     assert scores.combined.tolist() == [1.0, 2.5, 0.0, 0.0, 1.0]
-    assert scores.is_right.tolist() == [1.0, 1.0, 0.0, 0.0, 1.0]
-    assert scores.is_right_leniently.tolist() == [1.0] * 5
+    assert scores.is_correct.tolist() == [1.0, 1.0, 0.0, 0.0, 1.0]
+    assert scores.is_correct_leniently.tolist() == [1.0] * 5
 
 
 def test_a_reward_that_is_wrong_names_its_data_set() -> None:

@@ -13,9 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-import grpo.plots
+import grpo.run.plots
 from grpo.errors import InputError, RunError
-from grpo.plots import draw_comparison, draw_curves
+from grpo.run.plots import draw_comparison, draw_curves
 from tests.conftest import later_slow
 
 ROOT = Path(__file__).parent.parent
@@ -48,7 +48,7 @@ def without(rows: list[dict[str, Any]], *prefixes: str) -> list[dict[str, Any]]:
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """What would have been written."""
     caught: list[Figure] = []
-    monkeypatch.setattr(grpo.plots, "_save", lambda figure, path: caught.append(figure))
+    monkeypatch.setattr(grpo.run.plots, "_save", lambda figure, path: caught.append(figure))
     return caught
 
 
@@ -186,12 +186,12 @@ def test_a_picture_that_cannot_be_written_is_a_run_error(tmp_path: Path) -> None
         draw_curves(RUNS["whole"], tmp_path / "missing" / "picture.png")
 
 
-# python -m grpo.plots
+# python -m grpo.run.plots
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "grpo.plots", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "grpo.run.plots", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
     )
 
 
@@ -215,7 +215,7 @@ def test_one_run_gets_its_own_picture(
 ) -> None:
     folder = write_run(tmp_path / "a", rows_of(4))
     monkeypatch.setattr(sys, "argv", ["plots", str(folder)])
-    grpo.plots.main()
+    grpo.run.plots.main()
     assert capsys.readouterr().out == f"{folder / 'training_curves.png'}\n"
     assert (folder / "training_curves.png").read_bytes().startswith(PNG)
 
@@ -239,7 +239,7 @@ def test_a_run_that_cannot_be_read_ends_in_one_line(
         (bad / "metrics.jsonl").write_text(text)
     monkeypatch.setattr("sys.argv", ["plots", str(good), str(bad), "--output", str(tmp_path / "both.png")])
     with pytest.raises(InputError, match=re.escape(f"{bad / 'metrics.jsonl'}{problem}")):
-        grpo.plots.main()
+        grpo.run.plots.main()
     assert not (tmp_path / "both.png").exists()
 
 
@@ -250,5 +250,5 @@ def test_a_run_that_is_still_writing_its_last_line_can_be_drawn(
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "los')
     monkeypatch.setattr("sys.argv", ["plots", str(folder)])
-    grpo.plots.main()
+    grpo.run.plots.main()
     assert (folder / "training_curves.png").read_bytes().startswith(PNG)

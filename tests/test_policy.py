@@ -12,25 +12,14 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from grpo.base_model import build_model, train_tokenizer
-from grpo.checkpoint import save_model
-from grpo.config import load_config
 from grpo.data import Dataset
 from grpo.errors import InputError, RunError
-from grpo.policy import (
-    check_compile,
-    check_lengths,
-    check_positions,
-    choose_device,
-    compile_trunks,
-    disable_dropout,
-    frozen_copy,
-    learning_rate_at,
-    load_policy,
-    make_autocast,
-    make_optimizer,
-    uncompiled,
-)
+from grpo.models.device import check_compile, choose_device, compile_trunks, make_autocast, uncompiled
+from grpo.models.loading import check_lengths, check_positions, disable_dropout, frozen_copy, load_policy
+from grpo.models.optimizer import learning_rate_at, make_optimizer
+from grpo.models.saving import save_model
+from grpo.models.tiny import build_model, train_tokenizer
+from grpo.settings.config import load_config
 
 CPU = torch.device("cpu")
 

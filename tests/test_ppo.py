@@ -17,15 +17,18 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import grpo.plots
+import grpo.run.plots
 import train_grpo
 from examples import train_ppo
-from grpo.config import Config, Options, load_config, parse_command_line, resumed_config
-from grpo.critic import Critic
-from grpo.data import JSONLinesDataset, samples_for_step
+from grpo.data import samples_for_step
+from grpo.datasets.rows import JSONLinesDataset
 from grpo.errors import InputError, RunError
-from grpo.policy import load_policy
-from grpo.rollout import generate_completions, step_seed
+from grpo.fast.noise import step_seed
+from grpo.models.loading import load_policy
+from grpo.ppo.critic import Critic
+from grpo.rollout import generate_completions
+from grpo.settings.command_line import parse_command_line
+from grpo.settings.config import Config, Options, load_config, resumed_config
 from tests import test_train as helpers
 from tests.conftest import later_slow
 from tests.fidelity.test_gae import awake, plain_gae
@@ -44,7 +47,7 @@ FOUR = {
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take longer than these runs."""
-    monkeypatch.setattr(grpo.plots, "_save", lambda figure, path: None)
+    monkeypatch.setattr(grpo.run.plots, "_save", lambda figure, path: None)
 
 
 def config_of(settings: dict[str, Any], **changes: object) -> Config:
@@ -391,7 +394,7 @@ def whole(small: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Pa
     """A finished run of four steps, the reference moved after each; not to be touched."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grpo.plots, "_save", lambda figure, path: None)
+        patch.setattr(grpo.run.plots, "_save", lambda figure, path: None)
         train(small, folder, **FOUR, ref_update_every=1)
     return folder
 

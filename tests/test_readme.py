@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-import grpo.plots
+import grpo.run.plots
 from benchmarks.readme import BLOCKS, RESULTS, parts_of, rendered
 from grpo.advantages import group_advantages
-from grpo.base_model import build_model, train_tokenizer
-from grpo.config import TYPES, Options, load_config
-from grpo.policy import load_policy, load_skeleton
+from grpo.models.loading import load_policy, load_skeleton
+from grpo.models.tiny import build_model, train_tokenizer
 from grpo.rollout import generate_completions
+from grpo.settings.config import TYPES, Options, load_config
 from reward_model import load_rewards, score_completions
 from tests.test_ppo import OF_THE_CRITIC
 from tests.test_train import EVERY_EVALUATION, EVERY_STEP, small, train  # noqa: F401
@@ -76,8 +76,8 @@ OWN_FLAGS = {
     "train_grpo.py": {"config", "help", *(field.name for field in dataclasses.fields(Options))},
     "examples/train_ppo.py": {"config", "help", *(field.name for field in dataclasses.fields(Options))},
     "evaluate.py": {"config", "help", "compare", "data", "k", "prompt", "output"},
-    "-m grpo.plots": {"output", "help"},
-    "-m grpo.merge_lora": {"dtype", "help"},
+    "-m grpo.run.plots": {"output", "help"},
+    "-m grpo.models.merge_lora": {"dtype", "help"},
     "data/prepare_gsm8k.py": {"train", "test", "out", "help"},
     "-m reward_model": {"config", "help", "data", "completions"},
 }
@@ -150,7 +150,7 @@ def test_the_notebook_trains_and_evaluates(
     (snippet,) = [code for code in blocks if "evaluate_model" in code]
     assert '["num_train_steps=10", "output_dir=checkpoints-notebook"]' in snippet
     others = "".join(f', "{key}={small[key]}"' for key in small.keys() - {"num_train_steps"})
-    monkeypatch.setattr(grpo.plots, "_save", lambda figure, path: None)
+    monkeypatch.setattr(grpo.run.plots, "_save", lambda figure, path: None)
     exec(
         snippet.replace('"output_dir=checkpoints-notebook"]', f'"output_dir={tmp_path}/checkpoints-notebook"{others}]')
         .replace('"configs/', f'"{ROOT}/configs/')

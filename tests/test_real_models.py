@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-import grpo.plots
-from grpo.checkpoint import save_model
-from grpo.config import load_config
+import grpo.run.plots
 from grpo.errors import InputError
 from grpo.logprobs import compute_logprobs
-from grpo.policy import _quantized, load_policy, make_trainable
+from grpo.models.loading import _quantized, load_policy, make_trainable
+from grpo.models.saving import save_model
+from grpo.settings.config import load_config
 from tests import test_train as helpers
 from tests.conftest import make_tokenizer, ragged_batch, sample
 from tests.test_train import read, train, weights_of
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grpo.plots, "_save", lambda figure, path: None)
+    monkeypatch.setattr(grpo.run.plots, "_save", lambda figure, path: None)
 
 
 # Gradient checkpointing

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from grpo.errors import NotFiniteError
-from grpo.records import TokenMeans, append_jsonl, check_finite, sample_rows
+from grpo.files import append_jsonl
 from grpo.rollout import Rollout
+from grpo.run.records import TokenMeans, check_finite, sample_rows
 from reward_model import Reward, score_completions
 
 NAN, INF = float("nan"), float("inf")

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-import grpo.plots
+import grpo.run.plots
 import train_grpo
-from grpo.checkpoint import checkpoints
-from grpo.data import JSONLinesDataset, samples_for_step
+from grpo.batch import Groups, check_rewards_vary, replace_idle_groups
+from grpo.data import samples_for_step
+from grpo.datasets.rows import JSONLinesDataset
 from grpo.errors import InputError, RunError, errors_explained
-from grpo.resample import Groups, check_rewards_vary, replace_idle_groups
-from grpo.rollout import Rollout, step_seed
+from grpo.fast.noise import step_seed
+from grpo.rollout import Rollout
+from grpo.run.checkpoint import checkpoints
 from reward_model import Scores
 from tests import test_train as helpers
 from tests.conftest import numbered
@@ -150,8 +152,8 @@ def make_groups(names: Sequence[str], rewards: Sequence[Sequence[float]], *, spa
     rollout = make_rollout(
         [[ord(letter) for letter in name] for name, _ in rows], [[ord(name[0]), g + 1] for name, g in rows], spare=spare
     )
-    is_right, has_answer = (combined == 1).float(), torch.ones(len(combined), dtype=torch.bool)
-    scores = Scores({"toy": combined}, combined, is_right, has_answer, is_right_leniently=is_right)
+    is_correct, has_answer = (combined == 1).float(), torch.ones(len(combined), dtype=torch.bool)
+    scores = Scores({"toy": combined}, combined, is_correct, has_answer, is_correct_leniently=is_correct)
     return Groups([{"prompt": name} for name, _ in rows], rollout, scores)
 
 
@@ -180,7 +182,7 @@ def test_idle_groups_are_replaced_in_their_place_and_the_others_untouched() -> N
     assert [sample["prompt"] for sample in after.samples] == ["a", "a", "bbbb", "bbbb", "c", "c", "dd", "dd"]
     assert after.scores.combined.tolist() == [0.0, 1.0, 0.5, 0.0, 0.25, 0.5, 0.0, 0.75]
     assert after.scores.by_name["toy"].tolist() == after.scores.combined.tolist()
-    assert after.scores.is_right.tolist() == [0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    assert after.scores.is_correct.tolist() == [0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
     rows, old = contents(after.rollout), contents(before.rollout)
     assert rows[0:2] + rows[4:6] == old[0:2] + old[4:6]
     assert [row[0] for row in rows[2:4] + rows[6:8]] == [[98] * 4] * 2 + [[100] * 2] * 2
@@ -244,7 +246,7 @@ def by_prompt(prompts: list[str], completions: list[str], idle: str = IDLE, **_:
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take longer than these runs."""
-    monkeypatch.setattr(grpo.plots, "_save", lambda figure, path: None)
+    monkeypatch.setattr(grpo.run.plots, "_save", lambda figure, path: None)
 
 
 @pytest.fixture

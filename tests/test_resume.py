@@ -18,23 +18,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import grpo.checkpoint
-import grpo.plots
+import grpo.run.checkpoint
+import grpo.run.plots
 import train_grpo
-from grpo.checkpoint import (
-    check_integrity,
-    checkpoints,
-    complete_folder,
-    remove_folder,
-    save_checkpoint,
-    save_model,
-    sha256,
-    step_of,
-    weights_sha256,
-    write_atomically,
-)
-from grpo.config import MAY_CHANGE_ON_RESUME, TYPES, resumed_config
 from grpo.errors import InputError, RunError
+from grpo.files import complete_folder, remove_folder, sha256, write_atomically
+from grpo.models.saving import save_model, weights_sha256
+from grpo.run.checkpoint import check_integrity, checkpoints, save_checkpoint, step_of
+from grpo.settings.config import TYPES, resumed_config
+from grpo.settings.rules import MAY_CHANGE_ON_RESUME
 from tests import test_train as helpers
 from tests.conftest import later_slow
 from tests.test_train import read, resume, train
@@ -60,7 +52,7 @@ def fn(prompts, completions, **_):
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take longer than these runs."""
-    monkeypatch.setattr(grpo.plots, "_save", lambda figure, path: None)
+    monkeypatch.setattr(grpo.run.plots, "_save", lambda figure, path: None)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +60,7 @@ def whole(small: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Pa
     """A finished run of four steps with checkpoints after the second and the fourth; not to be touched."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grpo.plots, "_save", lambda figure, path: None)
+        patch.setattr(grpo.run.plots, "_save", lambda figure, path: None)
         train(small, folder, **FOUR)
     return folder
 
@@ -526,7 +518,7 @@ def test_a_full_disk_costs_only_the_checkpoint_that_did_not_fit(
         save(content, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(grpo.checkpoint.torch, "save", save_once)
+        patch.setattr(grpo.run.checkpoint.torch, "save", save_once)
         with pytest.raises(RunError) as raised:
             train(small, folder, **FOUR)
     reason = error.strerror if isinstance(error, OSError) else str(error)
@@ -745,7 +737,7 @@ def test_a_removed_folder_is_gone_and_its_name_goes_first(tmp_path: Path, monkey
         seen.append((folder.exists(), path.name.startswith("."), path.name.endswith(".unfinished")))
         delete(path)
 
-    monkeypatch.setattr(grpo.checkpoint.shutil, "rmtree", spy)
+    monkeypatch.setattr(grpo.run.checkpoint.shutil, "rmtree", spy)
     remove_folder(folder)
     assert seen == [(False, True, True)]
     assert list(tmp_path.iterdir()) == []

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 from grpo.errors import InputError
-from grpo.rewards.answers import in_tag_lines, tags_in_place
-from grpo.rewards.code import code_block
-from grpo.rewards.formulas import plain_latex
-from grpo.rewards.numerals import number
+from grpo.rewards.library.code import code_block
+from grpo.rewards.reading.answers import in_tag_lines, tags_in_place
+from grpo.rewards.reading.formulas import plain_latex
+from grpo.rewards.reading.numerals import number
 from reward_model import Reward, RewardError, check_samples, load_rewards, required_columns, score_completions
 from tests.conftest import VOCABULARY, make_tokenizer
 
@@ -201,7 +201,7 @@ def test_the_five_rewards_of_the_recipe(
         "xml_count": xml_count, "soft_format": soft, "strict_format": strict, "integer": integer,
         "correctness": correctness,
     }  # fmt: skip
-    assert scores.is_right.item() == (correctness == 2.0)
+    assert scores.is_correct.item() == (correctness == 2.0)
 
 
 def test_their_tags_and_marks_are_arguments() -> None:
@@ -300,7 +300,7 @@ def test_code_passes_a_share_of_its_tests() -> None:
     assert values({"name": "code", "mode": "all"}, completions, tests=ADD) == [1, 0, 0, 0, 0, 0]
     assert values({"name": "code", "bare": True}, completions, tests=ADD) == [1, 0.5, 0, 0, 0, 1]
     scores = score_completions(load_rewards(["code"]), [{"prompt": "p", "tests": ADD}] * 6, completions, [[1]] * 6)
-    assert scores.is_right.tolist() == [1, 0, 0, 0, 0, 0]
+    assert scores.is_correct.tolist() == [1, 0, 0, 0, 0, 0]
     assert scores.has_answer.tolist() == [True, True, True, False, False, False]
 
 
@@ -329,7 +329,7 @@ def test_a_script_is_judged_by_its_lines() -> None:
 
 def test_the_same_program_is_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    from grpo.rewards import code
+    from grpo.rewards.library import code
 
     real = code.run
     monkeypatch.setattr(code, "run", lambda jobs, *a, **k: (seen.append(len(jobs)), real(jobs, *a, **k))[1])

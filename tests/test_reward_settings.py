@@ -13,11 +13,11 @@ import torch
 
 import reward_model
 import train_grpo
-from grpo.config import load_config, warnings_about
+from grpo.batch import Groups
 from grpo.errors import InputError, RunError
-from grpo.resample import Groups
 from grpo.rewards.scores import scaled
 from grpo.rewards.trial import parse_arguments
+from grpo.settings.config import load_config, warnings_about
 from tests.fidelity import test_traps_loss as helpers
 from tests.test_train import ROOT, _no_pictures, read, small, train  # noqa: F401
 
@@ -156,7 +156,7 @@ def test_without_a_threshold_there_is_no_such_file(small: dict[str, Any], tmp_pa
 
 
 def test_a_resumed_run_keeps_each_of_them_once(small: dict[str, Any], tmp_path: Path) -> None:
-    from grpo.config import Options, resumed_config
+    from grpo.settings.config import Options, resumed_config
 
     settings = small | {"save_threshold": 0.0, "num_train_steps": 3, "save_every": 1, "keep_checkpoints": 3}
     whole, again = tmp_path / "whole", tmp_path / "again"

@@ -216,7 +216,7 @@ def test_rewards_combine_by_weight_over_those_that_apply() -> None:
     assert same(scores.combined, 1.5, 0.0, -1.0, NAN)
     assert same(scores.by_name["a"], 1.0, 0.0, NAN, NAN)
     assert same(scores.by_name["logged"], 100.0, 100.0, NAN, 100.0)
-    assert same(scores.is_right, 1.0, 0.0, NAN, NAN)
+    assert same(scores.is_correct, 1.0, 0.0, NAN, NAN)
 
 
 def test_metrics_by_hand() -> None:
@@ -239,10 +239,10 @@ def test_metrics_by_hand() -> None:
 def test_is_right_uses_the_full_mark_of_the_first_reward() -> None:
     first = entry("a", returning(0.3, 1.0, None), full_mark=0.3)
     second = entry("b", returning(1.0, 1.0, 1.0), weight=5.0)
-    assert same(score([first, second]).is_right, 1.0, 0.0, NAN)
-    assert same(score([second, first]).is_right, 1.0, 1.0, 1.0)
+    assert same(score([first, second]).is_correct, 1.0, 0.0, NAN)
+    assert same(score([second, first]).is_correct, 1.0, 1.0, 1.0)
     # Weight 0 leaves it the measure of what is right.
-    assert same(score([entry("a", returning(0.3, 1.0, None), 0.0, 0.3), second]).is_right, 1.0, 0.0, NAN)
+    assert same(score([entry("a", returning(0.3, 1.0, None), 0.0, 0.3), second]).is_correct, 1.0, 0.0, NAN)
 
 
 def test_the_full_mark_of_math_is_its_correct_reward() -> None:
@@ -250,7 +250,7 @@ def test_the_full_mark_of_math_is_its_correct_reward() -> None:
     samples = [{"prompt": "p", "answer": 5}] * 2
     scores = score_completions(rewards, samples, ["5", "6"], [[5], [6]])
     assert same(scores.combined, 1.0, 0.5)
-    assert same(scores.is_right, 1.0, 0.0)  # 1.0 is what a wrong completion gets here
+    assert same(scores.is_correct, 1.0, 0.0)  # 1.0 is what a wrong completion gets here
     assert rewards[0].full_mark == 2.0
 
 
@@ -358,7 +358,7 @@ def test_module_function_works(module: str) -> None:
     samples = [{"prompt": "p", "level": 1}] * 2
     scores = score_completions(rewards, samples, ["banana", "b"], [[1], [2]])
     assert same(scores.combined, 3.5, 0.5)
-    assert same(scores.is_right, 1.0, 0.0)
+    assert same(scores.is_correct, 1.0, 0.0)
 
 
 def test_arguments_of_the_config_reach_the_function(module: str) -> None:
@@ -492,7 +492,7 @@ def test_token_rewards_combine_by_weight_and_a_whole_reward_stands_on_the_last_t
     assert same(scores.by_name["a"], 0.6, 1.0, NAN, NAN)
     assert same(scores.by_name["logged"], 27.0, 9.0, 18.0, 9.0)
     assert same(scores.combined, 0.7, 2.0, -4.0, NAN)  # sums of the rows, and NaN where nothing applies
-    assert same(scores.is_right, 0.0, 1.0, NAN, NAN)  # the sum is what is compared with the full mark
+    assert same(scores.is_correct, 0.0, 1.0, NAN, NAN)  # the sum is what is compared with the full mark
 
 
 def test_without_asking_there_are_no_token_rewards() -> None:
@@ -536,7 +536,7 @@ def test_scores_can_be_taken_apart_and_put_together() -> None:
     again = Scores.cat(parts)
     assert same(again.combined, NAN, 1.0, 1.5)
     assert same(again.by_name["b"], NAN, NAN, 2.0)
-    assert same(again.is_right, NAN, 1.0, 0.0)
+    assert same(again.is_correct, NAN, 1.0, 0.0)
     assert again.has_answer.tolist() == [True] * 3
     chosen = score_tokens(rewards, [1, 2, 1, 2]).select(torch.tensor([3, 1]))
     assert chosen.token_rewards is not None
@@ -572,10 +572,10 @@ def test_overlong_calls_nothing_right_or_wrong() -> None:
     samples, ids = [{"prompt": "p", "answer": 5}] * 2, [[7] * 2, [7] * 3]
     second = score_completions(load_rewards(["math", overlong]), samples, ["5", "5"], ids)
     assert same(second.combined, 1.0, 0.75)
-    assert same(second.is_right, 1.0, 1.0)
+    assert same(second.is_correct, 1.0, 1.0)
     first = score_completions(load_rewards([overlong, "math"]), samples, ["5", "5"], ids)
     assert same(first.combined, 1.0, 0.75)
-    assert same(first.is_right, NAN, NAN)  # not 0: there is no accuracy then, instead of a wrong one
+    assert same(first.is_correct, NAN, NAN)  # not 0: there is no accuracy then, instead of a wrong one
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def test_the_reward_in_ten_lines_works(tmp_path: Path, monkeypatch: pytest.Monke
     texts = ["1 2 3", "1 2", "", "1 2 3 4", "3 2 1", "1 3 2"]
     scores = score_completions(rewards, [{"prompt": "p", "answer": 3}] * 6, texts, [[1]] * 6)
     assert scores.combined.tolist() == pytest.approx([1, 2 / 3, 0, 0, 0, 1 / 3])
-    assert scores.is_right.tolist() == [1, 0, 0, 0, 0, 0]
+    assert scores.is_correct.tolist() == [1, 0, 0, 0, 0, 0]
     assert scores.has_answer.tolist() == [True, True, False, True, True, True]
     message = [{"role": "user", "content": "p"}]
     for prompt in ("p", message):
@@ -77,7 +77,7 @@ def test_the_reward_in_ten_lines_works(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_its_config_is_one() -> None:
-    from grpo.config import load_config
+    from grpo.settings.config import load_config
 
     (block,) = re.findall(r"```yaml\n(.*?)```", TEXT, flags=re.DOTALL)
     settings = yaml.safe_load(block)

@@ -26,19 +26,10 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
-from grpo.cache import RoomyLayer
 from grpo.errors import InputError
-from grpo.rollout import (
-    Rollout,
-    _decode_texts,
-    _unpadded,
-    generate_completions,
-    philox,
-    sample_tokens,
-    sampling_noise,
-    step_seed,
-    stop_token_ids,
-)
+from grpo.fast.cache import RoomyLayer
+from grpo.fast.noise import philox, sampling_noise, step_seed
+from grpo.rollout import Rollout, _decode_texts, _unpadded, generate_completions, sample_tokens, stop_token_ids
 from tests.conftest import (
     BROAD,
     EOS_ID,
@@ -423,7 +414,7 @@ def test_noise_goes_on_as_it_began(length: int) -> None:
 
 def test_the_largest_noise_is_below_1(monkeypatch: pytest.MonkeyPatch) -> None:
     """All bits set: a division by 2**32 in float32 would round to 1."""
-    monkeypatch.setattr("grpo.rollout.philox", lambda counter, key: [0 * word + 0xFFFFFFFF for word in counter])
+    monkeypatch.setattr("grpo.fast.noise.philox", lambda counter, key: [0 * word + 0xFFFFFFFF for word in counter])
     assert sampling_noise(0, [0], 4).tolist() == [[1 - 2**-24] * 4]
 
 

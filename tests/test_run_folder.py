@@ -15,14 +15,14 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-import grpo.plots
-import grpo.process
-import grpo.run_folder
+import grpo.run.folder
+import grpo.run.plots
+import grpo.run.process
 import train_grpo
-from grpo.checkpoint import weights_sha256
-from grpo.config import Config, Options, load_config, resumed_config
 from grpo.errors import InputError, RunError
-from grpo.run_folder import RunFolder, open_run
+from grpo.models.saving import weights_sha256
+from grpo.run.folder import RunFolder, open_run
+from grpo.settings.config import Config, Options, load_config, resumed_config
 from tests import test_train as helpers
 from tests.test_train import ROOT, read
 
@@ -42,7 +42,7 @@ time.sleep(60)
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take longer than these runs."""
-    monkeypatch.setattr(grpo.plots, "_save", lambda figure, path: None)
+    monkeypatch.setattr(grpo.run.plots, "_save", lambda figure, path: None)
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ def test_a_finished_run_is_moved_aside_under_the_time_it_began(
 def test_runs_within_one_second_all_survive(
     small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grpo.run_folder, "_now", lambda: "2024-01-02T03:04:05")
+    monkeypatch.setattr(grpo.run.folder, "_now", lambda: "2024-01-02T03:04:05")
     for seed in (1, 2, 3):
         start(small, tmp_path / "run", seed=seed)
     seeds = {path.name: facts_of(path)["settings"]["seed"] for path in tmp_path.iterdir()}
@@ -529,7 +529,7 @@ def test_an_overwrite_that_is_killed_leaves_a_run_that_can_be_named(
     small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start(small, tmp_path / "run")
-    monkeypatch.setattr(grpo.run_folder, "write_atomically", lambda path, text: (_ for _ in ()).throw(SystemExit))
+    monkeypatch.setattr(grpo.run.folder, "write_atomically", lambda path, text: (_ for _ in ()).throw(SystemExit))
     with pytest.raises(SystemExit):
         start(small, tmp_path / "run", overwrite=True)
     monkeypatch.undo()
@@ -540,7 +540,7 @@ def test_an_overwrite_that_is_killed_leaves_a_run_that_can_be_named(
 def test_where_locks_do_not_exist_a_run_goes_without(
     small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grpo.process, "fcntl", None)
+    monkeypatch.setattr(grpo.run.process, "fcntl", None)
     for _ in range(2):
         start(small, tmp_path / "run")
     assert not (tmp_path / "run" / ".lock").exists()

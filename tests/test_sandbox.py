@@ -23,9 +23,9 @@ from typing import Any
 import pytest
 
 from grpo.errors import RunError
-from grpo.rewards import sandbox
-from grpo.rewards.jail import inside, kernel
-from grpo.rewards.sandbox import ALL_WALLS, Job, Limits, Verdict
+from grpo.rewards.sandbox import host as sandbox
+from grpo.rewards.sandbox.host import ALL_WALLS, Job, Limits, Verdict
+from grpo.rewards.sandbox.jail import inside, kernel
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 1.0
@@ -75,7 +75,7 @@ def output(program: str, walls: tuple[str, ...], **limits: Any) -> str:
 
 def processes(parent: int | None = None) -> set[int]:
     """Every process of the sandboxes that `parent` (this process) has asked for, supervisors among them."""
-    found, mark = set(), f"grpo.rewards.jail\0of-{parent or os.getpid()}\0".encode()
+    found, mark = set(), f"grpo.rewards.sandbox.jail\0of-{parent or os.getpid()}\0".encode()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             if mark in (folder / "cmdline").read_bytes():
@@ -646,7 +646,7 @@ CHEATS = {
     "    __hash__ = str.__hash__\ndef f(n): return Yes('x')",
     "patched assert": "import builtins\nclass Never(Exception):\n    def __new__(cls, *a): raise SystemExit(0)\n"
     "builtins.AssertionError = Never\n__builtins__['AssertionError'] = Never\ndef f(n): return 0",
-    "patched judge": "import grpo.rewards.jail.inside as j, json, socket, os, builtins\nj.run_tests = j.described = "
+    "patched judge": "import grpo.rewards.sandbox.host.jail.inside as j, json, socket, os, builtins\nj.run_tests = j.described = "
     "lambda *a: ''\njson.dumps = lambda *a: '{\"passed\": true, \"why\": \"\"}'\nbuiltins.exec = lambda *a: None\n"
     "def f(n): return 0",
     "prints the success marker": "import sys\nfor s in (sys.stdout, sys.stderr):\n"
@@ -746,7 +746,7 @@ def test_sixty_four_programs_in_parallel_leave_nothing_behind(walls: tuple[str, 
 
 def test_nothing_survives_whoever_started_it() -> None:
     """The run is killed with SIGKILL in the middle of a batch."""
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom grpo.rewards.sandbox import *\n" \
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom grpo.rewards.sandbox.host import *\n" \
         "own = 'import os; os.mkdir(\"closed\", 0o300); open(\"closed/x\", \"w\")\\nwhile True: pass'\n" \
         "run([Job(own)] * 4, Limits(seconds=60), parallel=4, walls=%r)"  # fmt: skip
     num_expected = 1 + 4 * 2  # the supervisor, and of each a judge and a program; what it tries first takes three

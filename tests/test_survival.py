@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from grpo.checkpoint import checkpoints
+from grpo.run.checkpoint import checkpoints
 from tests import test_train as helpers
 from tests.test_resume import assert_same_run
 from tests.test_train import read

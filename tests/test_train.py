@@ -18,17 +18,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import grpo.evaluation
-import grpo.plots
+import grpo.evaluation.greedy
+import grpo.run.plots
 import train_grpo
 from grpo.algorithms import ALGORITHMS
-from grpo.base_model import build_model, train_tokenizer
-from grpo.checkpoint import save_model
-from grpo.config import Options, load_config, resumed_config
-from grpo.data import JSONLinesDataset, samples_for_step
+from grpo.data import samples_for_step
+from grpo.datasets.rows import JSONLinesDataset
 from grpo.errors import InputError, errors_explained
-from grpo.policy import load_policy
-from grpo.rollout import generate_completions, step_seed
+from grpo.fast.noise import step_seed
+from grpo.models.loading import load_policy
+from grpo.models.saving import save_model
+from grpo.models.tiny import build_model, train_tokenizer
+from grpo.rollout import generate_completions
+from grpo.settings.config import Options, load_config, resumed_config
 from reward_model import REWARDS
 from tests.conftest import later_slow
 from tests.toy_rewards import different_letters
@@ -51,7 +53,7 @@ EVERY_EVALUATION = {
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take longer than these runs."""
-    monkeypatch.setattr(grpo.plots, "_save", lambda figure, path: None)
+    monkeypatch.setattr(grpo.run.plots, "_save", lambda figure, path: None)
 
 
 @pytest.fixture(scope="module")
@@ -305,7 +307,7 @@ def test_compiled_are_the_trunks_of_policy_and_reference_and_never_in_the_sample
     monkeypatch.setattr(train_grpo, "check_compile", lambda config, device: None)
     monkeypatch.setattr(train_grpo, "uncompiled", uncompiled)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **settings: compiled.append((module, settings)))
-    for place in (train_grpo, grpo.evaluation):
+    for place in (train_grpo, grpo.evaluation.greedy):
         monkeypatch.setattr(place, "generate_completions", watched(place.generate_completions, models["sampled"]))
     monkeypatch.setattr(train_grpo, "compute_logprobs", watched(train_grpo.compute_logprobs, models["scored"]))
     train(small, tmp_path / "run", compile="true", kl_coeff=kl_coeff, num_train_steps=1)

@@ -33,12 +33,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.common import ROOT, code_of
-from grpo.base_model import tiny_base_model
-from grpo.data import JSONLinesDataset
-from grpo.logprobs import completion_states, find_head
-from grpo.policy import load_policy
-from grpo.records import read_jsonl
-from grpo.rollout import generate_completions, step_seed
+from grpo.datasets.rows import JSONLinesDataset
+from grpo.fast.abilities import find_head
+from grpo.fast.noise import step_seed
+from grpo.files import read_jsonl
+from grpo.logprobs import completion_states
+from grpo.models.loading import load_policy
+from grpo.models.tiny import tiny_base_model
+from grpo.rollout import generate_completions
 from reward_model import MathRewardModel
 
 TARGET = 0.95  # held-out accuracy

@@ -17,7 +17,7 @@ from benchmarks.ladder.measure import TARGET
 from benchmarks.ladder.raw import Columns, read_raw
 from benchmarks.ladder.rows import BLOCKS, ROWS, Block
 from benchmarks.ladder.schedule import Plan, seed_part
-from grpo.plots import CYCLE, STYLES
+from grpo.run.plots import CYCLE, STYLES
 
 PICTURE = ROOT / "docs" / "ladder.png"
 COLUMNS = 2  # of panels

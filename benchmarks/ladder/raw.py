@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.common import RESULTS
 from benchmarks.ladder.measure import fingerprint_of
-from grpo.records import read_jsonl
+from grpo.files import read_jsonl
 
 RAW = RESULTS / "ladder_metrics.json.xz"
 COLUMNS = (

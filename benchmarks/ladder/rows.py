@@ -8,7 +8,7 @@ import functools
 from dataclasses import dataclass, field
 from typing import Any
 
-from grpo.config import load_config
+from grpo.settings.config import load_config
 
 GRPO, PPO = "train_grpo.py", "examples/train_ppo.py"
 SHUFFLED = "[{name: math, weight: 0}, {name: 'benchmarks.toy:shuffled_math'}]"

@@ -14,7 +14,7 @@ RewardFn = Callable[..., Sequence[RewardValue]]
 
 LARGEST = 3.4028234663852886e38  # of a float32, in which rewards are combined
 # Attributes of a reward function; reward_model.py says what they mean.
-SAID_OF_ITSELF = ("full_mark", "lowest", "has_answer", "check_sample", "is_right_leniently", "explain")
+SAID_OF_ITSELF = ("full_mark", "lowest", "has_answer", "check_sample", "is_correct_leniently", "explain")
 
 
 def declare(fn: RewardFn, **said: Any) -> RewardFn:

@@ -87,8 +87,8 @@ def checked(name: str, values: Any, prompts: Sequence[Any], lengths: Sequence[in
 def _problem(value: Any, length: int | None, prompt: str) -> str | None:
     """What is wrong with the value for one completion, of `length` tokens where it may have one for each of them."""
     if not isinstance(value, list):
-        is_right = value is None or is_number(value)
-        return None if is_right else f"{short(value)} for {prompt}, expected a finite number or None"
+        is_correct = value is None or is_number(value)
+        return None if is_correct else f"{short(value)} for {prompt}, expected a finite number or None"
     if length is None:
         critic = "rewards for single tokens need a critic (examples/train_ppo.py)"
         return f"a list for {prompt}, expected one number or None: {critic}"

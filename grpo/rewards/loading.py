@@ -5,16 +5,15 @@
 A name of the table, whose factory takes the other arguments; or any function, which takes them itself.
 """
 
-import difflib
 import functools
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from grpo.errors import InputError
+from grpo.errors import InputError, did_you_mean
 from grpo.rewards.base import SAID_OF_ITSELF, RewardFn, is_number
 from grpo.rewards.calls import described
 
@@ -34,7 +33,7 @@ class Reward:
     lowest: float = 0.0  # no value is less, as far as is known
     has_answer: Callable[[str], object] = str.strip  # true where there is anything to judge
     check_sample: Callable[[dict[str, Any]], object] = lambda sample: None  # a ValueError for a row it cannot score
-    is_right_leniently: Callable[[dict[str, Any], str], bool] | None = None  # wherever the answer stands
+    is_correct_leniently: Callable[[dict[str, Any], str], bool] | None = None  # wherever the answer stands
     explain: Callable[..., Sequence[str]] | None = None  # what keeps each completion from more; "": nothing does
 
     @classmethod
@@ -103,7 +102,9 @@ def _load_reward(spec: str | dict[str, Any], table: Mapping[str, Callable[..., R
             return Reward.of(logged_as, fn, weight, arguments)
     except (TypeError, ValueError) as error:
         raise InputError(f"rewards: {name}: {error}") from error
-    raise InputError(f"rewards: got {name!r}, allowed: {', '.join(table)}, or module:function{_nearest(name, table)}")
+    raise InputError(
+        f"rewards: got {name!r}, allowed: {', '.join(table)}, or module:function{did_you_mean(name, table)}"
+    )
 
 
 def _check_arguments(fn: Callable[..., Any], arguments: Mapping[str, Any], *, is_factory: bool = True) -> None:
@@ -114,7 +115,7 @@ def _check_arguments(fn: Callable[..., Any], arguments: Mapping[str, Any], *, is
     for key in sorted(arguments.keys() - own):
         if key in needed - GIVEN:
             raise ValueError(f"got {key!r}, which has no default in the function and so is a column of the data")
-        raise ValueError(f"got {key!r}, allowed: {', '.join(allowed)}{_nearest(key, allowed)}")
+        raise ValueError(f"got {key!r}, allowed: {', '.join(allowed)}{did_you_mean(key, allowed)}")
     if is_factory and (missing := needed - arguments.keys()):
         raise ValueError(f"got no {' and no '.join(sorted(missing))}, which it needs")
 
@@ -135,11 +136,6 @@ def _import_function(name: str) -> RewardFn:
     if only_there := named_parameters(fn, without_default=True) & OF_TRL:
         raise ValueError(f"needs {', '.join(sorted(only_there))}, which only TRL's own trainer gives")
     return fn
-
-
-def _nearest(name: str, names: Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {nearest[0]}?" if nearest else ""
 
 
 def named_parameters(fn: Callable[..., Any], *, without_default: bool = False) -> set[str]:

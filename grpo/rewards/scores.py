@@ -26,9 +26,9 @@ class Scores:
 
     by_name: dict[str, Tensor]  # each (B,)
     combined: Tensor  # (B,) of the applicable rewards of non-zero weight: see above
-    is_right: Tensor  # (B,) 1.0 right, 0.0 wrong: the first reward of the list gives its full mark
+    is_correct: Tensor  # (B,) 1.0 right, 0.0 wrong: the first reward of the list gives its full mark
     has_answer: Tensor  # (B,) bool: there is something to be right or wrong about
-    is_right_leniently: Tensor  # (B,) 1.0, 0.0, or NaN where the first reward knows no lenient way
+    is_correct_leniently: Tensor  # (B,) 1.0, 0.0, or NaN where the first reward knows no lenient way
     token_rewards: Tensor | None = None  # (B, C) where asked for, under combine sum: it is a row's sum, or 0
 
     def select(self, rows: Tensor) -> Self:
@@ -37,9 +37,9 @@ class Scores:
         return type(self)(
             by_name={name: values[rows] for name, values in self.by_name.items()},
             combined=self.combined[rows],
-            is_right=self.is_right[rows],
+            is_correct=self.is_correct[rows],
             has_answer=self.has_answer[rows],
-            is_right_leniently=self.is_right_leniently[rows],
+            is_correct_leniently=self.is_correct_leniently[rows],
             token_rewards=None if self.token_rewards is None else self.token_rewards[rows],
         )
 
@@ -49,9 +49,9 @@ class Scores:
         return cls(
             by_name={name: torch.cat([part.by_name[name] for part in parts]) for name in parts[0].by_name},
             combined=torch.cat([part.combined for part in parts]),
-            is_right=torch.cat([part.is_right for part in parts]),
+            is_correct=torch.cat([part.is_correct for part in parts]),
             has_answer=torch.cat([part.has_answer for part in parts]),
-            is_right_leniently=torch.cat([part.is_right_leniently for part in parts]),
+            is_correct_leniently=torch.cat([part.is_correct_leniently for part in parts]),
         )
 
     def with_names(self, names: Iterable[str]) -> Self:

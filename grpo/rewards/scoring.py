@@ -77,13 +77,13 @@ def score_completions(
     weights = torch.tensor([reward.weight for reward in rewards], dtype=values.dtype)  # (F,)
     first, full_mark = values[0], rewards[0].full_mark
     judges = ~first.isnan() if full_mark is not None else torch.zeros_like(first, dtype=torch.bool)  # (B,)
-    is_right = ((first - (full_mark or 0.0)).abs() <= 1e-6).to(first.dtype)
+    is_correct = ((first - (full_mark or 0.0)).abs() <= 1e-6).to(first.dtype)
     return Scores(
         by_name=by_name,
         combined=combined(values, weights, combine),
-        is_right=is_right.masked_fill(~judges, torch.nan),
+        is_correct=is_correct.masked_fill(~judges, torch.nan),
         has_answer=_have_answers(rewards[0], completions),
-        is_right_leniently=_leniently(rewards[0], samples, completions),
+        is_correct_leniently=_leniently(rewards[0], samples, completions),
         token_rewards=sum(
             (reward.weight * _by_token(returned[reward.name], lengths) for reward in rewards if reward.weight),
             start=torch.zeros(len(lengths), max(lengths)),
@@ -111,11 +111,11 @@ def _have_answers(reward: Reward, completions: Sequence[str]) -> Tensor:
 
 def _leniently(reward: Reward, samples: Sequence[dict[str, Any]], completions: Sequence[str]) -> Tensor:
     """(B,) 1.0 or 0.0; NaN where the reward knows no lenient way."""
-    fn = reward.is_right_leniently
+    fn = reward.is_correct_leniently
     if fn is None:
         return torch.full((len(samples),), torch.nan)
     pairs = zip(samples, completions, strict=True)
-    return torch.tensor([asked(reward.name, "is_right_leniently", bool, fn, *pair) for pair in pairs]).float()
+    return torch.tensor([asked(reward.name, "is_correct_leniently", bool, fn, *pair) for pair in pairs]).float()
 
 
 def _like(prompt: Any, completion: str) -> Any:

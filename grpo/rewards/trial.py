@@ -6,13 +6,15 @@ from collections.abc import Callable, Sequence
 from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
-from grpo.config import Config, SettingsParser, load_config
-from grpo.data import Dataset, Sample, json_lines
+from grpo.data import Dataset, Sample
+from grpo.datasets.formats import Columns, load_dataset
+from grpo.datasets.rows import json_lines
 from grpo.errors import InputError
-from grpo.formats import Columns, load_dataset
 from grpo.rewards.calls import asked
 from grpo.rewards.loading import Reward
-from grpo.sources import Source, sources_of
+from grpo.settings.command_line import SettingsParser
+from grpo.settings.config import Config, load_config
+from grpo.settings.sources import Source, sources_of
 
 if TYPE_CHECKING:  # they import torch, which --help can do without
     from grpo.rewards.scores import Scores
@@ -127,12 +129,12 @@ def table(rows: Sequence[int], completions: Sequence[str], scores: "Scores", wor
         return "  ".join([f"{first:>5}", *cells, f"{right:>5}", text]).rstrip()
 
     lines = ["  ".join(["  row", *(f"{name:>{width}}" for name, width in widths.items()), "right", "completion"])]
-    is_right = scores.is_right.tolist()
-    for row, right, text, said, *numbers in zip(rows, is_right, completions, words, *columns.values(), strict=True):
+    is_correct = scores.is_correct.tolist()
+    for row, right, text, said, *numbers in zip(rows, is_correct, completions, words, *columns.values(), strict=True):
         lines.append(line(row + 1, numbers, verdicts.get(right, "-"), " ".join(text.split())[:60]))
         lines += [f"       {reason}" for reason in said]
     means = [_mean(values) for values in columns.values()]
-    lines.append(line("mean", means, _shown(_mean(is_right)), f"{len(completions)} completions"))
+    lines.append(line("mean", means, _shown(_mean(is_correct)), f"{len(completions)} completions"))
     for name, mean in zip(columns, means, strict=True):
         if math.isnan(mean) and name != "reward":
             lines.append(f"The reward {name} applies to none of these completions.")

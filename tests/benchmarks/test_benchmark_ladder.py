@@ -32,11 +32,12 @@ from benchmarks.ladder.schedule import (
     seed_part,
 )
 from benchmarks.ladder.shows import SHOWS
-from grpo.base_model import build_model, train_tokenizer
-from grpo.data import JSONLinesDataset
+from grpo.datasets.rows import JSONLinesDataset
+from grpo.fast.noise import step_seed
 from grpo.logprobs import compute_logprobs
 from grpo.loss import KL_ESTIMATORS
-from grpo.rollout import generate_completions, step_seed
+from grpo.models.tiny import build_model, train_tokenizer
+from grpo.rollout import generate_completions
 from tests.mutant_list import Mutant
 
 ROOT = Path(__file__).parent.parent.parent

@@ -10,15 +10,17 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-import grpo.evaluation
+import grpo.evaluation.greedy
 import reward_model
 import train_grpo
 from benchmarks import vs_trl
 from benchmarks.vs_trl import Training, bars, describe, measure_step, measure_to_accuracy, train, trl_settings, turns
-from grpo.base_model import tiny_base_model
-from grpo.config import load_config
-from grpo.data import JSONLinesDataset, samples_for_step
-from grpo.policy import learning_rate_at, load_policy
+from grpo.data import samples_for_step
+from grpo.datasets.rows import JSONLinesDataset
+from grpo.models.loading import load_policy
+from grpo.models.optimizer import learning_rate_at
+from grpo.models.tiny import tiny_base_model
+from grpo.settings.config import load_config
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL's own, about transformers 6
 
@@ -85,14 +87,14 @@ def test_evaluations_do_not_count_and_the_target_ends_the_run(
     settings: list[str], side: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every evaluation seems to take 1000 seconds: the clock jumps, nobody waits."""
-    skew, now, generate = [0.0], time.perf_counter, grpo.evaluation.generate_completions
+    skew, now, generate = [0.0], time.perf_counter, grpo.evaluation.greedy.generate_completions
 
     def slow(*arguments: Any, **keywords: Any) -> Any:
         skew[0] += 1000.0
         return generate(*arguments, **keywords)
 
     monkeypatch.setattr(time, "perf_counter", lambda: now() + skew[0])
-    monkeypatch.setattr(grpo.evaluation, "generate_completions", slow)
+    monkeypatch.setattr(grpo.evaluation.greedy, "generate_completions", slow)
     training = train(side, settings, Training(NUM_STEPS, target=0.0), eval_every=3)
     assert [step for step, _ in training.accuracies] == [3]
     assert training.has_reached_target

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grpo.logprobs import compute_logprobs
-from grpo.policy import make_autocast
+from grpo.models.device import make_autocast
 from tests.conftest import ARCHITECTURES, make_tiny_model
 
 NUM_ROWS, PROMPT_LENGTH, LENGTH, VOCABULARY = 24, 12, 16, 47

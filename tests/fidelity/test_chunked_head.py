@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.autograd import gradcheck
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from grpo import lm_head, logprobs
-from grpo.lm_head import Head, log_probs_and_entropies
-from grpo.logprobs import compute_logprobs, find_head
+from grpo import logprobs
+from grpo.fast import lm_head
+from grpo.fast.abilities import find_head
+from grpo.fast.lm_head import Head, log_probs_and_entropies
+from grpo.logprobs import compute_logprobs
 from tests.conftest import make_tiny_model, ragged_batch
 from tests.fidelity.test_shared_prefix import (
     BATCH,

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 import train_grpo
-from grpo import lm_head
-from grpo.lm_head import Head, log_probs_and_entropies
+from grpo.fast import lm_head
+from grpo.fast.lm_head import Head, log_probs_and_entropies
 from grpo.logprobs import compute_logprobs
 from grpo.loss import AGGREGATIONS, loss_weights
 from tests.conftest import make_tiny_model, ragged_batch

@@ -18,10 +18,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import grpo.plots
+import grpo.run.plots
 import train_grpo
-from grpo.checkpoint import check_integrity, checkpoints, sha256, step_of
 from grpo.errors import InputError, RunError, errors_explained
+from grpo.files import sha256
+from grpo.run.checkpoint import check_integrity, checkpoints, step_of
 from tests import test_train as helpers
 from tests.conftest import later_slow
 from tests.test_resume import assert_same_run
@@ -52,7 +53,7 @@ HALF_LINES = '{"step": 99, "reward": 1e9}\n{"step": 100, "rew'
 def _no_pictures() -> Iterator[None]:
     """They take longer than these runs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grpo.plots, "_save", lambda figure, path: None)
+        patch.setattr(grpo.run.plots, "_save", lambda figure, path: None)
         yield
 
 
@@ -231,7 +232,7 @@ def test_a_moved_reference_that_is_not_put_back_is_another_run(
     name = "model.layers.0.mlp.up_proj.weight"
     files = [folder / "step-000004" / f"{which}.safetensors" for which in ("reference", "model")]
     assert not torch.equal(*(load_file(path)[name] for path in files))  # it moved at step 3
-    monkeypatch.setattr("grpo.checkpoint.load_safetensors", lambda *_: None)
+    monkeypatch.setattr("grpo.run.checkpoint.load_safetensors", lambda *_: None)
     resume(folder)
     with pytest.raises(AssertionError):
         assert_same_run(whole, folder)

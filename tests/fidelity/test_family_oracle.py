@@ -18,7 +18,7 @@ from torch import Tensor
 from grpo.advantages import penalized_advantages
 from grpo.algorithms import ALGORITHMS, CLIP_KEYS
 from grpo.loss import SURROGATES, kl_divergence, loss_weights
-from grpo.records import TokenMeans
+from grpo.run.records import TokenMeans
 from tests.fidelity import test_oracle as grpo_oracle
 from tests.fidelity.test_oracle import (
     Case,

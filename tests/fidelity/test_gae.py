@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grpo.advantages import whitened
-from grpo.critic import Critic, clipped_value_loss, clipped_values, explained_variance
-from grpo.gae import generalized_advantages
+from grpo.ppo.critic import Critic, clipped_value_loss, clipped_values, explained_variance
+from grpo.ppo.gae import generalized_advantages
 from tests.conftest import ragged_batch
 
 NAN, INF = float("nan"), float("inf")

@@ -12,8 +12,9 @@ from torch.autograd.gradcheck import GradcheckError
 from torch.func import functional_call
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import grpo.lm_head
-from grpo.logprobs import can_share_prefix, compute_logprobs, find_head
+import grpo.fast.lm_head
+from grpo.fast.abilities import can_share_prefix, find_head
+from grpo.logprobs import compute_logprobs
 from grpo.loss import AGGREGATIONS, KL_ESTIMATORS, clipped_surrogate, kl_divergence, loss_weights
 from tests.conftest import later_slow
 
@@ -166,7 +167,7 @@ def score_with(llama: LlamaForCausalLM, names: list[str], values: tuple[Tensor, 
 @pytest.fixture
 def _tiny_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two tokens at a time through the head, of nine."""
-    monkeypatch.setattr(grpo.lm_head, "CHUNK", 2 * 7)
+    monkeypatch.setattr(grpo.fast.lm_head, "CHUNK", 2 * 7)
 
 
 def loss_of(

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from grpo.checkpoint import save_model
 from grpo.logprobs import compute_logprobs
-from grpo.policy import load_policy
+from grpo.models.loading import load_policy
+from grpo.models.saving import save_model
 from tests.conftest import (
     ARCHITECTURES,
     PROMPTS,

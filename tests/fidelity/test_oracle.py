@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-import grpo.lm_head
-from grpo.advantages import BASELINES, SCALES, group_advantages, groups_without_spread
-from grpo.logprobs import compute_logprobs, find_head
+import grpo.fast.lm_head
+from grpo.advantages import BASELINES, SCALES, group_advantages, zero_variance_groups
+from grpo.fast.abilities import find_head
+from grpo.logprobs import compute_logprobs
 from grpo.loss import AGGREGATIONS, KL_ESTIMATORS, clipped_surrogate, clipped_tokens, kl_divergence, loss_weights
-from grpo.records import TokenMeans
+from grpo.run.records import TokenMeans
 
 NAN = float("nan")
 PAIRS = [(b, s) for b in BASELINES for s in SCALES if s != "group" or b in ("group", "leave_one_out")]
@@ -233,7 +234,7 @@ def test_advantages_equal_the_loops(baseline: str, scale: str) -> None:
         ours = group_advantages(doubles(case.rewards), baseline=baseline, scale=scale)
         assert ours.flatten().tolist() == exactly(oracle_advantages(case.rewards, setting))
         valid = [[reward for reward in group if not math.isnan(reward)] for group in case.rewards]
-        assert groups_without_spread(doubles(case.rewards)).tolist() == [not has_spread(group) for group in valid]
+        assert zero_variance_groups(doubles(case.rewards)).tolist() == [not has_spread(group) for group in valid]
 
 
 @pytest.mark.parametrize("estimator", KL_ESTIMATORS)
@@ -345,7 +346,7 @@ class OneHot(nn.Module):
 @pytest.fixture(params=["all logits", "head"])
 def score(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Tensor, Tensor]]:
     """score(model): log-probs and entropies, from logits the model gives, or from its head by chunks of 2 tokens."""
-    monkeypatch.setattr(grpo.lm_head, "CHUNK", 2 * VOCABULARY)
+    monkeypatch.setattr(grpo.fast.lm_head, "CHUNK", 2 * VOCABULARY)
 
     def score(model: Lookup, temperature: float = TEMPERATURE) -> tuple[Tensor, Tensor]:
         assert find_head(model) is not None

@@ -16,10 +16,11 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from grpo.advantages import group_advantages
-from grpo.config import TYPES, Config, load_config, read_run_json, resumed_config
-from grpo.data import JSONLinesDataset, samples_for_step
+from grpo.data import samples_for_step
+from grpo.datasets.rows import JSONLinesDataset
 from grpo.errors import InputError
 from grpo.loss import loss_weights
+from grpo.settings.config import TYPES, Config, load_config, read_run_json, resumed_config
 from reward_model import MathRewardModel, check_samples, last_integer, load_rewards, score_completions
 from tests.conftest import later_slow, numbered
 
@@ -252,7 +253,7 @@ def test_a_reward_never_raises_and_stays_in_the_allowed_set(completion: str, ans
     scores = score_completions(rewards, [sample] * 2, [completion, f"{completion} {answer}"], [[1], [2]])
     assert set(scores.combined.tolist()) <= {6.0, -1.5}
     assert scores.combined[1] == 6.0  # the right answer as the last word
-    assert scores.is_right.tolist() == [float(value == 2.0) for value in scores.by_name["math"].tolist()]
+    assert scores.is_correct.tolist() == [float(value == 2.0) for value in scores.by_name["math"].tolist()]
 
 
 @examples(200)

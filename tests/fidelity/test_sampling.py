@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from grpo.rollout import generate_completions, sample_tokens, sampling_noise
+from grpo.fast.noise import sampling_noise
+from grpo.rollout import generate_completions, sample_tokens
 from tests.conftest import EOS_ID, make_tiny_model
 
 LOGITS = [0.3, -0.7, 1.2, 0.0, -1.5, 0.8, -0.2, 0.5]

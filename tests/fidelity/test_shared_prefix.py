@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grpo import logprobs
-from grpo.logprobs import compute_logprobs, find_head
+from grpo.fast.abilities import find_head
+from grpo.logprobs import compute_logprobs
 
 VOCABULARY = 40
 HEADS = {"GPT2": "GPT2LMHeadModel"}  # others: FamilyForCausalLM

@@ -18,9 +18,9 @@ import train_grpo
 from grpo.advantages import group_advantages
 from grpo.logprobs import compute_logprobs
 from grpo.loss import AGGREGATIONS, clipped_surrogate, clipped_tokens, kl_divergence, loss_weights
-from grpo.policy import load_policy
-from grpo.records import TokenMeans
+from grpo.models.loading import load_policy
 from grpo.rollout import Rollout, generate_completions
+from grpo.run.records import TokenMeans
 from tests.conftest import later_slow, make_tiny_model
 from train_grpo import without_idle
 

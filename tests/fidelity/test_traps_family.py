@@ -10,11 +10,12 @@ from torch import Tensor
 
 import train_grpo
 from grpo.algorithms import CLIP_KEYS
-from grpo.config import load_config
+from grpo.fast.noise import step_seed
 from grpo.logprobs import compute_logprobs
 from grpo.loss import SURROGATES
-from grpo.policy import load_policy
-from grpo.rollout import Rollout, step_seed
+from grpo.models.loading import load_policy
+from grpo.rollout import Rollout
+from grpo.settings.config import load_config
 from tests.fidelity import test_traps_loss as helpers
 from tests.fidelity import test_wiring as wiring
 

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import train_grpo
 from grpo.advantages import group_advantages
-from grpo.config import load_config
 from grpo.logprobs import compute_logprobs
 from grpo.loss import (
     AGGREGATIONS,
@@ -27,9 +26,11 @@ from grpo.loss import (
     kl_divergence,
     loss_weights,
 )
-from grpo.policy import frozen_copy, load_policy, make_optimizer
-from grpo.records import TokenMeans
+from grpo.models.loading import frozen_copy, load_policy
+from grpo.models.optimizer import make_optimizer
 from grpo.rollout import Rollout
+from grpo.run.records import TokenMeans
+from grpo.settings.config import load_config
 from tests.test_loss import EXACT, MASK, doubles, random, value_and_gradient
 
 NAN, INF = float("nan"), float("inf")

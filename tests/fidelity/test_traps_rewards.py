@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from grpo.advantages import group_advantages, groups_without_spread
-from grpo.config import load_config
+from grpo.advantages import group_advantages, zero_variance_groups
 from grpo.errors import InputError
 from grpo.logprobs import compute_logprobs
 from grpo.loss import clipped_surrogate, clipped_tokens
 from grpo.rollout import generate_completions
+from grpo.settings.config import load_config
 from reward_model import MathRewardModel, RewardError
 from tests.fidelity import test_traps_loss as helpers
 from tests.test_advantages import EXACT, PAIRS, REWARDS, doubles
@@ -165,14 +165,14 @@ def test_nan_reward_counted_as_zero() -> None:
         [-0.4999750012499375, -0.4999750012499375, -0.4999750012499375, 1.4999250037498125],
     )
     torch.testing.assert_close(group_advantages(rewards), expected, **EXACT)
-    assert groups_without_spread(rewards).tolist() == [False, True, True, False]
+    assert zero_variance_groups(rewards).tolist() == [False, True, True, False]
 
 
 def test_none_from_every_reward_counted_as_zero() -> None:
     """Nothing applies: no reward, which is not the reward 0 of a completion that was judged and found wrong."""
     scores = score([entry("a", returning(1.0, None, 0.0)), entry("logged", returning(5.0, 5.0, 5.0), weight=0.0)])
     assert same(scores.combined, 1.0, NAN, 0.0)
-    assert same(scores.is_right, 1.0, NAN, 0.0)
+    assert same(scores.is_correct, 1.0, NAN, 0.0)
     assert scores.metrics()["reward"] == 0.5  # the mean of two; with a zero for the third it would be 1/3
 
 
@@ -260,5 +260,5 @@ def test_format_reward_outweighs_correctness() -> None:
     row = scores.metrics()
     assert row["rewards/math/mean"] == pytest.approx(1 / 3)  # in its own unit, not times its weight
     assert row["rewards/format/mean"] == pytest.approx(2 / 3)
-    assert same(scores.is_right, 1.0, 0.0, 0.0)
-    assert not same(score([form, correct]).is_right, 1.0, 0.0, 0.0)
+    assert same(scores.is_correct, 1.0, 0.0, 0.0)
+    assert not same(score([form, correct]).is_correct, 1.0, 0.0, 0.0)

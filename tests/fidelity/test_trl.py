@@ -22,8 +22,8 @@ from trl import GRPOConfig, GRPOTrainer
 from grpo.advantages import group_advantages
 from grpo.logprobs import compute_logprobs
 from grpo.loss import clipped_surrogate, clipped_tokens, kl_divergence, loss_weights
-from grpo.records import TokenMeans
 from grpo.rollout import generate_completions
+from grpo.run.records import TokenMeans
 from tests.conftest import EOS_ID, ScriptedModel, make_tiny_model, make_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL's own, about transformers 6

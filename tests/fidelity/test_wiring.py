@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 import train_grpo
+from grpo.fast.noise import step_seed
 from grpo.loss import AGGREGATIONS
-from grpo.rollout import Rollout, generate_completions, step_seed
+from grpo.rollout import Rollout, generate_completions
 from tests.fidelity import test_traps_loss as helpers
 
 run_training, Run = helpers.run_training, helpers.Run  # a fixture, what it returns

@@ -1,0 +1,1 @@
+"""Data: file formats, chat templates, mixtures."""

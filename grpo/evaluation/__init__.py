@@ -1,0 +1,1 @@
+"""Evaluation: greedy accuracy, statistics, the pre-flight check of a run."""

@@ -1,0 +1,104 @@
+"""Before training: is there anything to learn from? And how answers are shown side by side."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from grpo.advantages import zero_variance_groups
+from grpo.data import Sample, prompt_text
+from grpo.errors import InputError
+from grpo.evaluation.greedy import Evaluation, ScoreFn, verdicts_of
+from grpo.rewards.scores import Scores
+from grpo.rollout import Rollout
+
+
+def outcome_shares(scores: Scores, is_truncated: Tensor) -> dict[str, float]:
+    """How answers end, as shares of the completions that the first reward applies to; empty where it applies to none.
+
+    answers/right, and of those not right: answers/truncated (cut off), answers/none (nothing to judge), answers/wrong.
+    """
+    outcomes: Counter[str] = Counter()
+    rows = zip(verdicts_of(scores.is_correct), scores.has_answer.tolist(), is_truncated.tolist(), strict=True)
+    for verdict, has_answer, is_cut in rows:
+        if verdict is not None:
+            outcomes["right" if verdict else "truncated" if is_cut else "wrong" if has_answer else "none"] += 1
+    names = ("right", "wrong", "none", "truncated") if outcomes else ()
+    return {f"answers/{name}": outcomes[name] / outcomes.total() for name in names}
+
+
+def preflight(samples: Sequence[Sample], rollout: Rollout, score_fn: ScoreFn) -> str:
+    """What there is to learn from: P groups sampled from the base, of which only mixed ones say right from wrong.
+
+    `samples` are the P prompts; row p * G + g of `rollout` belongs to prompt p.
+
+    Raises:
+        InputError: no reward applies to any of them, so training would teach nothing.
+    """
+    group_size = len(rollout.completions) // len(samples)
+    scores = score_fn([sample for sample in samples for _ in range(group_size)], rollout)
+    if scores.combined.isnan().all():
+        drawn = f"any of the first step's {len(rollout.completions)} completions"
+        raise InputError(f"rewards: none of them applies to {drawn}: nothing to learn")
+    verdicts = verdicts_of(scores.is_correct)
+    kinds: Counter[str] = Counter()
+    for start in range(0, len(verdicts), group_size):
+        found = {verdict for verdict in verdicts[start : start + group_size] if verdict is not None}
+        kind = "mixed" if len(found) == 2 else "all right" if True in found else "all wrong" if found else "unscored"
+        kinds[kind] += 1
+    num_signal = int((~zero_variance_groups(scores.combined.view(-1, group_size))).sum())
+    cut = rollout.is_truncated.float().mean().item()
+    lines = [
+        f"pre-flight: {len(samples)} groups of {group_size} from the base: {kinds['all right']} all right, "
+        f"{kinds['mixed']} mixed, {kinds['all wrong']} all wrong"
+        + (f", {kinds['unscored']} not scored" if kinds["unscored"] else "")
+        + f"; {cut:.0%} of the completions cut off"
+    ]
+    # Show a right completion if there is one: it says what the reward takes for right.
+    row = verdicts.index(True) if True in verdicts else 0
+    sample = samples[row // group_size]
+    terms = ", ".join(f"{name} {values[row]:.2f}" for name, values in scores.by_name.items())
+    reward = f"reward {scores.combined[row]:.2f}" + (f" ({terms})" if len(scores.by_name) > 1 else "")
+    lines.append(side_by_side(sample, {reward: rollout.completions[row]}))
+    lines += [
+        f"  The reward {name} applies to none of these completions."
+        for name, values in scores.by_name.items()
+        if values.isnan().all()
+    ]
+    if not kinds["mixed"]:
+        lines.append(f"  No group is mixed: {_advice(kinds, cut)}")
+        if num_signal:
+            lines.append(f"  In {num_signal} of {len(samples)} groups the rewards still differ, so there is a signal.")
+    return "\n".join(lines)
+
+
+def _advice(kinds: Counter[str], cut: float) -> str:
+    """What to change where right and wrong never meet in one group."""
+    if kinds["all right"] and kinds["all wrong"]:
+        return "every problem is solved always or never. Try a larger group_size, or problems between the two."
+    if kinds["all right"]:
+        return "the base can do this already. Try harder problems."
+    if not kinds["all wrong"]:
+        return "the first of the rewards applies to none of these rows; see eval_metric."
+    longer = " a larger max_completion_length (many are cut off)," if cut > 0.5 else ""
+    return f"the base never found a right answer. Try{longer} a larger group_size, easier problems, a better base."
+
+
+def pick_examples(evaluation: Evaluation, num_examples: int = 3) -> list[dict[str, Any]]:
+    """Problems to look at again after training: the first ones that are not right, then any others."""
+    order = sorted(range(len(evaluation.is_correct)), key=lambda index: evaluation.is_correct[index] is True)  # stable
+    return [{"index": index, "completion": evaluation.completions[index]} for index in order[:num_examples]]
+
+
+def side_by_side(sample: Sample, completions: dict[str, str]) -> str:
+    """One problem and what each model answers."""
+    width = max(map(len, completions))
+    expected = f"   (answer: {sample['answer']})" if "answer" in sample else ""
+    lines = [f"    {name:{width}}  {_one_line(text)}" for name, text in completions.items()]
+    return "\n".join([f"  {_one_line(prompt_text(sample['prompt']))}{expected}", *lines])
+
+
+def _one_line(text: str, limit: int = 300) -> str:
+    text = text.replace("\n", "\\n")
+    return text if len(text) <= limit else f"{text[:limit]}…"

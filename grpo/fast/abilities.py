@@ -1,0 +1,144 @@
+"""What a model can do, found by trying it once on six tokens: an LM head that can be applied alone, a block mask."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from grpo.fast.layout import _block_mask, completions_per_row
+from grpo.fast.lm_head import Head
+
+
+def _choose_k(
+    model: PreTrainedModel, prompts: Tensor, completions: Tensor, group_size: int | None, shared_prefix: str
+) -> int:
+    """How many completions of a prompt stand in one row."""
+    if group_size is None or shared_prefix == "never":
+        return 1
+    _, counts = prompts.unique_consecutive(dim=0, return_counts=True)  # (P,) completions of each prompt
+    most = min(group_size, int(counts.max()))
+    if most == 1 or not can_share_prefix(model, prompts.shape[1] + completions.shape[1]):
+        return 1
+    return completions_per_row(
+        counts.tolist(),
+        prompts.shape[1],
+        completions.shape[1],
+        model.config.get_text_config().hidden_size,
+        range(2 if shared_prefix == "always" else 1, most + 1),
+    )
+
+
+class _Abilities(NamedTuple):
+    """What holds for an architecture, found by trying."""
+
+    head_is_known: bool  # its logits are Head(...) of its trunk's last hidden state
+    takes_block_mask: bool  # and positions that begin anew
+
+
+_ABILITIES: WeakKeyDictionary[nn.Module, _Abilities] = WeakKeyDictionary()
+
+_SAID: set[str] = set()
+
+
+def find_head(model: PreTrainedModel) -> Head | None:
+    """The LM head, to be applied where it is needed; None if the model does more with its hidden states than that."""
+    if _abilities(model).head_is_known:
+        return _head_of(model)
+    _say_once(model, "computes its logits in its own way: those of a whole micro-batch exist at once")
+    return None
+
+
+def can_share_prefix(model: PreTrainedModel, length: int) -> bool:
+    """Whether completions can stand in one row, where a prompt and one of them have up to `length` tokens."""
+    if not _abilities(model).takes_block_mask:
+        _say_once(model, "takes no mask of its own for every token: each completion is scored behind its own prompt")
+        return False
+    config = model.config.get_text_config()
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    if any(window is not None and window < length for window in windows):  # our mask would take the window's place
+        _say_once(model, "looks back less far than a row is long: each completion is scored behind its own prompt")
+        return False
+    return True
+
+
+def _say_once(model: PreTrainedModel, what: str) -> None:
+    message = f"note: {type(model).__name__} {what}"
+    if isinstance(model, PreTrainedModel) and message not in _SAID:
+        _SAID.add(message)
+        print(message, file=sys.stderr)
+
+
+def _head_of(model: PreTrainedModel) -> Head | None:
+    """What the config says of it; `_abilities` has the proof."""
+    layer = model.get_output_embeddings()
+    if type(layer) is not nn.Linear:
+        return None
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
+    scale *= getattr(config, "lm_head_multiplier", None) or 1.0  # Falcon-H1
+    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
+    return Head(layer.weight, layer.bias, scale, getattr(config, "final_logit_softcapping", None))  # Gemma
+
+
+@torch.no_grad()
+def _abilities(model: PreTrainedModel) -> _Abilities:
+    """Score two tiny completions of one prompt both ways, once for every model, and compare."""
+    if not isinstance(model, PreTrainedModel):
+        return _Abilities(False, False)
+    if model not in _ABILITIES:
+        in_training = [module for module in model.modules() if module.training]
+        model.eval()
+        with torch.autocast(model.device.type, enabled=False):
+            _ABILITIES[model] = _Abilities(_try_head(model), _try_block_mask(model))
+        for module in in_training:
+            module.training = True
+    return _ABILITIES[model]
+
+
+@contextmanager
+def _failing_means_no() -> Iterator[None]:
+    """Foreign code may want other arguments, return something else, raise anything; but no memory is another matter."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # noqa: S110
+        pass
+
+
+def _try_head(model: PreTrainedModel) -> bool:
+    head, ids = _head_of(model), torch.arange(6, device=model.device).unsqueeze(0)  # any tokens will do
+    if head is None:
+        return False
+    with _failing_means_no():
+        ours = head.logits(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+        theirs = model(input_ids=ids, use_cache=False).logits.float()
+        return bool((ours - theirs).abs().max() <= 1e-3 * theirs.std())
+    return False
+
+
+def _try_block_mask(model: PreTrainedModel) -> bool:
+    """Whether the mask does what it should: the result is far nearer to the right one than without it."""
+    if hasattr(model.config, "window_size"):  # GPT-Neo's counts places in the row, whatever the mask says
+        return False
+    with _failing_means_no():
+        ids = torch.arange(6, device=model.device)  # a prompt of two tokens, two completions of two
+        apart = torch.stack([ids[[0, 1, 2, 3]], ids[[0, 1, 4, 5]]])
+        together: dict[str, Any] = {
+            "input_ids": ids.unsqueeze(0),
+            "position_ids": torch.tensor([[0, 1, 2, 3, 2, 3]], device=ids.device),
+            "use_cache": False,
+        }
+        mask = _block_mask(torch.ones_like(ids, dtype=torch.bool).unsqueeze(0), 2, 2, model.dtype)
+        right = (
+            model(input_ids=apart, attention_mask=torch.ones_like(apart), use_cache=False).logits[:, 2:].flatten(0, 1)
+        )
+        masked = model(**together, attention_mask=mask).logits[0, 2:]  # (4, V)
+        unmasked = model(**together, attention_mask=torch.ones_like(mask[:, 0, 0], dtype=torch.long)).logits[0, 2:]
+        return bool((masked - right).abs().max() < 0.01 * (unmasked - right).abs().max())
+    return False

@@ -1,0 +1,1 @@
+"""Models: loading, the tiny base model, LoRA, saving, optimizer, device."""

@@ -1,0 +1,1 @@
+"""What PPO needs and GRPO does without: the critic and its advantages."""

@@ -1,0 +1,1 @@
+"""The reward functions, one file per kind."""

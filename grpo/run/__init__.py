@@ -1,0 +1,1 @@
+"""A run: set-up, run folder, checkpoints, metrics, records, pictures."""

@@ -1,0 +1,366 @@
+"""The folder of one run: who may write into it, what happens to an earlier run there, run.json, the rows of metrics.
+
+run.json               settings, command, versions, commit, sha256 of the base's weights, three of its answers
+metrics.jsonl          one row a step
+samples.jsonl          every completion with its rewards
+high_scoring.jsonl     those above save_threshold
+training_curves.png    redrawn at every evaluation
+step-000100/           checkpoints to resume from; best/ and final/ beside them; all three are Hugging Face folders
+"""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from grpo.data import Dataset
+from grpo.errors import InputError, NotFiniteError, RunError
+from grpo.evaluation.greedy import Evaluation
+from grpo.evaluation.preflight import side_by_side
+from grpo.files import append_jsonl, read_jsonl, remove_folder, sha256, to_jsonl, write_atomically
+from grpo.models.optimizer import learning_rate_at, with_num_steps
+from grpo.models.saving import save_model
+from grpo.run.checkpoint import check_integrity, checkpoints, step_of
+from grpo.run.plots import draw_curves
+from grpo.run.process import acquire_lock, origin, signals_ask
+from grpo.run.records import high_scoring
+from grpo.settings.config import Config, Options, documented_defaults, load_config, read_run_json
+from grpo.settings.sources import sources_of
+
+HIGH_SCORING = "high_scoring.jsonl"
+# What a run leaves behind; the only names that --overwrite deletes.
+RUN_FILES = re.compile(
+    r"run\.json|metrics\.jsonl|samples\.jsonl|high_scoring\.jsonl|training_curves\.png|best|final|step-\d+|failed-\d+\.(jsonl|safetensors)"
+)
+
+
+@dataclass
+class RunFolder:
+    """The folder of a run while it is being written, held under a lock.
+
+    `stop_requested` turns true at the first Ctrl-C (or SIGTERM) once training has begun: the loop then ends after its
+    step. The second one stops at once, as does the first one before training.
+    """
+
+    config: Config
+    options: Options = Options()
+    script: str = "train_grpo.py"  # what the user runs, from the project's root
+    facts: dict[str, Any] = field(default_factory=dict)  # run.json
+    rows: list[dict[str, Any]] = field(default_factory=list)  # of metrics.jsonl, step 0 first
+    is_training: bool = False
+    stop_requested: bool = False
+    lock: IO[str] | None = None
+
+    @property
+    def folder(self) -> Path:
+        """config.output_dir."""
+        return Path(self.config.output_dir)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run in the folder came to its end."""
+        return bool(self.facts.get("finished"))
+
+    @property
+    def holds_nothing(self) -> bool:
+        """Whether the run in the folder was stopped before its first step: nobody misses it."""
+        samples = self.folder / "samples.jsonl"
+        return not (self.is_finished or checkpoints(self.folder) or (samples.is_file() and samples.stat().st_size))
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The checkpoint that --resume goes on from; None: the run starts at step 0."""
+        return next(reversed(checkpoints(self.folder)), None) if self.options.resume else None
+
+    def plan(self, epoch_size: int) -> Config:
+        """The settings with num_train_epochs in steps. A resumed run that is as far already ends here."""
+        self.config = with_num_steps(self.config, epoch_size)
+        step, last_step = step_of(self.checkpoint) if self.checkpoint else 0, self.config.num_train_steps
+        if self.options.resume and (step > last_step or (step == last_step and self.is_finished)):
+            print(f"{self.folder} is already at step {step}; --num_train_steps {last_step} asks for no more")
+            sys.exit(0)
+        return self.config
+
+    def begin(self, **facts: Any) -> None:
+        """Step 0: make room, then write run.json with `facts` beside settings and versions."""
+        try:
+            if (self.folder / "run.json").is_file():
+                self._make_room()
+            _remove_unfinished(self.folder)
+        except OSError as error:
+            raise InputError(f"output_dir: {self.folder} cannot be used: {error.strerror}") from error
+        data = {path: sha256(Path(path)) for path in data_files(self.config)}
+        self._write_facts(
+            {"started": _now(), "finished": None, **origin(), "data_sha256": data, **facts, "resumed": []}
+        )
+        self.is_training = True
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Go on after the checkpoint `state` was saved with: what was written after it is cut off, to be made again."""
+        step, metrics, samples = state["step"], self.folder / "metrics.jsonl", self.folder / "samples.jsonl"
+        try:
+            rows = [row for row in read_jsonl(metrics) if row["step"] <= step]
+            if [row["step"] for row in rows] != list(range(step + 1)):
+                raise InputError(f"--resume: {metrics} is damaged: it should have a row for every step up to {step}")
+            if samples.stat().st_size < state["samples_size"]:
+                raise InputError(f"--resume: {samples} is damaged: it is shorter than it was at step {step}")
+            self._write_rows(rows)
+            os.truncate(samples, state["samples_size"])
+            high = self.folder / HIGH_SCORING
+            if high.is_file():
+                write_atomically(high, to_jsonl([row for row in read_jsonl(high) if row["step"] <= step]))
+            self._forget_later_models(step)
+            _remove_unfinished(self.folder)
+        except (OSError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise InputError(f"--resume: {metrics} or {samples} is damaged: {error}") from error
+        self._say_where(step, load_config(recorded=self.facts["settings"]))
+        resumed = [*self.facts.get("resumed", []), {"after_step": step, "at": _now(), **origin()}]
+        self._write_facts(self.facts | {"finished": None, "resumed": resumed})
+        self.is_training = True
+
+    def amend(self, metrics: dict[str, float]) -> None:
+        """Add to the newest row what it lacks."""
+        self._write_rows([*self.rows[:-1], self.rows[-1] | metrics])
+
+    def append(self, row: dict[str, Any], samples: Sequence[dict[str, Any]] = ()) -> None:
+        """One row of metrics.jsonl and the completions it came from."""
+        append_jsonl(self.folder / "samples.jsonl", samples)
+        if self.config.save_threshold is not None:
+            append_jsonl(self.folder / HIGH_SCORING, high_scoring(samples, self.config.save_threshold))
+        append_jsonl(self.folder / "metrics.jsonl", [row])
+        self.rows.append(row)
+
+    def report(
+        self, step: int, evaluation: Evaluation, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        """What an evaluation leaves: a line, a fresh picture, and best/ if none was better: the first of equals."""
+        tqdm.write(f"step {step:4d}  {evaluation}")
+        draw_curves(self.rows, self.folder / "training_curves.png")
+        metric = self.config.eval_metric
+        value = evaluation.metrics().get(metric, math.nan)
+        if value > (self._best() or {"value": -math.inf})["value"]:
+            about = {"step": step, "metric": metric, "value": value}
+            save_model(policy, tokenizer, self.folder / "best", about=about)
+
+    def status(self) -> dict[str, str]:
+        """The newest numbers, for the progress bar."""
+        shown = {
+            "reward": ("reward", ".2f"),
+            "accuracy": ("eval/accuracy", ".3f"),
+            "length": ("completions/mean_length", ".1f"),
+        }
+        newest = {name: (self._newest(metric), form) for name, (metric, form) in shown.items()}
+        return {name: f"{value:{form}}" for name, (value, form) in newest.items() if value is not None}
+
+    def finish(self, evaluation: Evaluation, eval_set: Dataset) -> None:
+        """The run is whole, the next one may move it aside; the last words."""
+        self._write_facts(self.facts | {"finished": _now()})
+        before, after = self.rows[0], evaluation.metrics()
+        metric = next(name for name in ("eval/accuracy", "eval/reward") if name in before and name in after)
+        change = f"{_with_interval(before, metric)} -> {_with_interval(after, metric)}"
+        print(f"\nHeld-out {metric.removeprefix('eval/')}: {change}, n = {len(eval_set)} ({eval_set.path})")
+        for example in self.facts.get("examples", []):
+            answers = {"base": example["completion"], "trained": evaluation.completions[example["index"]]}
+            print(side_by_side(eval_set[example["index"]], answers))
+        names = [path.name + "/" * path.is_dir() for path in sorted(self.folder.iterdir()) if path.name[0] != "."]
+        print(f"{self.folder} holds {', '.join(names)}")
+        models = [shlex.quote(str(name)) for name in (self.folder / "final", self.config.model_name)]
+        print(f"Next: python evaluate.py {models[0]} --compare {models[1]}")
+
+    def _best(self) -> dict[str, Any] | None:
+        """What best/ says of itself; None where there is no best/ that says it."""
+        try:
+            about = json.loads((self.folder / "best" / "about.json").read_text())
+            return {"step": int(about["step"]), "value": float(about["value"])}
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _write_rows(self, rows: list[dict[str, Any]]) -> None:
+        self.rows = rows
+        write_atomically(self.folder / "metrics.jsonl", to_jsonl(rows))
+
+    def _forget_later_models(self, step: int) -> None:
+        """best/ and final/ from after `step` are made again, or, with changed settings, others are."""
+        best = self._best()
+        for name in ("best", "final"):
+            is_later = name == "final" or best is None or best["step"] > step
+            if is_later and (self.folder / name).is_dir():
+                remove_folder(self.folder / name)
+
+    def _newest(self, metric: str) -> float | None:
+        return next((row[metric] for row in reversed(self.rows) if metric in row), None)
+
+    def _write_facts(self, facts: dict[str, Any]) -> None:
+        settings = dataclasses.asdict(self.config)
+        self.facts = facts | {
+            "settings": {key: ".inf" if value == math.inf else value for key, value in settings.items()}
+        }
+        write_atomically(self.folder / "run.json", json.dumps(self.facts, indent=2) + "\n")
+
+    def _say_where(self, step: int, earlier: Config) -> None:
+        """Where a resumed run goes on, and what a new number of steps does to the learning rate."""
+        print(f"Going on after step {step} of {self.config.num_train_steps}")
+        num_updates = step * earlier.num_iterations * earlier.num_minibatches
+        before, now = (learning_rate_at(config, num_updates) for config in (earlier, self.config))
+        if before != now:
+            change = f"num_train_steps was {earlier.num_train_steps} and is {self.config.num_train_steps}"
+            print(f"The learning rate jumps from {before:.3g} to {now:.3g}: {change}")
+
+    def request_stop(self) -> bool:
+        """Ask the run to end after its step; False where it should stop at once: asked twice, or before training."""
+        if self.stop_requested or not self.is_training:
+            return False
+        self.stop_requested = True
+        return True
+
+    def how_to_go_on(self) -> str:
+        """What is saved, and what to type to continue from there."""
+        saved = checkpoints(self.folder)
+        where = f"step {step_of(saved[-1])} is saved; to go on" if saved else "no step is saved yet; to begin again"
+        return f"{where}: {self.command('--resume')}"
+
+    def command(self, option: str) -> str:
+        """What to type to do something with this folder."""
+        is_default = self.folder == Path(documented_defaults()["output_dir"][0])
+        return f"python {self.script} {option}" + (
+            "" if is_default else f" --output_dir {shlex.quote(str(self.folder))}"
+        )
+
+    def _make_room(self) -> None:
+        """The earlier run in this folder: deleted on request or when nothing was trained yet, else moved aside."""
+        if self.options.overwrite or self.options.resume or self.holds_nothing:
+            # run.json is replaced later, not deleted: killed here, this still is a run, with its settings.
+            for path in list(self.folder.iterdir()):
+                if RUN_FILES.fullmatch(path.name) and path.name != "run.json":
+                    remove_folder(path) if path.is_dir() else path.unlink()
+            return
+        started = re.sub(r"[^0-9T-]", "-", str(self.facts.get("started")))  # no colons in names
+        folder = self.folder.resolve()  # output_dir may be a link to where there is space
+        aside = folder.with_name(f"{folder.name}-{started}")
+        while aside.exists():  # several runs within a second
+            aside = aside.with_name(f"{aside.name}+")
+        folder.rename(aside)  # its lock goes with it
+        print(f"The earlier run in {self.folder} now lies in {aside.name} beside it")
+        folder.mkdir()
+        self.lock = acquire_lock(self.folder)
+
+
+@contextmanager
+def open_run(config: Config, options: Options, script: str = "train_grpo.py") -> Iterator[RunFolder]:
+    """Hold `output_dir` for one run of `script`.
+
+    Refuses at once what would only fail later; leaves nothing if the run never began.
+
+    Raises:
+        InputError: the folder cannot be written, is in use, holds something else, or an unfinished run.
+    """
+    run = RunFolder(config, options, script)
+    if options.dry_run or options.preflight:
+        yield run
+        return
+    if Path.cwd().is_relative_to(run.folder.resolve()):
+        raise InputError(
+            f"output_dir: got {config.output_dir}, expected a folder that can be moved aside, not this one"
+        )
+    model = Path(config.model_name).expanduser()
+    if not options.resume and model.is_dir() and model.resolve().is_relative_to(run.folder.resolve()):
+        raise InputError(
+            f"model_name: {model} lies in output_dir, which this run needs for itself; choose another output_dir"
+        )
+    missing = [path for path in (run.folder, *run.folder.parents) if not path.exists()]
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        run.lock = acquire_lock(run.folder)
+    except OSError as error:
+        raise InputError(f"output_dir: {run.folder} cannot be used: {error.strerror}") from error
+    try:
+        if (run.folder / "run.json").is_file():
+            run.facts = read_run_json(run.folder)
+        _check_folder(run)
+        with signals_ask(run.request_stop):
+            yield run
+    except torch.OutOfMemoryError as error:
+        advice = (
+            "turn down micro_batch_tokens or micro_batch_size, then max_completion_length, batch_size or group_size "
+            "(see --dry_run)"
+        )
+        raise RunError(f"the device is out of memory: {advice}") from error
+    except NotFiniteError as error:
+        saved = checkpoints(run.folder)
+        start = f", from the base or with --model_name {saved[-1]}" if saved else ""
+        raise RunError(
+            f"{error}; --resume would lead there again: start anew with a lower learning_rate{start}"
+        ) from error
+    except RunError as error:
+        raise RunError(f"{error}; {run.how_to_go_on()}" if run.is_training else str(error)) from error
+    except KeyboardInterrupt as error:
+        can_go_on = run.is_training or options.resume
+        raise KeyboardInterrupt(f"stopped; {run.how_to_go_on()}" if can_go_on else "stopped before step 1") from error
+    finally:
+        with suppress(OSError):  # a folder that another run uses meanwhile stays
+            if not (run.folder / "run.json").exists():
+                (run.folder / ".lock").unlink(missing_ok=True)
+                for path in missing:
+                    path.rmdir()
+        if run.lock:
+            run.lock.close()
+
+
+def _check_folder(run: RunFolder) -> None:
+    """Refuse a folder that holds something else, or an unfinished run that nobody said what to do with."""
+    if not run.facts:
+        if any(not path.name.startswith(".") for path in run.folder.iterdir()):
+            raise InputError(f"output_dir: {run.folder} is not empty and holds no run; choose another folder")
+        if run.options.resume:
+            raise InputError(f"--resume: {run.folder} holds no run")
+    elif run.options.resume:
+        restart = run.command("--overwrite" if run.is_finished else "--resume")
+        check_integrity(run.folder, run.command("--resume"), restart)
+        if run.is_finished and run.checkpoint is None:
+            raise InputError(f"--resume: {run.folder} holds a finished run, but no step-… folder to go on from")
+        if run.checkpoint and not isinstance(run.facts.get("base_sha256"), str):
+            raise InputError(f'--resume: {run.folder / "run.json"} has no "base_sha256": damaged')
+        for path, expected in run.facts.get("data_sha256", {}).items():
+            if Path(path).is_file() and sha256(Path(path)) != expected:
+                raise InputError(f"--resume: {path} is no longer the file that this run started with")
+    elif not (run.is_finished or run.options.overwrite or run.holds_nothing):
+        raise InputError(
+            f"output_dir: {run.folder} holds an unfinished run; --resume goes on with it, --overwrite deletes it, "
+            "another --output_dir leaves it alone"
+        )
+
+
+def data_files(config: Config) -> list[str]:
+    """The files that a resumed run must find unchanged; what comes from the Hub is not among them."""
+    paths = [path for source in sources_of(vars(config)) for path in (source.path, source.eval_path)]
+    return [path for path in dict.fromkeys(paths) if path is not None and Path(path).is_file()]
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Remove what a killed process left half-written; the lock says that it is dead."""
+    for path in folder.glob(".*.unfinished"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _with_interval(metrics: dict[str, Any], metric: str) -> str:
+    """ "0.302 [0.263, 0.344]", or the value alone where there is no interval."""
+    low, high = metrics.get(f"{metric}_low"), metrics.get(f"{metric}_high")
+    return f"{metrics[metric]:.3f}" + (f" [{low:.3f}, {high:.3f}]" if low is not None else "")
+
+
+def _now() -> str:
+    return datetime.now().isoformat(timespec="seconds")

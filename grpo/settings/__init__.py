@@ -1,0 +1,1 @@
+"""Settings: config.yaml, files and flags -> one frozen Config. Nothing here imports torch."""

@@ -1,0 +1,478 @@
+"""Settings: config.yaml < the algorithm's row < --config file < flags, checked once, frozen.
+
+With --resume: run.json < flags. config.yaml holds every key with its default and a comment; `Config` has the same keys
+and no defaults. A null there is filled from the algorithm's row (grpo/algorithms.py). Nothing here imports torch, so
+`--help` and a misspelt flag answer at once.
+"""
+
+import json
+import math
+import re
+import sys
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from grpo.algorithms import ALGORITHMS, CLIP_KEYS, CRITIC_SCRIPT, ROW_KEYS, filled
+from grpo.errors import InputError, did_you_mean, unreadable
+from grpo.settings.rules import MAY_BE_INFINITE, MAY_CHANGE_ON_RESUME, OF_THE_CRITIC, RULES
+from grpo.settings.sources import sources_of
+
+DEFAULTS_FILE = Path(__file__).resolve().parents[2] / "config.yaml"
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. config.yaml says what each key means."""
+
+    model_name: str
+    base_seed: int
+    base_steps: int
+    train_file: str
+    eval_file: str
+    datasets: list[Any] | None
+    total_rows: int | None
+    prompt_column: str
+    answer_column: str
+    single_turn_ratio: float
+    force_single_turn: bool
+    rewards: list[Any]
+    combine: Literal["sum", "mean", "product"]
+    reward_scaling: Literal["identity", "standardize", "clip"]
+    reward_clip: float | None
+    save_threshold: float | None
+    chat_template: str
+    system_prompt: str | None
+    max_prompt_length: int
+    long_prompts: Literal["error", "drop"]
+
+    lora_rank: int
+    lora_alpha: float
+    lora_target_modules: str
+    save_merged: bool
+    quantization: Literal["none", "4bit", "8bit"]
+    gradient_checkpointing: bool
+    attn_implementation: str | None
+
+    batch_size: int
+    group_size: int
+    max_completion_length: int
+    temperature: float
+    top_p: float
+    top_k: int
+    stop_strings: list[Any]
+
+    algorithm: Literal["grpo", "dr_grpo", "dapo", "rloo", "reinforce", "reinforce_pp", "gspo", "cispo", "ppo"]
+    advantage_baseline: Literal["group", "leave_one_out", "batch", "none", "critic"]
+    advantage_scale: Literal["group", "batch", "tokens", "none"]
+    surrogate: Literal["clipped", "reinforce", "gspo", "cispo"]
+    clip_range: float | None  # None: the surrogate has no such clip
+    clip_range_high: float | None  # None: the same as clip_range
+    dual_clip: float | None
+    loss_aggregation: Literal["sequence", "token", "constant"]
+    kl_coeff: float
+    kl_in: Literal["loss", "reward"]
+    kl_estimator: Literal["k1", "k2", "k3", "k3_corrected"]
+    ref_update_every: int
+    entropy_coeff: float
+    max_resample_rounds: int
+    mask_truncated_completions: bool
+
+    gamma: float
+    gae_lambda: float
+    value_clip_range: float
+    critic_learning_rate: float | None
+
+    num_train_steps: int
+    num_train_epochs: float | None
+    num_iterations: int
+    num_minibatches: int
+    micro_batch_size: int
+    micro_batch_tokens: int
+    shared_prefix: Literal["auto", "always", "never"]
+    learning_rate: float
+    lr_schedule: Literal["cosine", "linear", "constant"]
+    warmup_steps: int
+    max_grad_norm: float
+    weight_decay: float
+    adam_beta1: float
+    adam_beta2: float
+
+    seed: int
+    eval_every: int
+    eval_metric: Literal["eval/accuracy", "eval/reward"]
+    save_every: int
+    keep_checkpoints: int
+    output_dir: str
+    device: Literal["auto", "cpu", "cuda", "mps"]
+    compile: bool
+    dtype: Literal["auto", "float32", "bfloat16"]
+
+
+TYPES: dict[str, Any] = typing.get_type_hints(Config)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a command line asks for besides settings."""
+
+    dry_run: bool = False  # say what the settings mean and stop
+    preflight: bool = False  # sample some groups and stop
+    resume: bool = False  # go on with the run in output_dir
+    overwrite: bool = False  # delete the run in output_dir
+
+
+def load_config(
+    path: str | Path | None = None, overrides: Iterable[str] = (), *, recorded: dict[str, Any] | None = None
+) -> Config:
+    """config.yaml, then the file at `path`, then `overrides` such as "learning_rate=1e-4"; each may change any key.
+
+    What nobody sets, or sets to null, comes from the algorithm's row. `recorded` are the settings of a run.json; they
+    take the place of config.yaml.
+
+    Raises:
+        InputError: an unknown key, a wrong type or value, a contradiction; named with what is allowed.
+    """
+    settings = _read_yaml(DEFAULTS_FILE) | _known(recorded or {}, where="run.json")
+    overrides = list(overrides)
+    for wanted in (_asked_for(path, ()), _asked_for(None, overrides)):  # what comes later wins
+        epochs, steps = (wanted.get(key) for key in ("num_train_epochs", "num_train_steps"))
+        if epochs is not None and steps is not None:
+            raise InputError("num_train_epochs: got with num_train_steps too, allowed: one of them")
+        settings |= ({"num_train_epochs": None} if steps is not None else {}) | wanted
+    asked_for = {key: _checked(key, settings[key]) for key in TYPES}
+    values = filled(asked_for) | {"chat_template": _template(asked_for["chat_template"])}
+    _check_contradictions(values)
+    _check_data_and_model(values)
+    return Config(**values)
+
+
+def _template(chat_template: str) -> str:
+    """The text of a template file: a run keeps what it began with, whatever becomes of the file."""
+    if chat_template in ("auto", "none") or "{" in chat_template:
+        return chat_template
+    path = Path(chat_template).expanduser()
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"chat_template: {unreadable(path, error)}; allowed: auto | none | a Jinja file or text"
+        ) from error
+
+
+def resumed_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
+    """The settings of the run in output_dir; what a file or a flag would change beyond the allowed is refused."""
+    overrides = list(overrides)
+    output_dir = _checked("output_dir", (_read_yaml(DEFAULTS_FILE) | _asked_for(path, overrides))["output_dir"])
+    recorded = read_run_json(Path(output_dir))["settings"] | {"output_dir": output_dir}
+    before = load_config(recorded=recorded)
+
+    def check(settings: dict[str, Any]) -> None:
+        for key, new in settings.items():
+            old = getattr(before, key)
+            if old != new and key not in MAY_CHANGE_ON_RESUME:
+                raise InputError(
+                    f"--resume: {key}: got {new!r}, the run in {output_dir} has {old!r}; "
+                    f"only {', '.join(MAY_CHANGE_ON_RESUME)} may change"
+                )
+
+    if "num_train_steps" in _asked_for(path, overrides):  # in place of the run's number of epochs
+        recorded["num_train_epochs"] = None
+    # First what was asked for: it may contradict settings of the run that nobody has named.
+    asked_for = {key: _checked(key, value) for key, value in _asked_for(path, overrides).items()}
+    check({key: value for key, value in asked_for.items() if value is not None})
+    now = load_config(path, overrides, recorded=recorded)
+    check(vars(now))
+    return now
+
+
+def read_run_json(folder: Path) -> dict[str, Any]:
+    """What `folder`/run.json says of its run."""
+    path = folder / "run.json"
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{folder} holds no run: there is no {path}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise unreadable(path, error) from error
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, thousands of brackets
+        raise InputError(f"{path}: not JSON: {error}") from error
+    if not isinstance(run, dict) or not isinstance(run.get("settings"), dict):
+        raise InputError(f'{path}: expected a JSON object with "settings"')
+    for key, kind in {"data_sha256": dict, "resumed": list, "examples": list}.items():
+        if not isinstance(run.get(key, kind()), kind):
+            raise InputError(f'{path}: "{key}": got {_shown(run[key])}, expected a {kind.__name__}')
+    for example in run.get("examples", []):
+        if not (isinstance(example, dict) and type(example.get("index")) is int and "completion" in example):
+            raise InputError(f'{path}: "examples": got {_shown(example)}, expected an index and a completion')
+    return run
+
+
+def _asked_for(path: str | Path | None, overrides: Iterable[str]) -> dict[str, Any]:
+    """What a settings file and the overrides say, unknown keys refused."""
+    settings = _known(_read_yaml(Path(path)), where=str(path)) if path is not None else {}
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator:
+            raise InputError(f"override {override!r}: expected key=value")
+        # A folder may be called 2024 or "a #1": a text is taken as it stands, unless it is quoted.
+        is_text = TYPES.get(key) is str or (str in typing.get_args(TYPES.get(key)) and text not in ("", "null", "~"))
+        is_plain_text = is_text and not text.startswith(("'", '"'))
+        value = text if is_plain_text else _parse_yaml(text, where=key)
+        if not text.strip() and not is_plain_text and key in TYPES:  # an empty variable of a shell script
+            raise InputError(f"{key}: got nothing; null is written out")
+        settings |= _known({key: value}, where="command line")
+    return settings
+
+
+def warn(config: Config) -> None:
+    """Say on stderr what is allowed, but seldom meant."""
+    for warning in warnings_about(config):
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def warnings_about(config: Config) -> list[str]:
+    """What is allowed, but seldom meant."""
+    warnings = []
+    if config.temperature != 1:
+        warnings.append(f"temperature {config.temperature}: the policy is trained as it samples, at this temperature")
+    for key, off in (("top_p", 1.0), ("top_k", 0)):
+        if getattr(config, key) != off:
+            warnings.append(
+                f"{key} {getattr(config, key)}: completions come from another distribution than the one that is "
+                "trained; sampling/logp_difference shows by how much"
+            )
+    if config.kl_coeff > 0 and config.kl_in == "loss" and config.kl_estimator == "k1":
+        warnings.append("kl_estimator k1: as a loss its expected gradient is 0, so it holds nothing back")
+    if config.kl_in == "reward" and config.advantage_scale == "group":
+        warnings.append(
+            "kl_in reward with advantage_scale group: where siblings earn the same, they differ in the KL alone, "
+            "and that is scaled to full size; none, batch and tokens leave it small"
+        )
+    if config.ref_update_every > 0 and config.kl_coeff == 0:
+        warnings.append(
+            f"ref_update_every {config.ref_update_every}: kl_coeff is 0, so there is no reference to update"
+        )
+    for spec in config.rewards:
+        arguments: dict[str, Any] = spec if isinstance(spec, dict) else {}
+        target = arguments.get("target") if arguments.get("name") == "length" else None
+        if type(target) is int and target > config.max_completion_length:
+            warnings.append(
+                f"rewards: length: its target of {target} tokens is out of reach: max_completion_length cuts off at "
+                f"{config.max_completion_length}"
+            )
+        is_overlong = arguments.get("name") == "overlong"
+        longest, cache = (arguments.get(key) if is_overlong else None for key in ("max_length", "cache"))
+        if type(longest) is int and type(cache) is int and longest - cache >= config.max_completion_length:
+            warnings.append(
+                f"rewards: overlong: punishes nothing up to {longest - cache} tokens, and max_completion_length cuts "
+                f"off at {config.max_completion_length}"
+            )
+    if config.reward_scaling == "standardize" and config.advantage_scale != "none" and config.kl_in == "loss":
+        warnings.append(
+            f"reward_scaling standardize: advantage_scale {config.advantage_scale} divides it out again; it matters "
+            "with none, or with a KL in the reward"
+        )
+    num_updates = config.num_iterations * config.num_minibatches
+    if config.surrogate == "reinforce" and num_updates > 1:
+        warnings.append(
+            f"surrogate reinforce: it knows no old policy, and num_iterations * num_minibatches makes {num_updates} "
+            "updates of each rollout; clipped, gspo and cispo correct for that"
+        )
+    return warnings
+
+
+def documented_defaults() -> dict[str, tuple[str, str]]:
+    """key -> (default, comment), read from the lines of config.yaml."""
+    lines = re.findall(r"^(\w+):[ ]*(.*?)[ ]+# (.*)$", DEFAULTS_FILE.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {key: (default, comment) for key, default, comment in lines}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-5 is a number, as everybody expects (YAML 1.1 wants 1.0e-5), no key stands twice, and nothing is
+    an alias: a few lines of them can stand for gigabytes."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(None, None, f"*{event.anchor}: aliases are not allowed", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = set()
+        for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
+            if key.value in names:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands twice", key.start_mark)
+            names.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except Exception as error:  # PyYAML raises anything: at 2024-13-45 a ValueError, at !!int "" an IndexError
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise InputError(f"{where}{line}: not YAML: {' '.join(problem.split())}") from error
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise unreadable(path, error) from error
+    settings = _parse_yaml(text, where=str(path))
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise InputError(f"{path}: got {type(settings).__name__}, expected lines of key: value")
+    return settings
+
+
+def _known(settings: dict[str, Any], where: str) -> dict[str, Any]:
+    for key in settings:
+        if key not in TYPES:
+            name = key if isinstance(key, str) else _shown(key)
+            raise InputError(f"{where}: {name}: not a setting{did_you_mean(name, TYPES)}")
+    return settings
+
+
+def _checked(key: str, value: Any) -> Any:
+    """The value in its declared type, or an InputError. An int is a fine float; a bool is never a number."""
+    expected = TYPES[key]
+    options = typing.get_args(expected)
+    if value is None and (key in ROW_KEYS or type(None) in options):  # the row fills it, or it means something itself
+        return None
+    if isinstance(expected, types.UnionType):
+        expected = options[0]
+    if typing.get_origin(expected) is Literal:
+        # YAML reads a bare `none` as text but `null`, `off` or `1` as something else: compare as given.
+        if value not in options:
+            raise InputError(f"{key}: got {_shown(value)}, allowed: {' | '.join(options)}")
+        return value
+    expected = typing.get_origin(expected) or expected
+    if expected is float and type(value) is int and abs(value) < 2**1000:  # the largest float is about 2**1024
+        value = float(value)
+    if value == ".inf" and key in MAY_BE_INFINITE:  # as run.json writes it: JSON has no infinity
+        value = math.inf
+    if type(value) is not expected or (expected is float and not math.isfinite(value) and key not in MAY_BE_INFINITE):
+        raise InputError(f"{key}: got {_shown(value)}, expected {_TYPE_NAMES[expected]}")
+    if key in RULES and not RULES[key][0](value):
+        raise InputError(f"{key}: got {_shown(value)}, allowed: {RULES[key][1]}")
+    if expected is int and value >= 2**63:
+        raise InputError(f"{key}: got {_shown(value)}, allowed: < 2**63")
+    return value
+
+
+def _shown(value: Any) -> str:
+    """A wrong value, for an error message."""
+    try:
+        return "null" if value is None else repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits, thousands of brackets
+        return f"{type(value).__name__} too long to be shown"
+
+
+_TYPE_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+    list: "a list",
+}
+
+
+def _check_contradictions(settings: dict[str, Any]) -> None:
+    """What no key is wrong about alone."""
+    algorithm = settings["algorithm"]
+    baseline, scale, surrogate = (settings[key] for key in ("advantage_baseline", "advantage_scale", "surrogate"))
+    compares_siblings = baseline in ("group", "leave_one_out")
+    learns_baseline = ALGORITHMS[algorithm]["advantage_baseline"] == "critic"
+    if learns_baseline != (baseline == "critic"):
+        allowed = (
+            "critic" if learns_baseline else "group | leave_one_out | batch | none (critic: " + CRITIC_SCRIPT + ")"
+        )
+        raise InputError(f"advantage_baseline: got {baseline}, allowed with algorithm {algorithm}: {allowed}")
+    if baseline == "batch" and settings["batch_size"] * settings["group_size"] < 2:
+        raise InputError(
+            "batch_size: got 1 with group_size 1, allowed with advantage_baseline batch: >= 2 completions to compare"
+        )
+    if compares_siblings and settings["group_size"] < 2:
+        raise InputError(f"group_size: got 1, allowed with advantage_baseline {baseline}: >= 2 (siblings to compare)")
+    if settings["max_resample_rounds"] > 0 and not compares_siblings:
+        raise InputError(
+            f"max_resample_rounds: got {settings['max_resample_rounds']}, allowed with advantage_baseline {baseline}: "
+            "0 (a group whose rewards are all alike has a signal where siblings are not the baseline)"
+        )
+    if scale == "group" and not compares_siblings:
+        others = "tokens | none" if baseline == "critic" else "batch | tokens | none"
+        raise InputError(f"advantage_scale: got group, allowed with advantage_baseline {baseline}: {others}")
+    for key in ("clip_range", "clip_range_high", "dual_clip"):
+        if settings[key] is not None and key not in CLIP_KEYS[surrogate]:
+            owners = " | ".join(name for name, keys in CLIP_KEYS.items() if key in keys)
+            raise InputError(
+                f"{key}: got {settings[key]}, but surrogate {surrogate} has no such clip; allowed with surrogate "
+                f"{owners}"
+            )
+    if settings["kl_in"] == "reward" and settings["kl_coeff"] == 0:
+        raise InputError("kl_in: got reward with kl_coeff 0, allowed: a kl_coeff > 0, or kl_in loss")
+    if settings["kl_in"] == "reward" and settings["kl_estimator"] != "k1":
+        raise InputError(
+            f"kl_estimator: got {settings['kl_estimator']} with kl_in reward, allowed there: null (it is always k1)"
+        )
+    if (settings["reward_clip"] is not None) != (settings["reward_scaling"] == "clip"):
+        allowed = "a number > 0" if settings["reward_scaling"] == "clip" else "null"
+        raise InputError(
+            f"reward_clip: got {_as_yaml(settings['reward_clip'])} with reward_scaling {settings['reward_scaling']}, "
+            f"allowed there: {allowed}"
+        )
+    if baseline != "critic":
+        defaults = _read_yaml(DEFAULTS_FILE)
+        for key in OF_THE_CRITIC:
+            if settings[key] != defaults[key]:
+                raise InputError(
+                    f"{key}: got {settings[key]}, allowed with advantage_baseline {baseline}: "
+                    f"{_as_yaml(defaults[key])}; only a critic has another: python {CRITIC_SCRIPT}"
+                )
+    if settings["batch_size"] % settings["num_minibatches"]:
+        raise InputError(
+            f"num_minibatches: got {settings['num_minibatches']}, must divide batch_size {settings['batch_size']}"
+        )
+
+
+def _check_data_and_model(settings: dict[str, Any]) -> None:
+    """Contradictions among what is trained, and on what."""
+    sources_of(settings)
+    defaults = _read_yaml(DEFAULTS_FILE)
+    for key in ("train_file", "eval_file"):
+        if settings["datasets"] is not None and settings[key] != defaults[key]:
+            raise InputError(f"{key}: got {settings[key]} with datasets, which take its place; allowed: one of the two")
+    if settings["total_rows"] is not None and settings["datasets"] is None:
+        raise InputError(f"total_rows: got {settings['total_rows']} without datasets, allowed there: null")
+    if settings["lora_rank"] > 0 and settings["ref_update_every"] > 0:
+        raise InputError(
+            f"ref_update_every: got {settings['ref_update_every']} with lora_rank {settings['lora_rank']}, allowed "
+            "there: 0 (the reference is the base without the adapter, which never moves)"
+        )
+    for key, off in (("save_merged", False), ("quantization", "none")):
+        if settings[key] != off and settings["lora_rank"] == 0:
+            raise InputError(f"{key}: got {_as_yaml(settings[key])} with lora_rank 0, allowed there: {_as_yaml(off)}")
+    if settings["system_prompt"] is not None and settings["chat_template"] == "none":
+        raise InputError("system_prompt: needs a chat template, but chat_template is none; allowed with it: null")
+    if settings["force_single_turn"] and settings["single_turn_ratio"] > 0:
+        raise InputError(
+            f"single_turn_ratio: got {settings['single_turn_ratio']} with force_single_turn true, allowed there: 0"
+        )
+
+
+def _as_yaml(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

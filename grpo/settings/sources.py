@@ -1,0 +1,93 @@
+"""The data sets of a run: train_file and eval_file, or the entries of `datasets`, each with its share and its rewards.
+
+    datasets:
+      - {path: data/gsm8k_train.jsonl, eval_path: data/gsm8k_test.jsonl, weight: 3}
+      - {path: openai/gsm8k:main:train, name: hub, weight: 1, system_prompt: Be brief., rewards: [boxed]}
+
+Nothing here imports torch or opens a file.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grpo.errors import InputError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data set of a run."""
+
+    path: str  # to train on
+    eval_path: str | None  # held out
+    rewards: list[Any]  # what its completions are judged by, as in the config
+    name: str | None = None  # None: there is only this one
+    weight: float = 1.0  # its share of an epoch, relative to the others' or in percent of total_rows
+    system_prompt: str | None = None
+    prompt_column: str = "prompt"
+    answer_column: str = "answer"
+
+
+TEXTS = ("path", "eval_path", "name", "system_prompt", "prompt_column", "answer_column")
+ENTRY_KEYS = (*TEXTS, "weight", "percentage", "rewards")
+
+
+def sources_of(settings: Mapping[str, Any]) -> list[Source]:
+    """The data sets that `settings` (of a config) name.
+
+    Raises:
+        InputError: an entry of `datasets` that is none, with what is wrong about it.
+    """
+    common = {key: settings[key] for key in ("system_prompt", "prompt_column", "answer_column", "rewards")}
+    if settings["datasets"] is None:
+        return [Source(path=settings["train_file"], eval_path=settings["eval_file"], **common)]
+    sources = [_source(entry, number, common) for number, entry in enumerate(settings["datasets"], start=1)]
+    names = [source.name for source in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"datasets: {name} stands there {names.count(name)} times; give each a name of its own")
+    if all(source.eval_path is None for source in sources):
+        raise InputError("datasets: none has an eval_path: nothing is held out to evaluate on")
+    _check_shares(settings["datasets"], settings["total_rows"])
+    return sources
+
+
+def _source(entry: Any, number: int, common: dict[str, Any]) -> Source:
+    where = f"datasets, entry {number}"
+    if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
+        raise InputError(f"{where}: got {entry!r}, expected {{path: …, eval_path: …, weight: …}}")
+    for key, value in entry.items():
+        if key not in ENTRY_KEYS:
+            hint = did_you_mean(str(key), ENTRY_KEYS)
+            raise InputError(f"{where}: {key}: not a key of a data set, allowed: {', '.join(ENTRY_KEYS)}{hint}")
+        if key in TEXTS and not isinstance(value, str):
+            raise InputError(f"{where}: {key}: got {value!r}, expected a text")
+        if key == "name" and not re.fullmatch(r"[\w.-]+", value):
+            raise InputError(f"{where}: name: got {value!r}, allowed: letters, digits, _ . -")
+        if key in ("weight", "percentage"):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise InputError(f"{where}: {key}: got {value!r}, expected a number")
+            if not (0 < value < math.inf):
+                raise InputError(f"{where}: {key}: got {value!r}, allowed: > 0")
+        if key == "rewards" and not (isinstance(value, list) and value):
+            raise InputError(f"{where}: rewards: got {value!r}, expected a list, such as [math]")
+    own = {key: value for key, value in entry.items() if key not in ("weight", "percentage")}
+    weight = float(entry["weight"] if "weight" in entry else entry.get("percentage", 1.0))
+    return Source(**({"eval_path": None, "name": Path(entry["path"]).stem} | common | own), weight=weight)
+
+
+def _check_shares(entries: list[dict[str, Any]], total_rows: int | None) -> None:
+    """Weights all over, or percentages of total_rows all over."""
+    counts = [sum(key in entry for entry in entries) for key in ("weight", "percentage")]
+    if counts[1] == 0:
+        return
+    if counts[1] < len(entries) or counts[0] > 0:
+        raise InputError("datasets: percentage: expected for every data set or for none, and no weight beside it")
+    if total_rows is None:
+        raise InputError("total_rows: got null, but datasets have a percentage of it; expected a whole number")
+    total = sum(entry["percentage"] for entry in entries)
+    if not math.isclose(total, 100, abs_tol=1e-6):
+        raise InputError(f"datasets: the percentages add up to {total:g}, expected 100")
