@@ -19,7 +19,7 @@ evaluate: ## the trained model against its base, on problems never used to choos
 	$(PYTHON) evaluate.py checkpoints/final --compare tiny --data data/math_tasks_test.jsonl
 
 curves: ## redraw the picture of the run
-	$(PYTHON) -m grpo.plots checkpoints
+	$(PYTHON) -m grpo.run.plots checkpoints
 
 test: ## everything but the slow tests
 	$(PYTHON) -m pytest -q -m "not slow"

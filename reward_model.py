@@ -1,79 +1,27 @@
 """What a completion is worth. Change this file to change what the model learns.
 
-Reading order: ... -> grpo/rollout.py -> [reward_model.py] -> grpo/advantages.py -> ...
+Reading order: ... -> grpo/rollout.py -> [reward_model.py] -> grpo/batch.py -> ...
 
-    python -m reward_model --data FILE --completions FILE     a reward tried on ready-made completions
+    python -m reward_model --data FILE --completions FILE     try a reward on ready-made completions
 
-A reward function has TRL's signature: it takes all completions of a step at once and returns one value each,
-
-    fn(prompts, completions, completion_ids=..., **columns) -> list[float | None]
-
-with the columns of the data set repeated per completion, and None for "does not apply here". Parameters without a
-default are columns that it needs; parameters with one are arguments of the config. Where a prompt is a list of
-messages, so is its completion: [{"role": "assistant", "content": ...}]; `text_of` gives the text of either.
-
-`REWARDS` maps a name to a factory, `factory(**arguments) -> fn`; in the config:
-
-    rewards: [math]
-    rewards: [{name: math, weight: 1.0, correct_reward: 1.0}, {name: my_module:my_fn, weight: 0.5}]
-
-docs/REWARDS.md has the whole table. With a learned critic (examples/train_ppo.py) a value may also be a list of floats,
-one for each of `completion_ids`.
-
-A function may carry attributes that say more about it:
-
-    full_mark                  what it gives a right completion (1.0 where it does not say); None: it calls none right
-    lowest                     no value of it is less (0.0 where it does not say)
-    has_answer(completion)     is there anything to judge? (any text at all where it does not say); only for statistics
-    check_sample(sample)       raises a ValueError for a row of the data that it cannot score, before any compute
-    is_correct_leniently(sample, completion)   right, be it not in the form that was asked for; only for evaluations
-    explain(samples, completions)            what keeps each from earning more, in words; only for `-m reward_model`
+What a reward function is: grpo/rewards/base.py. All rewards, and how to write your own: docs/REWARDS.md.
 """
 
 import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from grpo.errors import InputError, errors_explained
-from grpo.rewards.trial import parse_arguments, source_of, try_rewards
-from grpo.settings.config import Config
-
-if __name__ == "__main__":  # before the slow imports: --help and a misspelt flag answer at once
-    with errors_explained():
-        ARGUMENTS, CONFIG = parse_arguments(__doc__)
-
-from grpo.data import Sample
-from grpo.models.loading import load_skeleton
-from grpo.rewards import loading
 from grpo.rewards.arguments import check_rewards
 from grpo.rewards.base import RewardFn, RewardValue, declare, text_of
-from grpo.rewards.calls import RewardError
-from grpo.rewards.library.classifier import classifier_reward
-from grpo.rewards.library.code import code_reward
-from grpo.rewards.library.exact import boxed_reward, correctness_reward, gsm8k_reward, integer_reward
-from grpo.rewards.library.form import format_reward, soft_format_reward, strict_format_reward, xml_count_reward
-from grpo.rewards.library.length import length_reward, overlong_reward
-from grpo.rewards.library.repetition import repetition_reward
-from grpo.rewards.loading import Reward, required_columns
-from grpo.rewards.reading.numerals import last_integer, only_integer
-from grpo.rewards.scores import Scores, nan_std
-from grpo.rewards.scoring import RewardsOf, check_mixture, check_samples, score_completions, score_mixture
-from grpo.settings.sources import Source
-
-__all__ = [  # all that has to do with rewards, in one place for those who use or write them
-    "REWARDS", "MathRewardModel", "Reward", "RewardError", "RewardsOf", "Scores", "check_mixture", "check_samples",
-    "last_integer", "load_rewards", "load_rewards_of", "nan_std", "only_integer", "required_columns",
-    "score_completions", "score_mixture", "text_of",
-]  # fmt: skip
+from grpo.rewards.reading.numerals import expected_integer, last_integer, only_integer
 
 
 class MathRewardModel:
-    """Right or wrong: the last number of the completion against the sample's "answer", strictly."""
+    """The default reward: is the last number of the completion the sample's "answer"?"""
 
     def __init__(self, correct_reward: float = 1.0, wrong_reward: float = 0.0) -> None:
         check_rewards(correct_reward=correct_reward, wrong_reward=wrong_reward)
-        self.correct_reward = correct_reward
-        self.wrong_reward = wrong_reward
+        self.correct_reward, self.wrong_reward = correct_reward, wrong_reward
 
     def compute_reward(self, sample: dict[str, Any], completion: str) -> float:
         """`correct_reward` if the completion's last number is the sample's answer, else `wrong_reward`.
@@ -81,22 +29,12 @@ class MathRewardModel:
         >>> MathRewardModel().compute_reward({"answer": "5"}, "12-7=5 5")
         1.0
         """
-        is_correct = last_integer(completion) == self.expected_integer(sample)
+        is_correct = last_integer(completion) == expected_integer(sample)
         return self.correct_reward if is_correct else self.wrong_reward
-
-    def expected_integer(self, sample: dict[str, Any]) -> str:
-        """The sample's "answer" in canonical digits; a ValueError if it has no integer."""
-        answer = sample["answer"]
-        if isinstance(answer, float) and answer.is_integer():
-            answer = int(answer)  # str(1e20) would be "1e+20"
-        expected = last_integer(str(answer)) if type(answer) in (str, int) else None  # bool is a subclass of int
-        if expected is None:
-            raise ValueError(f'"answer" of {sample.get("prompt")!r} must be an integer, got {sample["answer"]!r}')
-        return expected
 
 
 def math_reward(correct_reward: float = 1.0, wrong_reward: float = 0.0) -> RewardFn:
-    """MathRewardModel as a reward function."""
+    """MathRewardModel as a reward function, which scores many completions in one call."""
     model = MathRewardModel(correct_reward, wrong_reward)
 
     def math_fn(prompts: list, completions: list, answer: list, **_: Any) -> list[RewardValue]:
@@ -104,60 +42,67 @@ def math_reward(correct_reward: float = 1.0, wrong_reward: float = 0.0) -> Rewar
         return [model.compute_reward({"prompt": p, "answer": a}, text) for p, a, text in rows]
 
     return declare(
-        math_fn,
-        full_mark=correct_reward,
-        lowest=wrong_reward,
-        has_answer=lambda completion: last_integer(completion) is not None,
-        check_sample=model.expected_integer,
+        math_fn, full_mark=correct_reward, lowest=wrong_reward, has_answer=last_integer, check_sample=expected_integer
     )
 
 
-REWARDS: dict[str, Callable[..., RewardFn]] = {
+from grpo.errors import errors_explained
+from grpo.rewards.command_line import parse_arguments
+
+if __name__ == "__main__":  # before the slow imports, so that --help and a misspelled flag answer at once
+    with errors_explained():
+        ARGUMENTS, CONFIG = parse_arguments(__doc__)
+
+from grpo.models.loading import load_skeleton
+from grpo.rewards import loading
+from grpo.rewards.calls import RewardError
+from grpo.rewards.library import classifier, code, exact, form, length, repetition
+from grpo.rewards.loading import Reward, RewardsOf, required_columns
+from grpo.rewards.scores import Scores, nan_std
+from grpo.rewards.scoring import check_mixture, check_samples, score_completions, score_mixture
+from grpo.rewards.trial import source_of, try_rewards
+from grpo.settings.config import Config
+from grpo.settings.sources import Source
+
+__all__ = [  # everything about rewards that users import, in one place
+    "REWARDS", "MathRewardModel", "Reward", "RewardError", "RewardsOf", "Scores", "check_mixture", "check_samples",
+    "last_integer", "load_rewards", "load_rewards_of", "nan_std", "only_integer", "required_columns",
+    "score_completions", "score_mixture", "text_of",
+]  # fmt: skip
+
+REWARDS: dict[str, Callable[..., RewardFn]] = {  # name in the config -> factory(**arguments), returns the function
     "math": math_reward,  # the last number of the text
-    "gsm8k": gsm8k_reward,  # a number in <answer> or after ####
-    "boxed": boxed_reward,  # in a box
-    "correctness": correctness_reward,  # in <answer>, any text
-    "integer": integer_reward,  # the form, from here on
-    "xml_count": xml_count_reward,
-    "soft_format": soft_format_reward,
-    "strict_format": strict_format_reward,
-    "format": format_reward,
-    "length": length_reward,
-    "overlong": overlong_reward,
-    "repetition": repetition_reward,
-    "code": code_reward,  # a program against tests
-    "classifier": classifier_reward,  # a model's opinion
+    "gsm8k": exact.gsm8k_reward,  # the number in <answer> or after ####
+    "boxed": exact.boxed_reward,  # the formula in \boxed{}
+    "correctness": exact.correctness_reward,  # the text in <answer>
+    "integer": exact.integer_reward,  # only the form, here and in the next four
+    "xml_count": form.xml_count_reward,
+    "soft_format": form.soft_format_reward,
+    "strict_format": form.strict_format_reward,
+    "format": form.format_reward,
+    "length": length.length_reward,
+    "overlong": length.overlong_reward,
+    "repetition": repetition.repetition_reward,
+    "code": code.code_reward,  # a program, which is run against tests
+    "classifier": classifier.classifier_reward,  # the output of a trained model
 }
 
 
 def load_rewards(specs: Sequence[str | dict[str, Any]], combine: str = "sum") -> list[Reward]:
-    """The config's `rewards` as functions; an InputError names the entry that is wrong."""
+    """The functions for the config's `rewards`. An InputError names the entry that is wrong."""
     return loading.load_rewards(specs, REWARDS, combine)
 
 
 def load_rewards_of(sources: Sequence[Source], combine: str = "sum") -> RewardsOf:
-    """What each data set's completions are judged by; an InputError names the data set and the entry."""
-    rewards: dict[str | None, list[Reward]] = {}
-    for source in sources:
-        try:
-            rewards[source.name] = load_rewards(source.rewards, combine)
-        except InputError as error:
-            raise InputError(str(error) if source.name is None else f"datasets: {source.name}: {error}") from error
-    return rewards
+    """The rewards of each dataset. An InputError names the dataset and the entry that is wrong."""
+    return loading.load_rewards_of(sources, REWARDS, combine)
 
 
 def main(arguments: argparse.Namespace, config: Config) -> None:
-    """What the config's rewards say of ready-made completions."""
-    source = source_of(arguments.data, config)
-    rewards = load_rewards(source.rewards, config.combine)
+    """Score ready-made completions with the config's rewards and print a table."""
+    rewards = load_rewards(source_of(arguments.data, config).rewards, config.combine)
     _, tokenizer = load_skeleton(config.model_name, chat_template=config.chat_template)
-
-    def score(samples: Sequence[Sample], completions: Sequence[str]) -> Scores:
-        texts = [text.encode(errors="replace").decode() for text in completions]
-        ids = [[*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for text in texts]
-        return score_completions(rewards, samples, completions, ids, combine=config.combine)
-
-    print(try_rewards(arguments, source, rewards, lambda data: check_samples(rewards, data, data.place), score))
+    print(try_rewards(arguments.data, arguments.completions, rewards, tokenizer, config))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-import train_grpo
+import grpo.run.setup
 from benchmarks.common import ROOT, Results, spread
 from benchmarks.vs_trl import Training, default_run, train
 from grpo.fast.abilities import find_head
@@ -71,7 +71,7 @@ class RecordedTraining(Training):
 @contextlib.contextmanager
 def recording(training: RecordedTraining, trunk_class: Any) -> Iterator[None]:
     """Every forward pass of a model of this class is noted meanwhile."""
-    forward, log_probs, sample = trunk_class.forward, Head.log_probs, train_grpo.generate_completions
+    forward, log_probs, sample = trunk_class.forward, Head.log_probs, grpo.run.setup.generate_completions
 
     def noted_forward(self: Any, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         cache = kwargs.get("past_key_values")
@@ -103,7 +103,7 @@ def recording(training: RecordedTraining, trunk_class: Any) -> Iterator[None]:
     with (
         mock.patch.object(trunk_class, "forward", noted_forward),
         mock.patch.object(Head, "log_probs", noted_log_probs),
-        mock.patch.object(train_grpo, "generate_completions", noted_sample),
+        mock.patch.object(grpo.run.setup, "generate_completions", noted_sample),
     ):
         yield
 

@@ -47,6 +47,8 @@ from grpo.models.loading import load_policy
 from grpo.models.tiny import tiny_base_model
 from grpo.rollout import Rollout
 from grpo.run.folder import RunFolder
+from grpo.run.run import Run
+from grpo.run.setup import set_up
 from grpo.settings.config import Config, load_config
 from reward_model import Scores, load_rewards, math_reward, score_completions
 
@@ -98,7 +100,7 @@ class Training:
 # Ours
 
 
-class TimedRun(RunFolder):
+class TimedFolder(RunFolder):
     """The folder of a run that tells a clock when a step ends. It draws no picture and keeps no best/."""
 
     def __init__(self, config: Config, training: Training) -> None:
@@ -127,8 +129,11 @@ class TimedRun(RunFolder):
 
 def train_ours(config: Config, training: Training) -> None:
     """train_grpo.py's own loop, until the training is over. It evaluates every `eval_every` steps."""
+    folder = TimedFolder(config, training)
+    setup = set_up(folder)
+    assert setup is not None
     try:
-        train_grpo.train(config, TimedRun(config, training))
+        train_grpo.train(setup, Run(folder))
     except KeyboardInterrupt:  # so the loop ends where a stop was requested
         if not training.is_over:
             raise

@@ -1,6 +1,6 @@
 """Rewards -> group-relative advantages: how much better was this completion than its siblings?
 
-Reading order: ... -> reward_model.py -> [grpo/advantages.py] -> grpo/logprobs.py -> ...
+Reading order: ... -> grpo/logprobs.py -> [grpo/advantages.py] -> grpo/loss.py -> ...
 
 GRPO has no critic. The G completions of one prompt are each other's baseline: a completion is reinforced by how far
 its reward lies above the mean of its group. Letters: P prompts, G completions each, B = P * G, C padded completion
@@ -130,18 +130,35 @@ def whitened(values: Tensor, mask: Tensor, *, eps: float = 1e-4) -> Tensor:
     return torch.where(is_kept & ~kept.is_constant, (values - kept.mean) / (kept.std + eps), 0.0)
 
 
-def penalized_advantages(
-    rewards: Tensor, penalties: Tensor, completion_mask: Tensor, *, baseline: str, scale: str
+def compute_advantages(
+    rewards: Tensor, penalties: Tensor | None, completion_mask: Tensor, *, baseline: str, scale: str
 ) -> Tensor:
-    """The advantages when tokens cost something: (B, C) under scale tokens, else (B, 1).
+    """The advantages of a step: `group_advantages`, or `token_advantages` if the scale is tokens.
 
-    Where a completion has one advantage, it is charged with the sum of its penalties before it is compared. Arguments
-    as in `token_advantages`; scale: group | batch | none | tokens.
+    Tokens cost something if the KL is part of the reward. A completion that has one advantage is charged the sum of
+    its penalties before it is compared with its siblings.
+
+    Args:
+        rewards: (P, G) as in `group_advantages`.
+        penalties: (B, C) as in `token_advantages`; None = no token costs anything, as in GRPO.
+        completion_mask: (B, C), 1 = a token that is trained on.
+        baseline: group | leave_one_out | batch | none.
+        scale: group | batch | none | tokens.
+
+    Returns:
+        (B, 1): one advantage per completion, the same for all of its tokens; (B, C) if the scale is tokens.
+
+    >>> compute_advantages(torch.tensor([[1.0, 0.0]]), None, torch.ones(2, 3), baseline="group", scale="none")
+    tensor([[ 0.5000],
+            [-0.5000]])
     """
     if scale == "tokens":
+        penalties = torch.zeros_like(completion_mask, dtype=rewards.dtype) if penalties is None else penalties
         return token_advantages(rewards, penalties, completion_mask, baseline=baseline)
-    charges = torch.where(completion_mask.bool(), penalties, 0.0).sum(1)  # (B,)
-    return group_advantages(rewards - charges.view_as(rewards), baseline=baseline, scale=scale).view(-1, 1)
+    if penalties is not None:
+        charges = torch.where(completion_mask.bool(), penalties, 0.0).sum(1)  # (B,)
+        rewards = rewards - charges.view_as(rewards)
+    return group_advantages(rewards, baseline=baseline, scale=scale).view(-1, 1)
 
 
 def zero_variance_groups(rewards: Tensor) -> Tensor:

@@ -1,41 +1,72 @@
-"""The algorithm family as rows of one table: GRPO is four independent choices, its relatives make some otherwise.
+"""The algorithm family: one row per algorithm, with the choices in which the algorithms differ.
 
-    advantage     advantage_baseline, advantage_scale   what a reward is compared with, and in which unit
-    surrogate     surrogate and its clip ranges         what is differentiated
-    aggregation   loss_aggregation                      how tokens of long and of short completions count
-    KL            kl_coeff, kl_in, kl_estimator         what holds the policy near the reference, and where it is added
+GRPO consists of four independent choices. The other algorithms choose differently in some of them.
 
-`algorithm` names a row. The row fills the settings that are null; each of them may be set by itself. The functions
-behind the names: grpo/advantages.py and grpo/loss.py.
+    advantage     advantage_baseline, advantage_scale     what a reward is compared with, and in which unit
+    surrogate     surrogate, clip_range, clip_range_high  the objective per token, and where its gradient stops
+    aggregation   loss_aggregation                        how much the tokens of long and of short completions count
+    KL            kl_coeff, kl_in, kl_estimator           the penalty for leaving the reference, and where it is added
+
+`algorithm` names a row. The row fills the settings that are null, so each choice can also be made separately. The
+functions behind the names are in grpo/advantages.py and grpo/loss.py. `python -m grpo.algorithms` prints the table.
 """
 
 from typing import Any
 
-# What a row decides. max_resample_rounds is dynamic sampling.
-ROW_KEYS = (
-    "advantage_baseline", "advantage_scale", "surrogate", "loss_aggregation", "clip_range", "clip_range_high",
-    "kl_coeff", "kl_in", "max_resample_rounds", "kl_estimator",
-)  # fmt: skip
-
-# baseline, scale, surrogate, aggregation, lower and upper clip (None above = as below), KL, where, resampling rounds
-_ROWS: dict[str, tuple[Any, ...]] = {
-    "grpo":         ("group",         "group",  "clipped",   "token",    0.2,  None, 0.005, "loss",   0),
-    "dr_grpo":      ("group",         "none",   "clipped",   "constant", 0.2,  None, 0.0,   "loss",   0),
-    "dapo":         ("group",         "group",  "clipped",   "token",    0.2,  0.28, 0.0,   "loss",   3),
-    "rloo":         ("leave_one_out", "none",   "reinforce", "constant", None, None, 0.005, "reward", 0),
-    "reinforce":    ("none",          "none",   "reinforce", "constant", None, None, 0.0,   "loss",   0),
-    "reinforce_pp": ("none",          "tokens", "clipped",   "token",    0.2,  None, 0.005, "reward", 0),
-    "gspo":         ("group",         "group",  "gspo",      "sequence", 3e-4, 4e-4, 0.0,   "loss",   0),
-    "cispo":        ("group",         "group",  "cispo",     "token",    None, 4.0,  0.0,   "loss",   0),
-    "ppo":          ("critic",        "tokens", "clipped",   "token",    0.2,  None, 0.005, "reward", 0),
-}  # fmt: skip
-_ESTIMATOR = {"loss": "k3_corrected", "reward": "k1"}  # in the reward nothing is differentiated: k1 is exact there
-
+# clip_range: None = no lower clip. clip_range_high: None = the same as clip_range.
+# kl_estimator: a KL in the reward is not differentiated, so the plain estimator k1 is used there.
+# max_resample_rounds: more than 0 = dynamic sampling.
 ALGORITHMS: dict[str, dict[str, Any]] = {
-    name: dict(zip(ROW_KEYS, (*row, _ESTIMATOR[row[-2]]), strict=True)) for name, row in _ROWS.items()
-}
+    "grpo": dict(
+        advantage_baseline="group", advantage_scale="group", max_resample_rounds=0,
+        surrogate="clipped", clip_range=0.2, clip_range_high=None, loss_aggregation="token",
+        kl_coeff=0.005, kl_in="loss", kl_estimator="k3_corrected",
+    ),
+    "dr_grpo": dict(
+        advantage_baseline="group", advantage_scale="none", max_resample_rounds=0,
+        surrogate="clipped", clip_range=0.2, clip_range_high=None, loss_aggregation="constant",
+        kl_coeff=0.0, kl_in="loss", kl_estimator="k3_corrected",
+    ),
+    "dapo": dict(
+        advantage_baseline="group", advantage_scale="group", max_resample_rounds=3,
+        surrogate="clipped", clip_range=0.2, clip_range_high=0.28, loss_aggregation="token",
+        kl_coeff=0.0, kl_in="loss", kl_estimator="k3_corrected",
+    ),
+    "rloo": dict(
+        advantage_baseline="leave_one_out", advantage_scale="none", max_resample_rounds=0,
+        surrogate="reinforce", clip_range=None, clip_range_high=None, loss_aggregation="constant",
+        kl_coeff=0.005, kl_in="reward", kl_estimator="k1",
+    ),
+    "reinforce": dict(
+        advantage_baseline="none", advantage_scale="none", max_resample_rounds=0,
+        surrogate="reinforce", clip_range=None, clip_range_high=None, loss_aggregation="constant",
+        kl_coeff=0.0, kl_in="loss", kl_estimator="k3_corrected",
+    ),
+    "reinforce_pp": dict(
+        advantage_baseline="none", advantage_scale="tokens", max_resample_rounds=0,
+        surrogate="clipped", clip_range=0.2, clip_range_high=None, loss_aggregation="token",
+        kl_coeff=0.005, kl_in="reward", kl_estimator="k1",
+    ),
+    "gspo": dict(
+        advantage_baseline="group", advantage_scale="group", max_resample_rounds=0,
+        surrogate="gspo", clip_range=3e-4, clip_range_high=4e-4, loss_aggregation="sequence",
+        kl_coeff=0.0, kl_in="loss", kl_estimator="k3_corrected",
+    ),
+    "cispo": dict(
+        advantage_baseline="group", advantage_scale="group", max_resample_rounds=0,
+        surrogate="cispo", clip_range=None, clip_range_high=4.0, loss_aggregation="token",
+        kl_coeff=0.0, kl_in="loss", kl_estimator="k3_corrected",
+    ),
+    "ppo": dict(
+        advantage_baseline="critic", advantage_scale="tokens", max_resample_rounds=0,
+        surrogate="clipped", clip_range=0.2, clip_range_high=None, loss_aggregation="token",
+        kl_coeff=0.005, kl_in="reward", kl_estimator="k1",
+    ),
+}  # fmt: skip
 
-# Which settings a surrogate reads; any other clip would be passed over in silence.
+ROW_KEYS = tuple(ALGORITHMS["grpo"])  # the settings that a row fills
+
+# The clip settings that each surrogate reads. Setting another one is an error, because it would have no effect.
 CLIP_KEYS = {
     "clipped": ("clip_range", "clip_range_high", "dual_clip"),
     "reinforce": (),
@@ -55,17 +86,18 @@ PAPERS = {
     "ppo": "1707.06347",
 }
 
-CRITIC_SCRIPT = "examples/train_ppo.py"  # of the one row whose baseline is learned
+CRITIC_SCRIPT = "examples/train_ppo.py"  # runs ppo, the only algorithm that learns its baseline
 
-# These go with a choice: chosen otherwise than in the row, they come from the first row with that choice.
+# The value of each of these settings depends on another setting. If that one differs from the row, the value is taken
+# from the first row that has the same choice.
 _GOES_WITH = {"clip_range": "surrogate", "clip_range_high": "surrogate", "kl_estimator": "kl_in"}
 
 
 def filled(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings, with the algorithm's where they are null.
+    """The settings, with those that are null filled from the algorithm's row.
 
-    A clip belongs to its surrogate: `--surrogate gspo` takes GSPO's ranges whatever the row. And where kl_coeff is 0 a
-    row's kl_in does not matter.
+    A clip range depends on the surrogate: `--surrogate gspo` uses GSPO's clip ranges with every algorithm. If kl_coeff
+    is 0, kl_in is "loss" unless it is set, because the KL is not added anywhere.
 
     >>> settings = dict.fromkeys(ROW_KEYS) | {"algorithm": "grpo", "surrogate": "gspo"}
     >>> [filled(settings)[key] for key in ("advantage_baseline", "surrogate", "clip_range", "clip_range_high")]
@@ -82,7 +114,7 @@ def filled(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def table() -> list[list[str]]:
-    """The rows as people read them; the first one is the heading."""
+    """The rows as text cells for people to read. The first line is the heading."""
     heading = [
         "algorithm", "baseline", "scale", "surrogate", "aggregation", "clip low / high", "KL", "besides", "paper",
     ]  # fmt: skip
@@ -100,13 +132,13 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 
 def plain_table() -> str:
-    """For a terminal."""
+    """The table for a terminal."""
     widths = [max(map(len, column)) for column in zip(*table(), strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in table())
 
 
 def markdown_table() -> str:
-    """For the README: `python -m grpo.algorithms`."""
+    """The table for the README, as `python -m grpo.algorithms` prints it."""
     heading, *rows = [f"| {' | '.join(line)} |" for line in table()]
     return "\n".join([heading, "|" + "---|" * len(table()[0]), *rows])
 

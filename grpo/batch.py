@@ -1,16 +1,12 @@
-"""Dynamic sampling: a group without signal gives way to a group for another prompt.
+"""Batch: the samples of a step, their rollout and its scores. Dynamic sampling, and the plan of micro-batches.
 
-Where all completions of a prompt earn the same there is nothing to tell them apart by. The more a policy has learned
-the more groups are like that, and the fewer are left to average over. So they are replaced, in rounds, until every
-group says something or enough is enough. What is thrown away was sampled all the same: it counts.
+Reading order: ... -> reward_model.py -> [grpo/batch.py] -> grpo/logprobs.py -> ...
 
-Paper: "DAPO" (2503.14476) section 3.2.
-Differs from the paper:
-  - a group is replaced in its place p of the P, by the group for sample p of the round, instead of sampling on until
-    the batch is full; so what stands in a place depends on no other place, and a resumed run resamples alike
-  - a group is without signal when its combined rewards are all alike, not when its answers are all right or all wrong
+Letters: P prompts, G completions per prompt, B = P * G rows (row p * G + g is completion g of prompt p), C padded
+completion length; p, b of P, B.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -21,81 +17,168 @@ from torch import Tensor
 from grpo.advantages import zero_variance_groups
 from grpo.data import Sample
 from grpo.errors import InputError
-from grpo.rewards.scores import Scores
+from grpo.rewards.scores import Scores, scaled
 from grpo.rollout import Rollout
+from grpo.settings.config import Config
 
 
 @dataclass(frozen=True)
-class Groups:
-    """P groups of G completions, row p * G + g: the sample of each, what was sampled, what it is worth."""
+class Batch:
+    """P groups of G completions: the prompts, what was sampled for them, and what it is worth."""
 
-    samples: list[Sample]
-    rollout: Rollout
-    scores: Scores
-    scale: Callable[[Tensor], Tensor] = lambda rewards: rewards  # the config's reward_scaling: (B,) -> (B,)
+    samples: Sequence[Sample]  # P
+    rollout: Rollout  # B rows
+    scores: Scores  # B rows
+    config: Config
+    discarded: tuple[Rollout, ...] = ()  # groups that dynamic sampling replaced; they count in num_tokens
 
-    def rewards(self, group_size: int) -> Tensor:
-        """(P, G), scaled: what advantages are made from."""
-        return self.scale(self.scores.combined).view(-1, group_size)
+    @property
+    def rewards(self) -> Tensor:
+        """(P, G) the combined rewards, transformed as `reward_scaling` says: what advantages are computed from."""
+        rewards = scaled(self.scores.combined, self.config.reward_scaling, self.config.reward_clip)  # (B,)
+        return rewards.view(len(self.samples), -1).to(self.rollout.completion_ids.device)
 
-    def are_idle(self, group_size: int) -> Tensor:
-        """(P,) bool: the rewards of the group are all alike."""
-        return zero_variance_groups(self.rewards(group_size))
+    @property
+    def zero_variance_groups(self) -> Tensor:
+        """(P,) bool: the rewards of the group are all equal, so there is nothing to tell its completions apart by."""
+        return zero_variance_groups(self.rewards)
 
-    def select(self, rows: Tensor) -> Self:
-        """These rows alone, whole groups of them."""
-        samples = [self.samples[row] for row in rows.tolist()]
-        return type(self)(samples, self.rollout.select(rows), self.scores.select(rows), self.scale)
+    @property
+    def trained_tokens(self) -> Tensor:
+        """(B, C) bool: the tokens that the loss counts.
 
-    @classmethod
-    def cat(cls, parts: Sequence[Self]) -> Self:
-        """The groups of all parts, one after another."""
-        return cls(
-            [sample for part in parts for sample in part.samples],
-            Rollout.cat([part.rollout for part in parts]),
-            type(parts[0].scores).cat([part.scores for part in parts]),
-            parts[0].scale,
+        All sampled tokens, EOS included. `mask_truncated_completions` leaves out completions that were cut off.
+        """
+        if self.config.mask_truncated_completions:
+            return self.rollout.completion_mask & ~self.rollout.is_truncated.unsqueeze(1)
+        return self.rollout.completion_mask
+
+    @property
+    def row_samples(self) -> list[Sample]:
+        """B of them: the sample of each completion."""
+        return [sample for sample in self.samples for _ in range(len(self.rollout.completions) // len(self.samples))]
+
+    def replace(self, places: Sequence[int], groups: Self) -> Self:
+        """The same batch with `groups` in these places: (p,) numbers of prompts, in the order of `groups`."""
+        num_groups, group_size = len(self.samples), len(self.rollout.completions) // len(self.samples)
+        rows = torch.arange(num_groups * group_size).view(num_groups, group_size)  # (P, G)
+        replaced = rows[list(places)].flatten()
+        rows[list(places)] = rows.numel() + torch.arange(len(places) * group_size).view(-1, group_size)
+        samples = list(self.samples)
+        for place, sample in zip(places, groups.samples, strict=True):
+            samples[place] = sample
+        return dataclasses.replace(
+            self,
+            samples=samples,
+            rollout=Rollout.cat([self.rollout, groups.rollout]).select(rows.flatten()),
+            scores=type(self.scores).cat([self.scores, groups.scores]).select(rows.flatten()),
+            discarded=(*self.discarded, self.rollout.select(replaced)),
         )
 
+    def micro_batches(self) -> list[list[Tensor]]:
+        """The plan of one pass over the batch: for each optimizer step, the row numbers (b,) of its micro-batches.
 
-def replace_idle_groups(
-    groups: Groups, group_size: int, max_rounds: int, sample_groups: Callable[[int, list[int]], Groups]
-) -> tuple[Groups, list[Rollout]]:
-    """At most `max_rounds` times, give the places whose group has no signal to new groups.
+        Zero-variance groups are left out if that changes no gradient (`only_surrogate_acts`).
+        """
+        rows = torch.arange(len(self.rollout.completions), device=self.rollout.completion_ids.device)
+        minibatches = rows.view(len(self.samples), -1).chunk(self.config.num_minibatches)  # (p, G) each
+        if only_surrogate_acts(self.config):
+            is_zero_variance = self.zero_variance_groups  # (P,)
+            minibatches = tuple(without_zero_variance(rows, is_zero_variance) for rows in minibatches)
+        limits = {"max_rows": self.config.micro_batch_size, "max_tokens": self.config.micro_batch_tokens}
+        return [micro_batches(self.rollout, rows, **limits) for rows in minibatches]
+
+
+def only_surrogate_acts(config: Config) -> bool:
+    """Whether a zero-variance group has a gradient of exactly 0.
+
+    That is so if its own siblings are the baseline, advantages are not whitened over the batch, and neither a KL nor an
+    entropy bonus acts on its tokens.
+    """
+    is_group_relative = config.advantage_baseline in ("group", "leave_one_out") and config.advantage_scale != "tokens"
+    return is_group_relative and config.kl_coeff == 0 and config.entropy_coeff == 0
+
+
+def without_zero_variance(rows: Tensor, is_zero_variance: Tensor) -> Tensor:
+    """(p, G) row numbers of an optimizer step -> those of the groups that have something to learn from.
+
+    If there is none, a single row stays. Its gradient is exactly 0, but it exists: without a gradient AdamW would not
+    step, and neither its momentum nor its weight decay would act. `is_zero_variance`: (P,), of all groups.
+    """
+    group_numbers = rows[:, 0] // rows.shape[1]  # (p,)
+    chosen = rows[~is_zero_variance[group_numbers]]
+    return chosen if len(chosen) else rows[:1, :1]
+
+
+def micro_batches(rollout: Rollout, groups: Tensor, *, max_rows: int, max_tokens: int) -> list[Tensor]:
+    """Row numbers for one forward and backward pass at a time, (b,) each.
+
+    A batch is padded to its longest row, so groups of similar length are put together. Siblings share a prompt, so they
+    are split only if a group alone is too large. The longest come first: what does not fit into memory fails at once.
 
     Args:
-        groups: P of them.
-        max_rounds: 0 = leave everything as it is. What has no signal after the last round is kept.
-        sample_groups: (round, places) -> one group for each of these places, in their order; round 1, 2, ...
+        groups: (q, G) row numbers, siblings side by side.
+        max_rows, max_tokens: at most this many completions, and this many tokens, each completion padded and counted
+            with its prompt; but at least one completion.
+    """
+    lengths = (rollout.prompt_mask.shape[1] + rollout.completion_mask.sum(1)).tolist()  # B of them
+    batches: list[list[int]] = []
+    width = 0
+    for group in sorted(groups.tolist(), key=lambda group: -max(lengths[row] for row in group)):
+        group.sort(key=lambda row: -lengths[row])
+        fitting = min(max_rows, max(max_tokens // lengths[group[0]], 1))
+        for siblings in (group[start : start + fitting] for start in range(0, len(group), fitting)):
+            num_rows = len(batches[-1]) + len(siblings) if batches else 0
+            width = max(width, lengths[siblings[0]])
+            if 0 < num_rows <= max_rows and num_rows * width <= max_tokens:
+                batches[-1] += siblings
+            else:
+                batches.append(siblings)
+                width = lengths[siblings[0]]
+    return [torch.tensor(batch, device=groups.device) for batch in batches]
+
+
+SampleGroups = Callable[[int, int, Sequence[int]], Batch]  # (step, round, places) -> one group for each place
+
+
+def replace_zero_variance_groups(batch: Batch, step: int, sample_groups: SampleGroups) -> Batch:
+    """Dynamic sampling: groups whose rewards are all equal give way to groups for other prompts.
+
+    The more a policy has learned, the more groups are all correct, and the fewer are left to average over. So [1], [2]
+    and [3] are repeated for the places of such groups, at most `max_resample_rounds` times. Groups that still have zero
+    variance after the last round are kept. Replaced groups were sampled all the same: they count (`Batch.discarded`).
+
+    Args:
+        batch: P groups.
+        step: the training step, from which the prompts and the noise of round 1, 2, ... follow.
+        sample_groups: [1] to [3] for some places: (step, round, places) -> a batch with one group for each place.
 
     Returns:
-        P groups again, and the rollouts that were thrown away.
+        P groups again.
+
+    Paper: "DAPO" (2503.14476) section 3.2.
+    Differs from the paper: a group is replaced in its place p of the P, by the group for sample p of the round, instead
+    of sampling on until the batch is full. So a place depends on no other place, and a resumed run resamples alike. And
+    zero variance means that the combined rewards are equal, not that all answers are correct or all are wrong.
     """
-    discarded = []
-    for round in range(1, max_rounds + 1):
-        rows = torch.arange(len(groups.samples)).view(-1, group_size)  # (P, G)
-        is_idle = groups.are_idle(group_size)  # (P,)
-        if not is_idle.any():
+    for round in range(1, batch.config.max_resample_rounds + 1):
+        places = batch.zero_variance_groups.nonzero().flatten().tolist()  # of the P
+        if not places:
             break
-        discarded.append(groups.rollout.select(rows[is_idle].flatten()))
-        others = sample_groups(round, is_idle.nonzero().flatten().tolist())
-        rows[is_idle] = len(groups.samples) + torch.arange(len(others.samples)).view(-1, group_size)
-        groups = Groups.cat([groups, others]).select(rows.flatten())
-    return groups, discarded
+        batch = batch.replace(places, sample_groups(step, round, places))
+    return batch
 
 
-def check_rewards_vary(
-    groups: Groups, group_size: int, max_rounds: int, sample_groups: Callable[[int, list[int]], Groups]
-) -> None:
-    """Before training: resampling is in vain where no round finds a group whose rewards differ.
+def check_rewards_vary(batch: Batch, step: int, sample_groups: SampleGroups) -> None:
+    """Before training: dynamic sampling is pointless if no round finds a group whose rewards differ.
 
     Raises:
-        InputError: neither `groups` nor as many for other prompts in each of the rounds have any signal.
+        InputError: every group of `batch`, and of as many groups for other prompts in each round, has zero variance.
     """
-    places = list(range(len(groups.samples) // group_size))
-    rounds = (groups if round == 0 else sample_groups(round, places) for round in range(1 + max_rounds))
-    if all(candidates.are_idle(group_size).all() for candidates in rounds):
+    places, max_rounds = range(len(batch.samples)), batch.config.max_resample_rounds
+    rounds = (batch if round == 0 else sample_groups(step, round, places) for round in range(1 + max_rounds))
+    if all(candidates.zero_variance_groups.all() for candidates in rounds):
         raise InputError(
             f"max_resample_rounds: got {max_rounds}, but in none of {(1 + max_rounds) * len(places)} groups from the "
-            f"base do the rewards ({', '.join(groups.scores.by_name)}) differ; allowed with such rewards: 0"
+            f"base do the rewards ({', '.join(batch.scores.by_name)}) differ; allowed with such rewards: 0"
         )

@@ -1,11 +1,13 @@
 """Datasets -> prompts: which samples a training step sees, as a pure function of (seed, step).
 
-Reading order: config.yaml -> train_grpo.py -> [grpo/data.py] -> grpo/rollout.py -> ...
+Reading order: train_grpo.py -> [grpo/data.py] -> grpo/rollout.py -> ...
+
+Reading files is in grpo/datasets/.
 """
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from pathlib import Path
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -20,8 +22,8 @@ Prompt = str | list[dict[str, str]]  # a text, or messages: [{"role": "user", "c
 class Dataset(Sequence[Sample]):
     """Samples, and where each stands."""
 
-    def __init__(self, path: str | Path, rows: Iterable[tuple[str, Sample]]) -> None:
-        """`rows`: (place, sample) pairs; a place such as "data/x.jsonl, line 7" is for error messages."""
+    def __init__(self, path: object, rows: Iterable[tuple[str, Sample]]) -> None:
+        """`path`: where the rows come from. `rows`: (place, sample) pairs, a place such as "data/x.jsonl, line 7"."""
         self.path = str(path)
         pairs = list(rows)
         if not pairs:
@@ -87,3 +89,10 @@ def _samples_for_round(dataset: Dataset, step: int, batch_size: int, seed: int, 
 @lru_cache(maxsize=32)  # this epoch and the last, of each data set of a mixture
 def _epoch_order(seed: int, epoch: int, size: int) -> list[int]:
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(size).tolist()
+
+
+def __getattr__(name: str) -> Any:
+    """`from grpo.data import JSONLinesDataset` keeps working for users' code; the class is in grpo/datasets/rows.py."""
+    if name == "JSONLinesDataset":
+        return getattr(import_module("grpo.datasets.rows"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,24 +1,48 @@
-"""Tokens -> per-token log-probabilities and entropies. The only shift-by-one in the project is in this file.
+"""Tokens -> per-token log-probs and entropies. The only shift by one that a reader needs is in `plain_logprobs`.
 
-Reading order: ... -> grpo/advantages.py -> [grpo/logprobs.py] -> grpo/loss.py -> ...
+Reading order: ... -> grpo/batch.py -> [grpo/logprobs.py] -> grpo/advantages.py -> ...
 
-Letters: B completions, L padded prompt length, C padded completion length, V vocabulary. Here also: U different pairs
-of prompt and completion, k completions in a row of the model's batch, R rows, T = L + k * C, N tokens, H hidden size.
+    [ pad pad p1 p2 p3 | c1 c2 c3 eos pad ]      a row: the left-padded prompt, then the right-padded completion
+               -> c1 -> c2 -> c3 -> eos          the logits at position t - 1 predict token t
 
-What is the same is computed once. A completion that occurs again is scored once; completions of one prompt may stand in
-one row behind a single copy of it. And logits are computed only where a sampled token is to be scored, never all at a
-time.
+Letters: B completions, L padded prompt length, C padded completion length, V vocabulary, H hidden size.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grpo.fast.abilities import _choose_k, find_head
-from grpo.fast.layout import PADDING, _lay_out, _trimmed
-from grpo.fast.lm_head import log_probs_and_entropies
+from grpo.fast.layout import positions_from_mask
+from grpo.fast.scorer import score_completions_fast
 
 SHARED_PREFIX = ("auto", "always", "never")
+
+
+def plain_logprobs(
+    model: PreTrainedModel,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    completion_ids: Tensor,
+    completion_mask: Tensor,
+    *,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """The computation of `compute_logprobs` as one would write it down: forward, shift, log-softmax, gather.
+
+    Nothing in a run calls it. It is here to be read, and a test holds `compute_logprobs` to it. It needs all (B, C, V)
+    logits at once, and reads the same prompt G times. Arguments and result as in `compute_logprobs`; both results
+    carry a gradient.
+    """
+    logits = model(**_rows(prompt_ids, prompt_mask, completion_ids, completion_mask)).logits  # (B, L + C, V)
+    logits = logits[:, prompt_ids.shape[1] - 1 : -1]  # (B, C, V): the logits at position t - 1 predict token t
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    all_logps = torch.log_softmax(logits, dim=-1)  # (B, C, V)
+    logps = all_logps.gather(-1, completion_ids.unsqueeze(-1)).squeeze(-1)  # (B, C)
+    entropies = -(all_logps.exp() * all_logps).sum(-1)  # (B, C)
+    is_token = completion_mask.bool()
+    return torch.where(is_token, logps, 0.0), torch.where(is_token, entropies, 0.0)
 
 
 def compute_logprobs(
@@ -40,6 +64,8 @@ def compute_logprobs(
         H_t      = - sum_v p_v log p_v,   p = softmax(logits_t / temperature)
 
     The temperature is the one of the rollout: the policy that is optimised is the policy that was sampled from.
+
+    The same numbers as `plain_logprobs`, up to rounding, with less work: grpo/fast/scorer.py.
 
     Args:
         model: any Hugging Face causal language model; its mode (train or eval) is left alone.
@@ -72,32 +98,17 @@ def compute_logprobs(
         raise ValueError(f"temperature: got {temperature}, scoring needs a value > 0")
     if shared_prefix not in SHARED_PREFIX:
         raise ValueError(f"shared_prefix: got {shared_prefix!r}, allowed: {', '.join(SHARED_PREFIX)}")
-    is_token = completion_mask.bool()  # (B, C)
-    prompts = _trimmed(torch.where(prompt_mask.bool(), prompt_ids, PADDING), side="left")  # (B, L)
-    completions = _trimmed(torch.where(is_token, completion_ids, PADDING), side="right")  # (B, C)
-    pairs, pair_of = torch.cat([prompts, completions], dim=1), None
-    if group_size is not None:  # sorted, so that completions of one prompt follow each other
-        pairs, pair_of = pairs.unique(dim=0, return_inverse=True)  # (U, L + C), (B,)
-    prompts, completions = pairs.split([prompts.shape[1], completions.shape[1]], dim=1)
-    rows = _lay_out(prompts, completions, _choose_k(model, prompts, completions, group_size, shared_prefix), model)
-
-    # The shift: position t - 1 predicts token t. So the outputs that matter begin with the prompt's last.
-    num_outputs = rows.inputs["input_ids"].shape[1] - prompts.shape[1] + 1  # 1 + k * C
-    head = find_head(model)
-    if head is not None:
-        outputs = model.base_model(**rows.inputs, use_cache=False).last_hidden_state[:, -num_outputs:]
-    else:
-        outputs = model(**rows.inputs, use_cache=False, logits_to_keep=num_outputs).logits[:, -num_outputs:]
-    outputs = outputs.flatten(0, 1).index_select(0, rows.row * num_outputs + rows.place)  # (N, H) or (N, V)
-    u, t = rows.token_at
-    score = log_probs_and_entropies if head is None else head.log_probs
-    logps, entropies = score(outputs, completions[u, t], temperature, entropy_grad=entropy_grad)  # (N,)
-
-    def per_completion(values: Tensor) -> Tensor:
-        table = values.new_zeros(len(pairs), completion_ids.shape[1]).index_put((u, t), values)  # (U, C)
-        return table if pair_of is None else table[pair_of]  # (B, C)
-
-    return per_completion(logps), per_completion(entropies)
+    return score_completions_fast(
+        model,
+        prompt_ids,
+        prompt_mask,
+        completion_ids,
+        completion_mask,
+        temperature=temperature,
+        group_size=group_size,
+        shared_prefix=shared_prefix,
+        entropy_grad=entropy_grad,
+    )
 
 
 def completion_states(
@@ -107,23 +118,25 @@ def completion_states(
     completion_ids: Tensor,
     completion_mask: Tensor,
 ) -> Tensor:
-    """What the model's trunk makes of the text before each sampled token: the state in which that token was chosen.
+    """The hidden state in which each completion token was chosen: the trunk's output for the text before the token.
 
     Args: as in `compute_logprobs`.
 
     Returns:
         (B, C, H) last hidden states, 0 where masked; carries the gradient.
     """
-    is_token = completion_mask.bool()
-    prompts = torch.where(prompt_mask.bool(), prompt_ids, PADDING)
-    completions = torch.where(is_token, completion_ids, PADDING)
-    rows = _lay_out(prompts, completions, 1, model)
-    outputs = model.base_model(**rows.inputs, use_cache=False).last_hidden_state  # (B, L + C, H)
-    before = outputs[:, prompt_ids.shape[1] - 1 : -1]  # (B, C, H) from the prompt's last to the last but one
-    return torch.where(is_token.unsqueeze(-1), before, 0.0)
+    inputs = _rows(prompt_ids, prompt_mask, completion_ids, completion_mask)
+    states = model.base_model(**inputs).last_hidden_state  # (B, L + C, H)
+    states = states[:, prompt_ids.shape[1] - 1 : -1]  # (B, C, H): the same shift
+    return torch.where(completion_mask.bool().unsqueeze(-1), states, 0.0)
 
 
-# Rows of the model's batch
-
-
-# What a model can take
+def _rows(prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor) -> dict[str, Any]:
+    """The model's inputs, one row per completion: [prompt | completion]. What padding holds is never looked at."""
+    attention_mask = torch.cat([prompt_mask.bool(), completion_mask.bool()], dim=1)  # (B, L + C)
+    return {
+        "input_ids": torch.cat([prompt_ids, completion_ids], dim=1).masked_fill(~attention_mask, 0),
+        "attention_mask": attention_mask.long(),
+        "position_ids": positions_from_mask(attention_mask),
+        "use_cache": False,
+    }

@@ -1,6 +1,6 @@
 """The surrogates, token-level KL, and the weights that turn per-token losses into one number.
 
-Reading order: ... -> grpo/logprobs.py -> [grpo/loss.py] -> train_grpo.py again
+Reading order: ... -> grpo/advantages.py -> [grpo/loss.py] -> train_grpo.py again
 
 The loss of an optimizer step is one weighted sum over its tokens,
 

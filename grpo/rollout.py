@@ -54,34 +54,6 @@ class Rollout:
         """B lists of the sampled ids, the stop token included, without padding."""
         return _unpadded(self.completion_ids, self.completion_mask)
 
-    def micro_batches(self, groups: Tensor, *, max_rows: int, max_tokens: int) -> list[Tensor]:
-        """Row numbers for one forward and backward at a time, (b,) each.
-
-        Groups of like length are put together, because a batch is padded to its longest row; siblings are parted only
-        where a group alone is too much, because they share a prompt. The longest come first: what does not fit into
-        memory fails at once.
-
-        Args:
-            groups: (q, G) row numbers, siblings side by side.
-            max_rows, max_tokens: at most so many completions, and so many tokens, each completion padded and counted
-                with its prompt; but at least one completion.
-        """
-        lengths = (self.prompt_mask.shape[1] + self.completion_mask.sum(1)).tolist()  # B of them
-        batches: list[list[int]] = []
-        width = 0
-        for group in sorted(groups.tolist(), key=lambda group: -max(lengths[row] for row in group)):
-            group.sort(key=lambda row: -lengths[row])
-            fitting = min(max_rows, max(max_tokens // lengths[group[0]], 1))
-            for siblings in (group[start : start + fitting] for start in range(0, len(group), fitting)):
-                num_rows = len(batches[-1]) + len(siblings) if batches else 0
-                width = max(width, lengths[siblings[0]])
-                if 0 < num_rows <= max_rows and num_rows * width <= max_tokens:
-                    batches[-1] += siblings
-                else:
-                    batches.append(siblings)
-                    width = lengths[siblings[0]]
-        return [torch.tensor(batch, device=groups.device) for batch in batches]
-
     @property
     def num_tokens(self) -> int:
         """Of prompts and completions, each prompt counted with each of its completions."""

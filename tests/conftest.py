@@ -24,6 +24,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+import grpo.run.run
+import grpo.run.setup
 import train_grpo
 from grpo.data import Dataset
 from grpo.fast.noise import sampling_noise
@@ -43,6 +45,22 @@ PROMPTS = [[5], [7, 12, 30, 9, 41, 6, 22], [15, 3, 28, 28]]  # ragged: 1, 7 and 
 STOP_IDS = [EOS_ID, 8, 17, 25, 33, 42]  # enough of them that completions end at different places
 BROAD: dict[str, Any] = {"group_size": 4, "max_completion_length": 10, "seed": 3}
 INITIALIZER_RANGE = 0.3  # far from uniform distributions: a wrong position or temperature must show
+
+
+LOOP_MODULES = (train_grpo, grpo.run.setup, grpo.run.run)  # the loop, and what it calls by methods
+
+
+def loop_function(name: str) -> Any:
+    """A function of grpo/ that the loop uses, itself or in `Setup` and `Run`."""
+    return next(getattr(module, name) for module in LOOP_MODULES if hasattr(module, name))
+
+
+def patch_loop(monkeypatch: pytest.MonkeyPatch, name: str, value: Any) -> None:
+    """Put `value` in the place of such a function wherever the loop finds it."""
+    modules = [module for module in LOOP_MODULES if hasattr(module, name)]
+    assert modules, name
+    for module in modules:
+        monkeypatch.setattr(module, name, value)
 
 
 def later_slow(cases: Iterable[Any], num_fast: int) -> list[Any]:

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import grpo.files
 import grpo.run.checkpoint
 import grpo.run.plots
 import train_grpo
@@ -51,7 +52,8 @@ def slow_down_saving() -> None:
         time.sleep(0.01)
         return renamed
 
-    grpo.files.sync, Path.rename = slow_sync, slow_rename
+    grpo.files.sync = grpo.run.checkpoint.sync = slow_sync
+    Path.rename = slow_rename
 
 
 def begin(settings: dict[str, Any], folder: Path, *, slowly: bool) -> int:

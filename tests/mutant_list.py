@@ -15,21 +15,32 @@ class Mutant:
 
 
 (
-    LOOP, LOSS, ADVANTAGES, LOGPROBS, LM_HEAD, ROLLOUT, CACHE, POLICY, CHECKPOINT, RESAMPLE, GAE, CRITIC, PPO,
+    LOOP, LOSS, ADVANTAGES, LOGPROBS, LM_HEAD, ROLLOUT, CACHE, POLICY, CHECKPOINT, GAE, CRITIC, PPO,
     SCORING, CHAT, MIXTURE, LORA, SCORES, NUMERALS,
 ) = (
-    "train_grpo.py", "grpo/loss.py", "grpo/advantages.py", "grpo/logprobs.py", 
+    "train_grpo.py", "grpo/loss.py", "grpo/advantages.py", "grpo/logprobs.py",
     "grpo/fast/lm_head.py",
     "grpo/rollout.py",
-    "grpo/fast/cache.py", "grpo/models/loading.py", "grpo/run/checkpoint.py", "grpo/batch.py", "grpo/ppo/gae.py",
+    "grpo/fast/cache.py", "grpo/models/loading.py", "grpo/run/checkpoint.py", "grpo/ppo/gae.py",
     "grpo/ppo/critic.py", "examples/train_ppo.py", "grpo/rewards/scoring.py", "grpo/datasets/chat.py",
     "grpo/datasets/mixture.py",
     "grpo/models/lora.py", "grpo/rewards/scores.py", "grpo/rewards/reading/numerals.py",
 )  # fmt: skip
+LAYOUT = "grpo/fast/layout.py"
+ABILITIES = "grpo/fast/abilities.py"
+SCORER = "grpo/fast/scorer.py"
+NOISE = "grpo/fast/noise.py"
+BATCH = "grpo/batch.py"
+SETUP = "grpo/run/setup.py"
+RUN = "grpo/run/run.py"
+METRICS = "grpo/run/metrics.py"
+OPTIMIZER = "grpo/models/optimizer.py"
+SAVING = "grpo/models/saving.py"
+CONFIG = "grpo/settings/config.py"
 TOKENS = "tests/fidelity/test_traps_tokens.py::"
 REWARDS = "tests/fidelity/test_traps_rewards.py::"
 OF_LOSS = "tests/fidelity/test_traps_loss.py::"
-SIBLINGS = "tests/test_rollout.py::"
+SIBLINGS = "tests/algorithm/test_rollout.py::"
 SHARED = "tests/fidelity/test_shared_prefix.py::"
 ALONE = f"{SHARED}test_completions_behind_one_prompt_score_as_rows_of_their_own[Llama-sdpa]"
 HEAD = "tests/fidelity/test_chunked_head.py::"
@@ -41,20 +52,20 @@ FAMILY = "tests/fidelity/test_family_oracle.py::"
 IDENTITIES = "tests/fidelity/test_family_identities.py::"
 OF_FAMILY = "tests/fidelity/test_traps_family.py::"
 ENTROPY = "tests/fidelity/test_entropy_bonus.py::"
-OF_RESAMPLE = "tests/test_resample.py::"
-OF_PPO = "tests/test_ppo.py::"
+OF_RESAMPLE = "tests/algorithm/test_resample.py::"
+OF_PPO = "tests/ppo/test_ppo.py::"
 OF_CRITIC = "tests/fidelity/test_gae.py::"
-OF_REWARDS = "tests/test_rewards.py::"
-OF_CHAT = "tests/test_chat.py::"
-OF_MIXTURE = "tests/test_mixture.py::"
-OF_LORA = "tests/test_lora.py::"
-OF_ANSWERS = "tests/test_answer_rewards.py::"
-OF_STOPS = "tests/test_stop_strings.py::"
-OF_LIBRARY = "tests/test_reward_library.py::"
-OF_SETTINGS = "tests/test_reward_settings.py::"
-OF_SANDBOX = "tests/test_sandbox.py::"
+OF_REWARDS = "tests/rewards/test_rewards.py::"
+OF_CHAT = "tests/datasets/test_chat.py::"
+OF_MIXTURE = "tests/datasets/test_mixture.py::"
+OF_LORA = "tests/models/test_lora.py::"
+OF_ANSWERS = "tests/rewards/test_answer_rewards.py::"
+OF_STOPS = "tests/algorithm/test_stop_strings.py::"
+OF_LIBRARY = "tests/rewards/test_reward_library.py::"
+OF_SETTINGS = "tests/rewards/test_reward_settings.py::"
+OF_SANDBOX = "tests/rewards/test_sandbox.py::"
 INSIDE, KERNEL = "grpo/rewards/sandbox/jail/inside.py", "grpo/rewards/sandbox/jail/kernel.py"
-TWO_STEPS = "tests/test_train.py::test_two_steps_of_the_loop_worked_by_hand"
+TWO_STEPS = "tests/run/test_train.py::test_two_steps_of_the_loop_worked_by_hand"
 
 MUTANTS = [
     # Tokens, masks, positions
@@ -95,14 +106,42 @@ MUTANTS = [
     ),
     Mutant(
         "shift off by one",
-        LOGPROBS,
+        LAYOUT,
         "place = torch.where(t == 0, 0, slot[u] * length + t)",
         "place = slot[u] * length + t + 1",
         (f"{TOKENS}test_shift_off_by_one_scores_the_token_before_or_after",),
     ),
     Mutant(
-        "position_ids missing in scoring",
+        "shift off by one in the plain computation",
         LOGPROBS,
+        "logits = logits[:, prompt_ids.shape[1] - 1 : -1]",
+        "logits = logits[:, prompt_ids.shape[1] - 2 : -2]",
+        ("tests/algorithm/test_logprobs.py::test_the_plain_computation_shifts_by_one",),
+    ),
+    Mutant(
+        "the state after a token taken for the one before it",
+        LOGPROBS,
+        "states = states[:, prompt_ids.shape[1] - 1 : -1]",
+        "states = states[:, prompt_ids.shape[1] :]",
+        (f"{OF_PPO}test_two_steps_of_the_loop_worked_by_hand[everything on]",),
+    ),
+    Mutant(
+        "dynamic sampling: prompts put in the places of others",
+        BATCH,
+        "            samples[place] = sample\n",
+        "            samples[-1 - place] = sample\n",
+        (f"{OF_RESAMPLE}test_groups_that_are_put_in_places_keep_their_rewards_and_prompts",),
+    ),
+    Mutant(
+        "the number that ends a run looked for in the loss alone",
+        METRICS,
+        "terms = [self.loss, self.grad_norm, ",
+        "terms = [self.loss, ",
+        ("tests/run/test_records.py::test_either_of_loss_and_gradient_norm_ends_the_run",),
+    ),
+    Mutant(
+        "position_ids missing in scoring",
+        LAYOUT,
         "    u, t = (completions != PADDING).nonzero(as_tuple=True)",
         '    del inputs["position_ids"]\n    u, t = (completions != PADDING).nonzero(as_tuple=True)',
         (f"{TOKENS}test_position_ids_missing_under_left_padding_move_a_model_with_learned_positions",),
@@ -130,14 +169,14 @@ MUTANTS = [
     ),
     Mutant(
         "same noise for every completion",
-        ROLLOUT,
+        NOISE,
         "index & LOW, index >> HALF",
         "index & np.uint64(0), index >> HALF",
         (f"{TOKENS}test_same_noise_for_every_completion_of_a_group",),
     ),
     Mutant(
         "same noise in every step",
-        LOOP,
+        SETUP,
         "seed=step_seed(config.seed, step, round)",
         "seed=step_seed(config.seed, 0, round)",
         (TWO_STEPS,),
@@ -147,7 +186,7 @@ MUTANTS = [
         ROLLOUT,
         "tokens = torch.where(is_possible, tokens, logps.argmax(-1)[rows])",
         "tokens = tokens",
-        ("tests/test_rollout.py::test_no_draw_returns_a_token_of_probability_0",),
+        ("tests/algorithm/test_rollout.py::test_no_draw_returns_a_token_of_probability_0",),
     ),
     Mutant(
         "the sampler in train mode",
@@ -185,7 +224,7 @@ MUTANTS = [
         LM_HEAD,
         "entropies = -(all_logps.exp() * all_logps.clamp(min=lowest)).sum(-1)",
         "entropies = -all_logps.gather(-1, targets.unsqueeze(-1)).squeeze(-1)",
-        ("tests/test_logprobs.py::test_entropy_is_of_the_full_distribution_and_has_no_gradient",),
+        ("tests/algorithm/test_logprobs.py::test_entropy_is_of_the_full_distribution_and_has_no_gradient",),
     ),
     # Rows that siblings share, in sampling
     Mutant(
@@ -253,21 +292,21 @@ MUTANTS = [
     ),
     Mutant(
         "same noise for every four tokens",
-        ROLLOUT,
+        NOISE,
         "np.broadcast_arrays(block, ",
         "np.broadcast_arrays(block & np.uint64(0), ",
         (f"{SIBLINGS}test_noise_is_a_function_of_seed_completion_and_token",),
     ),
     Mutant(
         "the upper half of a seed ignored",
-        ROLLOUT,
+        NOISE,
         "((key >> 32) + number * 0xBB67AE85)",
         "(number * 0xBB67AE85)",
         (f"{SIBLINGS}test_philox_gives_the_known_answers_of_its_authors",),
     ),
     Mutant(
         "nine rounds of Philox",
-        ROLLOUT,
+        NOISE,
         "for number in range(10):",
         "for number in range(9):",
         (f"{SIBLINGS}test_philox_gives_the_known_answers_of_its_authors",),
@@ -282,72 +321,70 @@ MUTANTS = [
     # Rows that siblings share, in scoring
     Mutant(
         "siblings see each other",
-        LOGPROBS,
+        LAYOUT,
         "((part == part.unsqueeze(1)) | (part == -1))",
         "(part <= part.unsqueeze(1))",
         (ALONE,),
     ),
     Mutant(
         "padding seen behind a shared prompt",
-        LOGPROBS,
+        LAYOUT,
         "(is_seen & is_token.unsqueeze(1))",
         "is_seen.expand(len(is_token), -1, -1)",
         (ALONE,),
     ),
     Mutant(
         "the second completion's positions go on where the first ended",
-        LOGPROBS,
+        LAYOUT,
         "torch.arange(length, device=ids.device).repeat(k)",
         "torch.arange(k * length, device=ids.device)",
         (ALONE,),
     ),
     Mutant(
         "a completion's first token predicted by its sibling's last place",
-        LOGPROBS,
+        LAYOUT,
         "torch.where(t == 0, 0, slot[u] * length + t)",
         "slot[u] * length + t",
         (ALONE,),
     ),
     Mutant(
         "distinct completions scored, and which row is which ignored",
-        LOGPROBS,
+        SCORER,
         "return table if pair_of is None else table[pair_of]",
         "return table if pair_of is None else table[pair_of.sort().values]",
         (ALONE,),
     ),
     Mutant(
         "the gradient of a completion that occurs twice counted once",
-        LOGPROBS,
+        SCORER,
         "return table if pair_of is None else table[pair_of]",
-        "if pair_of is None:\n            return table\n"
-        "        is_first = (pair_of.unsqueeze(1) == pair_of).int().cumsum(1).diagonal() == 1\n"
-        "        return torch.where(is_first.unsqueeze(1), table[pair_of], table[pair_of].detach())",
+        "if pair_of is None:\n            return table\n        is_first = (pair_of.unsqueeze(1) == pair_of).int().cumsum(1).diagonal() == 1\n        return torch.where(is_first.unsqueeze(1), table[pair_of], table[pair_of].detach())",
         (ALONE,),
     ),
     Mutant(
         "a sliding window counted in places of a row that siblings share",
-        LOGPROBS,
+        ABILITIES,
         "if any(window is not None and window < length for window in windows):",
         "if False:",
         (f"{SHARED}test_a_family_that_cannot_share_keeps_rows_of_its_own_and_says_so_once[Gemma2]",),
     ),
     Mutant(
         "padding has positions that no token has",
-        LOGPROBS,
+        LAYOUT,
         "after_prompt * is_token[:, prompt_length:]",
         "after_prompt",
         (f"{SHARED}test_padding_does_not_switch_phi_3_to_its_frequencies_for_long_texts",),
     ),
     Mutant(
         "GPT-Neo's window counted in places of a row that siblings share",
-        LOGPROBS,
+        ABILITIES,
         'if hasattr(model.config, "window_size"):',
         "if False:",
         (f"{SHARED}test_a_family_that_cannot_share_keeps_rows_of_its_own_and_says_so_once[GPTNeo]",),
     ),
     Mutant(
         "a model shares without having been tried",
-        LOGPROBS,
+        ABILITIES,
         "if not _abilities(model).takes_block_mask:",
         "if False:",
         (f"{SHARED}test_a_model_that_misreads_the_mask_is_found_out_by_trying",),
@@ -411,7 +448,7 @@ MUTANTS = [
     ),
     Mutant(
         "a head taken as known without having been tried",
-        LOGPROBS,
+        ABILITIES,
         "if _abilities(model).head_is_known:",
         "if True:",
         (f"{HEAD}test_a_model_that_does_something_else_is_asked_for_its_own_logits",),
@@ -419,35 +456,35 @@ MUTANTS = [
     # Micro-batches
     Mutant(
         "the last micro-batch lost",
-        ROLLOUT,
+        BATCH,
         "return [torch.tensor(batch, device=groups.device) for batch in batches]",
         "return [torch.tensor(batch, device=groups.device) for batch in batches[: max(1, len(batches) - 1)]]",
         (f"{SIBLINGS}test_micro_batches_take_every_row_once_within_their_bounds",),
     ),
     Mutant(
         "micro-batches counted in tokens without padding",
-        ROLLOUT,
+        BATCH,
         "0 < num_rows <= max_rows and num_rows * width <= max_tokens",
         "0 < num_rows <= max_rows and num_rows * lengths[siblings[0]] <= max_tokens",
         (f"{SIBLINGS}test_micro_batches_take_every_row_once_within_their_bounds",),
     ),
     Mutant(
         "the width of a micro-batch not raised by what joins it",
-        ROLLOUT,
-        "                width = max(width, lengths[siblings[0]])\n",
+        BATCH,
+        "            width = max(width, lengths[siblings[0]])\n",
         "",
         (f"{SIBLINGS}test_micro_batches_by_hand",),
     ),
     Mutant(
         "siblings parted although they fit",
-        ROLLOUT,
+        BATCH,
         "fitting = min(max_rows, max(max_tokens // lengths[group[0]], 1))",
         "fitting = 1",
         (f"{SIBLINGS}test_micro_batches_take_every_row_once_within_their_bounds",),
     ),
     Mutant(
         "the shortest micro-batch first",
-        ROLLOUT,
+        BATCH,
         "key=lambda group: -max(lengths[row] for row in group)",
         "key=lambda group: max(lengths[row] for row in group)",
         (f"{SIBLINGS}test_micro_batches_take_every_row_once_within_their_bounds",),
@@ -455,9 +492,9 @@ MUTANTS = [
     # Rewards and advantages
     Mutant(
         "groups tiled, rewards",
-        LOOP,
-        "for sample in samples for _ in range(config.group_size)]",
-        "for _ in range(config.group_size) for sample in samples]",
+        SETUP,
+        "[sample for sample in samples for _ in range(siblings)]",
+        "[sample for _ in range(siblings) for sample in samples]",
         (f"{REWARDS}test_groups_tiled_instead_of_repeated_in_the_loop",),
     ),
     Mutant(
@@ -465,7 +502,7 @@ MUTANTS = [
         ROLLOUT,
         "prompt_ids=prompt_ids.repeat_interleave(group_size, dim=0)",
         "prompt_ids=prompt_ids.repeat(group_size, 1)",
-        ("tests/test_rollout.py::test_row_p_times_g_plus_g_belongs_to_prompt_p",),
+        ("tests/algorithm/test_rollout.py::test_row_p_times_g_plus_g_belongs_to_prompt_p",),
     ),
     Mutant(
         "population std",
@@ -493,7 +530,7 @@ MUTANTS = [
         SCORES,
         ".masked_fill(~applies.any(0), torch.nan)",
         "",
-        ("tests/test_rewards.py::test_rewards_combine_by_weight_over_those_that_apply",),
+        ("tests/rewards/test_rewards.py::test_rewards_combine_by_weight_over_those_that_apply",),
     ),
     Mutant(
         "the first number of the text, not the last",
@@ -599,7 +636,7 @@ MUTANTS = [
         LOSS,
         "return mask / (rows * max_completion_length)",
         "return mask / (rows * mask.shape[1])",
-        ("tests/test_loss.py::test_loss_weights_by_hand",),
+        ("tests/algorithm/test_loss.py::test_loss_weights_by_hand",),
     ),
     Mutant(
         "mean per micro-batch",
@@ -617,22 +654,21 @@ MUTANTS = [
     ),
     Mutant(
         "the last micro-batch's loss reported",
-        LOOP,
-        "loss_sum += loss.detach()",
-        "loss_sum = loss.detach()",
+        METRICS,
+        "self.loss = self.loss + loss.detach()",
+        "self.loss = loss.detach()",
         (f"{OF_LOSS}test_last_micro_batch_loss_reported",),
     ),
     Mutant(
         "metrics averaged per micro-batch",
-        "grpo/run/records.py",
+        METRICS,
         "self.sums.get(name, 0) + kept.sum()\n            self.counts[name] = self.counts.get(name, 0) + mask.sum()",
-        "self.sums.get(name, 0) + kept.sum() / mask.sum().clamp(min=1)\n"
-        "            self.counts[name] = self.counts.get(name, 0) + torch.ones(())",
+        "self.sums.get(name, 0) + kept.sum() / mask.sum().clamp(min=1)\n            self.counts[name] = self.counts.get(name, 0) + torch.ones(())",
         (f"{OF_LOSS}test_last_micro_batch_loss_reported",),
     ),
     Mutant(
         "metrics of padding",
-        "grpo/run/records.py",
+        METRICS,
         "torch.where(mask, value.detach().float(), 0.0)",
         "value.detach().float()",
         (f"{ORACLE}test_loss_gradient_and_metrics_equal_the_loops",),
@@ -640,14 +676,14 @@ MUTANTS = [
     Mutant(
         "old log-probs not detached",
         LOOP,
-        "old_logps = logps.detach() if all_old_logps is None",
-        "old_logps = logps if all_old_logps is None",
+        "old = logps.detach() if old_logps is None",
+        "old = logps if old_logps is None",
         (f"{OF_LOSS}test_old_logps_attached_to_the_graph_in_the_loop",),
     ),
     Mutant(
         "old log-probs computed anew after an update",
         LOOP,
-        "logps.detach() if all_old_logps is None else all_old_logps[rows]",
+        "logps.detach() if old_logps is None else old_logps[rows]",
         "logps.detach()",
         (f"{OF_LOSS}test_old_logps_recomputed_after_an_update_in_the_loop",),
     ),
@@ -660,51 +696,51 @@ MUTANTS = [
     ),
     Mutant(
         "truncated completions trained on although they are to be masked",
-        LOOP,
-        "mask = mask & ~rollout.is_truncated.unsqueeze(1)",
-        "mask = mask & True",
-        ("tests/test_train.py::test_masked_truncated_completions_are_not_trained_on",),
+        BATCH,
+        "return self.rollout.completion_mask & ~self.rollout.is_truncated.unsqueeze(1)",
+        "return self.rollout.completion_mask & True",
+        ("tests/run/test_train.py::test_masked_truncated_completions_are_not_trained_on",),
     ),
     Mutant(
         "learning-rate schedule counted in rollouts",
-        POLICY,
+        OPTIMIZER,
         "last = config.num_train_steps * config.num_iterations * config.num_minibatches",
         "last = config.num_train_steps",
-        ("tests/test_policy.py::test_the_schedule_counts_optimizer_steps_not_rollouts",),
+        ("tests/models/test_policy.py::test_the_schedule_counts_optimizer_steps_not_rollouts",),
     ),
     Mutant(
         "the ratio against the sampler's log-probs",
         LOOP,
-        "per_token_loss = surrogate(logps, old_logps, ",
-        "per_token_loss = surrogate(logps, rollout.sampling_logps[rows], ",
+        "surrogate.loss(logps, old, ",
+        "surrogate.loss(logps, rollout.sampling_logps[rows], ",
         ("tests/fidelity/test_wiring.py::test_the_ratio_is_against_the_scorer_not_the_sampler",),
     ),
     Mutant(
         "clip_range_high that nobody reads",
-        LOOP,
-        "clip = {key: getattr(config, key) for key in CLIP_KEYS[config.surrogate]}",
-        "clip = {key: getattr(config, key) for key in CLIP_KEYS[config.surrogate] if key != 'clip_range_high'}",
+        CONFIG,
+        "for key in CLIP_KEYS[self.surrogate]}",
+        "for key in CLIP_KEYS[self.surrogate] if key != 'clip_range_high'}",
         (TWO_STEPS,),
     ),
     Mutant(
         "advantage_baseline and advantage_scale that nobody reads",
         LOOP,
-        "baseline=config.advantage_baseline, scale=config.advantage_scale",
+        "baseline=baseline, scale=scale",
         'baseline="group", scale="group"',
         (TWO_STEPS,),
     ),
     Mutant(
         "loss_aggregation that nobody reads",
         LOOP,
-        "aggregation=config.loss_aggregation",
-        'aggregation="token"',
+        "loss_weights(part, aggregation, ",
+        'loss_weights(part, "token", ',
         ("tests/fidelity/test_wiring.py::test_every_setting_reaches_its_function", TWO_STEPS),
     ),
     Mutant(
         "grad norm read after zero_grad",
         LOOP,
-        '"grad_norm": grad_norm.item(),',
-        '"grad_norm": sum(float(w.grad.norm()) for w in policy.parameters() if w.grad is not None),',
+        "            optimizer.zero_grad()\n",
+        "            optimizer.zero_grad()\n            metrics.grad_norm = sum((w.grad.norm() for w in policy.parameters() if w.grad is not None), torch.zeros(()))\n",
         (f"{OF_LOSS}test_grad_norm_read_after_zero_grad", TWO_STEPS),
     ),
     Mutant(
@@ -762,7 +798,7 @@ MUTANTS = [
         "grpo/algorithms.py",
         '"clipped": ("clip_range", "clip_range_high", "dual_clip"),',
         '"clipped": ("clip_range", "clip_range_high"),',
-        ("tests/test_algorithms.py::test_a_surrogate_takes_the_clips_the_table_says_and_no_others",),
+        ("tests/algorithm/test_algorithms.py::test_a_surrogate_takes_the_clips_the_table_says_and_no_others",),
     ),
     Mutant(
         "REINFORCE: the sign flipped",
@@ -810,15 +846,15 @@ MUTANTS = [
     Mutant(
         "KL in the reward: a bonus instead of a charge",
         ADVANTAGES,
-        "group_advantages(rewards - charges.view_as(rewards),",
-        "group_advantages(rewards + charges.view_as(rewards),",
+        "rewards = rewards - charges.view_as(rewards)",
+        "rewards = rewards + charges.view_as(rewards)",
         ("tests/fidelity/test_enumeration.py::test_a_kl_in_the_reward_is_a_kl_in_the_objective",),
     ),
     Mutant(
         "KL in the reward: policy and reference swapped",
         LOOP,
-        "kl = kl_to_reference(all_old_logps, ref_logps, completion_mask=mask)",
-        "kl = kl_to_reference(ref_logps, all_old_logps, completion_mask=mask)",
+        "kl_divergence(old_logps, ref_logps, estimator",
+        "kl_divergence(ref_logps, old_logps, estimator",
         (f"{OF_FAMILY}test_the_kl_in_the_reward_is_of_the_policy_that_sampled_against_the_base",),
     ),
     Mutant(
@@ -831,14 +867,14 @@ MUTANTS = [
     Mutant(
         "KL in the reward: what the policy has moved since is charged too",
         LOOP,
-        "surrogate(logps, old_logps, advantages[rows], mask[rows])",
-        "surrogate(logps, old_logps, advantages[rows] - config.kl_coeff * (logps - old_logps).detach(), mask[rows])",
+        "surrogate.loss(logps, old, advantages[rows], mask[rows], **clip)",
+        "surrogate.loss(logps, old, advantages[rows] - config.kl_coeff * (logps - old).detach(), mask[rows], **clip)",
         (f"{OF_FAMILY}test_a_kl_in_the_reward_is_charged_once",),
     ),
     Mutant(
         "KL in the reward: and in the loss once more",
         LOOP,
-        'if ref_logps is not None and config.kl_in == "loss":',
+        'if config.kl_in == "loss" and ref_logps is not None:',
         "if ref_logps is not None:",
         (f"{OF_FAMILY}test_a_kl_in_the_reward_is_charged_once",),
     ),
@@ -852,8 +888,8 @@ MUTANTS = [
     ),
     Mutant(
         "entropy bonus: a number without a gradient",
-        LOOP,
-        "entropy_grad=config.entropy_coeff > 0",
+        SETUP,
+        "entropy_grad=self.config.entropy_coeff > 0",
         "entropy_grad=False",
         (f"{ENTROPY}test_in_a_run_without_any_signal_the_bonus_alone_raises_the_entropy",),
     ),
@@ -881,88 +917,87 @@ MUTANTS = [
     # Dynamic sampling
     Mutant(
         "dynamic sampling: a new group gets the noise of the old one",
-        LOOP,
+        SETUP,
         "seed=step_seed(config.seed, step, round)",
         "seed=step_seed(config.seed, step)",
         (f"{OF_FAMILY}test_a_round_has_noise_of_its_own",),
     ),
     Mutant(
         "dynamic sampling: new groups put in each other's places",
-        RESAMPLE,
-        "torch.arange(len(others.samples)).view(-1, group_size)\n",
-        "torch.arange(len(others.samples)).view(-1, group_size).flip(0)\n",
+        BATCH,
+        "torch.arange(len(places) * group_size).view(-1, group_size)\n",
+        "torch.arange(len(places) * group_size).view(-1, group_size).flip(0)\n",
         (f"{OF_RESAMPLE}test_idle_groups_are_replaced_in_their_place_and_the_others_untouched",),
     ),
     Mutant(
         "dynamic sampling: noise of the first places for whichever is replaced",
-        LOOP,
-        "completion_indices=groups[list(places)].flatten().tolist()",
-        "completion_indices=groups[: len(places)].flatten().tolist()",
+        SETUP,
+        "numbers[list(places)]",
+        "numbers[: len(places)]",
         (f"{OF_FAMILY}test_a_group_is_replaced_in_its_own_place",),
     ),
     Mutant(
         "dynamic sampling: groups with a signal replaced, idle ones kept",
-        RESAMPLE,
-        "is_idle = groups.are_idle(group_size)",
-        "is_idle = ~groups.are_idle(group_size)",
+        BATCH,
+        "places = batch.zero_variance_groups.nonzero()",
+        "places = (~batch.zero_variance_groups).nonzero()",
         (f"{OF_FAMILY}test_what_is_thrown_away_was_sampled_all_the_same",),
     ),
     Mutant(
         "dynamic sampling: what is thrown away is not counted",
-        LOOP,
-        "sampled = [rollout, *discarded]",
-        "sampled = [rollout]",
+        RUN,
+        "sampled = [batch.rollout, *batch.discarded]",
+        "sampled = [batch.rollout]",
         (f"{OF_FAMILY}test_what_is_thrown_away_was_sampled_all_the_same",),
     ),
     # Groups whose rewards are all alike
     Mutant(
         "idle groups left out although a KL holds them",
-        LOOP,
-        "return among_siblings and config.kl_coeff == 0 and",
-        "return among_siblings and",
+        BATCH,
+        "return is_group_relative and config.kl_coeff == 0 and",
+        "return is_group_relative and",
         (NOTHING_LEFT_OUT + "[16-{'kl_coeff': 0.1}]",),
     ),
     Mutant(
         "idle groups left out although they are measured against others",
-        LOOP,
+        BATCH,
         'config.advantage_baseline in ("group", "leave_one_out") and config.advantage_scale',
         "config.advantage_scale",
         (NOTHING_LEFT_OUT + "[16-{'advantage_baseline': 'batch', 'advantage_scale': 'none'}]",),
     ),
     Mutant(
         "idle groups left out although they are whitened with others",
-        LOOP,
+        BATCH,
         ' and config.advantage_scale != "tokens"',
         "",
         (NOTHING_LEFT_OUT + "[16-{'advantage_scale': 'tokens'}]",),
     ),
     Mutant(
         "idle groups left out although an entropy bonus acts on them",
-        LOOP,
+        BATCH,
         " and config.entropy_coeff == 0",
         "",
         (NOTHING_LEFT_OUT + "[16-{'entropy_coeff': 0.1}]",),
     ),
     Mutant(
         "idle groups scored like the others",
-        LOOP,
+        BATCH,
         "return chosen if len(chosen) else rows[:1, :1]",
         "return rows",
         (f"{IDLE}test_a_group_without_a_signal_may_be_left_out",),
     ),
     Mutant(
         "idle groups numbered within their minibatch",
-        LOOP,
-        "is_idle.to(rows.device)[group_numbers]",
-        "is_idle.to(rows.device)[: len(rows)]",
+        BATCH,
+        "is_zero_variance[group_numbers]",
+        "is_zero_variance[: len(rows)]",
         (f"{SIBLINGS}test_idle_groups_are_known_by_their_rows",),
     ),
     Mutant(
         "loss weights counted over the groups that are scored",
         LOOP,
-        "weigh(mask[rows.flatten()])",
-        "weigh(mask[rows.flatten()] & ~is_idle[rows[:, 0] // rows.shape[1]].repeat_interleave(rows.shape[1])"
-        ".unsqueeze(1))",
+        "parts = mask.chunk(config.num_minibatches)",
+        "parts = (mask & ~batch.zero_variance_groups.repeat_interleave(config.group_size).unsqueeze(1)).chunk(config.num_minibatches)",
         (f"{IDLE}test_a_group_without_a_signal_may_be_left_out",),
     ),
     Mutant(
@@ -1080,23 +1115,23 @@ MUTANTS = [
     ),
     Mutant(
         "PPO: the critic at the policy's learning rate",
-        PPO,
-        'group["lr"] = learning_rate_at(critic_config, update)',
-        'group["lr"] = learning_rate',
+        OPTIMIZER,
+        "rate if number < 2 else learning_rate_at(config, num_updates, config.critic_learning_rate)",
+        "rate",
         (f"{OF_PPO}test_each_model_has_its_own_rate_and_both_follow_the_schedule",),
     ),
     Mutant(
         "PPO: completions without a reward trained on",
         PPO,
-        " & ~scores.combined.isnan().to(device).unsqueeze(1)",
+        " & ~batch.scores.combined.isnan().to(policy.device).unsqueeze(1)",
         "",
         (f"{OF_PPO}test_completions_that_are_left_out_teach_nothing",),
     ),
     Mutant(
         "PPO: fixed terms in other micro-batches than the first pass",
         PPO,
-        "chain.from_iterable(passes[0])",
-        "chain.from_iterable(shuffled(rollout, step, 99))",
+        "old_logps = setup.old_logps(rollout, passes[0])",
+        "old_logps = setup.old_logps(rollout, shuffled_plan(rollout, config, step, 99))",
         (f"{OF_PPO}test_a_fresh_ratio_is_exactly_1_and_a_later_one_is_not",),
     ),
     Mutant(
@@ -1109,8 +1144,8 @@ MUTANTS = [
     Mutant(
         "token rewards without their weight",
         SCORING,
-        "(reward.weight * _by_token(",
-        "(_by_token(",
+        "reward.weight * _by_token(",
+        "_by_token(",
         (f"{OF_REWARDS}test_token_rewards_combine_by_weight_and_a_whole_reward_stands_on_the_last_token",),
     ),
     Mutant(
@@ -1200,7 +1235,7 @@ MUTANTS = [
     ),
     Mutant(
         "the base of an adapter hashed with the adapter",
-        CHECKPOINT,
+        SAVING,
         'if ".lora_" not in name',
         "if True",
         (f"{OF_LORA}test_a_fresh_adapter_changes_nothing_and_is_all_that_is_trained",),
@@ -1285,9 +1320,9 @@ MUTANTS = [
     ),
     Mutant(
         "dynamic sampling that looks at rewards before they are scaled",
-        RESAMPLE,
-        "return zero_variance_groups(self.rewards(group_size))",
-        "return zero_variance_groups(self.scores.combined.view(-1, group_size))",
+        BATCH,
+        "return zero_variance_groups(self.rewards)",
+        "return zero_variance_groups(self.scores.combined.view(len(self.samples), -1))",
         (f"{OF_SETTINGS}test_dynamic_sampling_replaces_what_has_no_signal_after_scaling",),
     ),
     Mutant(
@@ -1309,7 +1344,7 @@ MUTANTS = [
         "grpo/rewards/reading/symbolic.py",
         "return plain_latex(found) not in plain_latex(prompt)",
         "return True",
-        ("tests/test_formulas.py::test_an_echo_of_the_prompt_is_no_answer",),
+        ("tests/rewards/test_formulas.py::test_an_echo_of_the_prompt_is_no_answer",),
     ),
     Mutant(
         "tags counted wherever they stand",
@@ -1344,14 +1379,14 @@ MUTANTS = [
         "grpo/rewards/reading/symbolic.py",
         "if not is_comparable(expected, found) or not _ask(",
         "if not _ask(",
-        ("tests/test_formulas.py::test_what_only_math_verify_takes_for_the_answer_is_wrong",),
+        ("tests/rewards/test_formulas.py::test_what_only_math_verify_takes_for_the_answer_is_wrong",),
     ),
     Mutant(
         "the question paid for, said in other words",
         "grpo/rewards/reading/symbolic.py",
         "return not any(_ask(expected, formula) for formula in asked_about)",
         "return True",
-        ("tests/test_formulas.py::test_a_formula_that_only_says_the_question_again_is_no_answer",),
+        ("tests/rewards/test_formulas.py::test_a_formula_that_only_says_the_question_again_is_no_answer",),
     ),
     Mutant(
         "an element that never closes",
@@ -1372,7 +1407,7 @@ MUTANTS = [
         "grpo/rewards/loading.py",
         "(given | arguments).items()",
         "(arguments | given).items()",
-        ("tests/test_loading.py::test_an_argument_of_the_config_comes_before_a_column_of_its_name",),
+        ("tests/rewards/test_loading.py::test_an_argument_of_the_config_comes_before_a_column_of_its_name",),
     ),
     Mutant(
         "the last n-gram left out",
@@ -1448,17 +1483,16 @@ MUTANTS = [
     # Runs
     Mutant(
         "evaluation on training prompts",
-        LOOP,
-        "policy, tokenizer, eval_set, score, **ends",
-        "policy, tokenizer, train_set, score, **ends",
-        ("tests/test_train.py::test_the_evaluation_is_of_held_out_problems_and_greedy",),
+        SETUP,
+        "                self.eval_set,\n                self.score_completions",
+        "                self.train_set,\n                self.score_completions",
+        ("tests/run/test_train.py::test_the_evaluation_is_of_held_out_problems_and_greedy",),
     ),
     Mutant(
         "reference moved on resume",
-        LOOP,
-        "        run.resume(state)\n",
-        "        run.resume(state)\n        if reference is not None:\n"
-        "            reference.load_state_dict(policy.state_dict())\n",
+        RUN,
+        "        self.folder.resume(state)\n",
+        "        self.folder.resume(state)\n        if setup.reference is not None:\n            setup.reference.load_state_dict(setup.policy.state_dict())\n",
         ("tests/fidelity/test_exact_resume.py::test_after_a_power_cut_a_run_goes_on_as_if_nothing_had_happened",),
     ),
     Mutant(
@@ -1480,14 +1514,14 @@ MUTANTS = [
         CHECKPOINT,
         "if weights_sha256(policy) != base_sha256:",
         "if False:",
-        ("tests/test_resume.py::test_another_base_under_the_same_name_is_no_new_anchor",),
+        ("tests/run/test_resume.py::test_another_base_under_the_same_name_is_no_new_anchor",),
     ),
     Mutant(
         "a damaged checkpoint loaded",
         CHECKPOINT,
         "if sha256(folder / name) != expected:",
         "if False:",
-        ("tests/test_resume.py::test_a_damaged_checkpoint_is_named_with_a_way_on_that_works",),
+        ("tests/run/test_resume.py::test_a_damaged_checkpoint_is_named_with_a_way_on_that_works",),
     ),
     Mutant(
         "a checkpoint that can execute code",

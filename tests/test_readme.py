@@ -1,5 +1,6 @@
 """The README tells the truth: its numbers, tags, commands, flags, files and metric names."""
 
+import ast
 import dataclasses
 import inspect
 import itertools
@@ -20,8 +21,8 @@ from grpo.models.tiny import build_model, train_tokenizer
 from grpo.rollout import generate_completions
 from grpo.settings.config import TYPES, Options, load_config
 from reward_model import load_rewards, score_completions
-from tests.test_ppo import OF_THE_CRITIC
-from tests.test_train import EVERY_EVALUATION, EVERY_STEP, small, train  # noqa: F401
+from tests.ppo.test_ppo import OF_THE_CRITIC
+from tests.run.test_train import EVERY_EVALUATION, EVERY_STEP, small, train  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -73,13 +74,13 @@ def test_its_two_commands_are_the_ones_ci_runs() -> None:
 
 
 OWN_FLAGS = {
-    "train_grpo.py": {"config", "help", *(field.name for field in dataclasses.fields(Options))},
-    "examples/train_ppo.py": {"config", "help", *(field.name for field in dataclasses.fields(Options))},
-    "evaluate.py": {"config", "help", "compare", "data", "k", "prompt", "output"},
+    "train_grpo.py": {"config", "help", "help_all", *(field.name for field in dataclasses.fields(Options))},
+    "examples/train_ppo.py": {"config", "help", "help_all", *(field.name for field in dataclasses.fields(Options))},
+    "evaluate.py": {"config", "help", "help_all", "compare", "data", "k", "prompt", "output"},
     "-m grpo.run.plots": {"output", "help"},
     "-m grpo.models.merge_lora": {"dtype", "help"},
     "data/prepare_gsm8k.py": {"train", "test", "out", "help"},
-    "-m reward_model": {"config", "help", "data", "completions"},
+    "-m reward_model": {"config", "help", "help_all", "data", "completions"},
 }
 
 
@@ -193,11 +194,26 @@ def test_the_numbers_it_types_are_the_settings() -> None:
     assert f"Llama of {weights / 1e6:.2f} M weights" in README
 
 
+def functions_of_the_algorithm() -> list[tuple[str, str]]:
+    """(name, file) of every row of the equation table."""
+    return re.findall(r"\| `(\w+)` in `([\w/.]+)`", README)
+
+
 def test_every_function_of_the_algorithm_is_where_it_says() -> None:
-    pairs = re.findall(r"\| `(\w+)` in `([\w/.]+)` \|", README)
-    assert len(pairs) == 9
-    for name, path in pairs:
-        assert f"def {name}(" in (ROOT / path).read_text(), name
+    assert len(functions_of_the_algorithm()) == 9
+    for name, path in functions_of_the_algorithm():
+        text = (ROOT / path).read_text()
+        assert re.search(rf"^ *def {name}\(|^{name} = ", text, flags=re.MULTILINE), name
+
+
+def test_the_loop_calls_every_function_of_the_algorithm_by_its_name() -> None:
+    (train,) = [
+        node for node in ast.parse((ROOT / "train_grpo.py").read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name == "train"
+    ]  # fmt: skip
+    names = {node.id for node in ast.walk(train) if isinstance(node, ast.Name)}
+    names |= {node.attr for node in ast.walk(train) if isinstance(node, ast.Attribute)}
+    assert {name for name, _ in functions_of_the_algorithm()} <= names
 
 
 def test_its_picture_is_there_and_small() -> None:
@@ -214,17 +230,18 @@ def test_it_answers_the_twelve_questions() -> None:
 def test_every_file_it_names_exists() -> None:
     names = set(re.findall(r"(?<![\w/])(?:grpo|data|benchmarks|docs|configs|examples)/[\w./]*\w", README))
     names |= set(re.findall(r"[\w-]+\.(?:py|yaml|txt)\b", README)) - {"my_rewards.py"}
-    folders = ("grpo", "grpo/rewards", "data", "benchmarks", "configs", "examples")
+    folders = ("grpo", *(f"grpo/{path.name}" for path in (ROOT / "grpo").iterdir() if path.is_dir()))
+    folders += ("data", "benchmarks", "configs", "examples")
     names -= {path.name for folder in folders for path in (ROOT / folder).iterdir()}
     assert names
     assert [name for name in names if not (ROOT / name).exists()] == []
 
 
 def test_every_core_file_says_where_it_stands_in_the_reading_order() -> None:
-    order = ["train_grpo.py", "grpo/data.py", "grpo/rollout.py", "reward_model.py", "grpo/advantages.py",
-             "grpo/logprobs.py", "grpo/loss.py"]  # fmt: skip
+    order = ["train_grpo.py", "grpo/data.py", "grpo/rollout.py", "reward_model.py", "grpo/batch.py",
+             "grpo/logprobs.py", "grpo/advantages.py", "grpo/loss.py"]  # fmt: skip
     text = re.sub(r"\s+", " ", README)
-    assert " → ".join(f"`{name}`" for name in order[1:]) in text
+    assert " → ".join(f"`{name}`" for name in order) in text
     for name in order:
         head = (ROOT / name).read_text().split('"""')[1]
         assert "Reading order:" in head

@@ -1,1 +1,1 @@
-"""Evaluation: greedy accuracy, statistics, the pre-flight check of a run."""
+"""Evaluation: answers to held-out problems, statistics, reports, the pre-flight check of a run."""

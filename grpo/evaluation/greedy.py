@@ -1,4 +1,4 @@
-"""Greedy accuracy on held-out problems, its interval, pass@k, two models compared; and the pre-flight of a run."""
+"""Answers to held-out problems: one greedy completion per problem, or k sampled completions per problem."""
 
 import math
 import time
@@ -17,39 +17,39 @@ from grpo.evaluation.statistics import wilson_interval
 from grpo.rewards.scores import Scores
 from grpo.rollout import Rollout, generate_completions
 
-ScoreFn = Callable[[Sequence[Sample], Rollout], Scores]
+ScoreFn = Callable[[Sequence[Sample], Rollout], Scores]  # B samples and their B completions -> the scores
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One pass over a data set, one greedy completion a sample. Rows where no reward applies count nowhere."""
+    """One greedy completion for each sample of a dataset. Samples to which no reward applies are in no metric."""
 
     completions: list[str]
-    is_correct: list[bool | None]  # None: the first reward does not apply to this row
-    reward: float
+    is_correct: list[bool | None]  # None: the first reward does not apply to this sample
+    reward: float  # the mean of the combined reward
     rewards: dict[str, float]  # the mean of each reward function
-    mean_length: float  # tokens, the stop token included
-    clipped_ratio: float  # share of completions cut off at max_completion_length
+    mean_length: float  # tokens per completion, the stop token included
+    clipped_ratio: float  # fraction of completions cut off at max_completion_length
     seconds: float
-    is_correct_leniently: Sequence[bool | None] = ()  # right, be it not in the form that was asked for; None: unknown
-    combined: Sequence[float] = ()  # the reward of each sample, NaN = not applicable
-    datasets: Sequence[str | None] = ()  # where each sample comes from; None: there is only one data set
+    is_correct_leniently: Sequence[bool | None] = ()  # correct, even if the form is not; None: unknown
+    combined: Sequence[float] = ()  # the combined reward of each sample, NaN = not applicable
+    datasets: Sequence[str | None] = ()  # the dataset of each sample; None: there is only one
 
     @property
-    def num_right(self) -> int:
-        return sum(right is True for right in self.is_correct)
+    def num_correct(self) -> int:
+        return sum(verdict is True for verdict in self.is_correct)
 
     @property
     def num_scored(self) -> int:
-        return sum(right is not None for right in self.is_correct)
+        return sum(verdict is not None for verdict in self.is_correct)
 
     @property
     def accuracy(self) -> float | None:
-        """None where no row is scored as right or wrong."""
-        return self.num_right / self.num_scored if self.num_scored else None
+        """The fraction of scored samples that are correct; None if no sample is scored."""
+        return self.num_correct / self.num_scored if self.num_scored else None
 
     def metrics(self) -> dict[str, float]:
-        """The eval/* columns of metrics.jsonl; no accuracy where it is defined for no row."""
+        """The eval/* columns of metrics.jsonl. Accuracies are left out if no sample is scored."""
         row = {
             "eval/reward": self.reward,
             "eval/mean_length": self.mean_length,
@@ -64,7 +64,7 @@ class Evaluation:
         return row
 
     def by_dataset(self) -> dict[str, dict[str, float]]:
-        """n, reward and accuracies of each data set of a mixture; empty where there is only one."""
+        """n, reward and accuracies of each dataset of a mixture; empty if there is only one dataset."""
         parts = {}
         for name in dict.fromkeys(name for name in self.datasets if name is not None):
             rows = [index for index, own in enumerate(self.datasets) if own == name]
@@ -74,7 +74,7 @@ class Evaluation:
         return parts
 
     def having(self, metric: str) -> Self:
-        """Itself; an InputError if it lacks the metric that chooses best/."""
+        """Returns itself. Raises an InputError if `metric`, which chooses best/, is not defined."""
         if math.isnan(self.reward):
             raise InputError("rewards: none of them applies to any row of eval_file")
         if metric not in self.metrics():
@@ -94,7 +94,7 @@ class Evaluation:
 
 
 def _accuracy(name: str, verdicts: Sequence[bool | None]) -> dict[str, float]:
-    """Share and 95 % interval of those that are right; nothing where there are no verdicts."""
+    """The fraction of verdicts that are True and its 95 % interval; empty if there are no verdicts."""
     scored = [verdict for verdict in verdicts if verdict is not None]
     if not scored:
         return {}
@@ -103,7 +103,7 @@ def _accuracy(name: str, verdicts: Sequence[bool | None]) -> dict[str, float]:
 
 
 def mean_of(values: Sequence[float]) -> float:
-    """The mean of those that are not NaN; NaN where there are none."""
+    """The mean of the values that are not NaN; NaN if there are none."""
     return torch.tensor(values, dtype=torch.float64).nanmean().item()
 
 
@@ -119,9 +119,17 @@ def evaluate_greedy(
     progress: str | None = None,
     generate: Callable[..., Rollout] | None = None,
 ) -> Evaluation:
-    """One greedy completion for every sample, `batch_rows` at a time; `progress` names a bar.
+    """Generate one greedy completion for every sample, and score it.
 
-    `score_fn(samples, rollout)` is the training run's own, so held-out problems are judged by the same rewards.
+    Args:
+        model, tokenizer: the model to evaluate.
+        samples: the held-out problems.
+        score_fn: scores a rollout; that of the training run, so the same rewards apply.
+        max_completion_length: in tokens.
+        batch_rows: completions generated at once; affects memory and speed only.
+        stop_strings: a completion ends after the first of these.
+        progress: the name of a progress bar; None = no bar.
+        generate: called instead of `generate_completions`, for example to keep completions in a file.
     """
     start_time = time.perf_counter()
     rollouts: list[Rollout] = []
@@ -168,12 +176,13 @@ def count_correct(
     progress: str | None = None,
     generate: Callable[..., Rollout] | None = None,
 ) -> list[int | None]:
-    """How many of k completions sampled at temperature 1 are right, for every sample; None where not all are scored.
+    """For every sample, how many of k completions sampled at temperature 1 are correct; None if not all are scored.
 
-    The noise of completion g of sample i depends on (seed, i, g) alone, so `batch_rows` changes nothing.
+    The sampling noise of completion g of sample i is a function of (seed, i, g), so `batch_rows` does not change what
+    is sampled. For the other arguments see `evaluate_greedy`.
     """
     counts: list[int | None] = []
-    size = max(1, batch_rows // k)  # samples a batch
+    size = max(1, batch_rows // k)  # samples per batch
     for start in _batches(len(samples), size, progress):
         batch = samples[start : start + size]
         rollout = (generate or generate_completions)(
@@ -194,7 +203,7 @@ def count_correct(
 
 
 def _batches(num_samples: int, size: int, progress: str | None) -> Iterator[int]:
-    """The first sample of each batch, behind a bar that counts samples."""
+    """The index of the first sample of each batch. A progress bar counts the samples."""
     with tqdm(total=num_samples, desc=progress, unit="problem", disable=progress is None, leave=False) as bar:
         for start in range(0, num_samples, size):
             yield start
@@ -203,4 +212,4 @@ def _batches(num_samples: int, size: int, progress: str | None) -> Iterator[int]
 
 def verdicts_of(is_correct: Tensor) -> list[bool | None]:
     """(b,) 1.0, 0.0 or NaN -> True, False or None (no verdict)."""
-    return [None if math.isnan(right) else right == 1.0 for right in is_correct.tolist()]
+    return [None if math.isnan(value) else value == 1.0 for value in is_correct.tolist()]

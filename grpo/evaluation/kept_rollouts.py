@@ -1,8 +1,8 @@
-"""Completions kept in a file as they come, so that an evaluation of hours that was stopped goes on where it was.
+"""Completions kept in a file, so that a long evaluation that was stopped can continue where it was.
 
-A line is one call of the sampler: a key, made of the model's weights and of all that the call was asked for, and what
-came back. Whoever asks the same again is answered from the file, anything else is sampled: there is nothing to be told,
-and nothing stale can be taken for fresh.
+Each line of the file is one call of `generate_completions`: its completions, and a key. The key is a hash of the
+model's weights and of all arguments of the call. A call with the same key is answered from the file; any other call
+samples. So completions of other weights or other settings are never reused.
 """
 
 import hashlib
@@ -22,27 +22,29 @@ from grpo.rollout import Rollout, generate_completions, stop_token_ids
 
 
 class KeptRollouts:
-    """What was sampled so far, in a file that `forget` deletes."""
+    """The completions sampled so far, in a file."""
 
     def __init__(self, path: Path, **circumstances: Any) -> None:
-        """`circumstances`: what else the answers depend on, such as the dtype."""
+        """`circumstances`: everything else that completions depend on, such as the dtype."""
         self.path, self.circumstances = path, circumstances
-        self.used: set[str] = set()
-        self.rows: dict[str, dict[str, Any]] = {}
+        self.used: set[str] = set()  # the keys of all calls so far
+        self.rows: dict[str, dict[str, Any]] = {}  # key -> line of the file
         if path.is_file():
             self.rows = {row["key"]: row for row in read_jsonl(path)}
-            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # half a line, where the process was killed
+            os.truncate(
+                path, path.read_bytes().rfind(b"\n") + 1
+            )  # drops an incomplete last line, left by a process that was killed
 
     def of(self, model: PreTrainedModel) -> Callable[..., Rollout]:
-        """`generate_completions` of this model, with a memory."""
+        """A function like `generate_completions`, for this model, that answers from the file if it can."""
         weights = weights_sha256(model)
 
         def generate(
             model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], **settings: Any
         ) -> Rollout:
-            asked = {name: list(value) if isinstance(value, range) else value for name, value in settings.items()}
+            plain = {name: list(value) if isinstance(value, range) else value for name, value in settings.items()}
             stop_ids = sorted(stop_token_ids(model, tokenizer))
-            text = json.dumps([weights, self.circumstances, stop_ids, list(prompts), asked], sort_keys=True)
+            text = json.dumps([weights, self.circumstances, stop_ids, list(prompts), plain], sort_keys=True)
             key = hashlib.sha256(text.encode()).hexdigest()
             self.used.add(key)
             if key in self.rows:
@@ -57,7 +59,7 @@ class KeptRollouts:
         return generate
 
     def forget(self) -> None:
-        """What was of use is done with; what somebody else's evaluation left stays."""
+        """Delete the lines that this evaluation used. Lines of other evaluations stay in the file."""
         others = [row for key, row in self.rows.items() if key not in self.used]
         if others:
             write_atomically(self.path, to_jsonl(others))
@@ -66,7 +68,7 @@ class KeptRollouts:
 
 
 def _rollout(row: dict[str, Any]) -> Rollout:
-    """What is needed to judge completions: no prompts, and log-probs of 0."""
+    """A rollout with all that scoring needs. Its prompts are empty and its log-probs are 0."""
     completions = [torch.tensor(ids) for ids in row["ids"]]
     mask = pad_sequence([torch.ones_like(ids, dtype=torch.bool) for ids in completions], batch_first=True)
     nothing = torch.zeros(len(completions), 0, dtype=torch.long)

@@ -1,4 +1,4 @@
-"""Before training: is there anything to learn from? And how answers are shown side by side."""
+"""The pre-flight check of a run: is there anything to learn from? Also: answers of several models side by side."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -15,26 +15,34 @@ from grpo.rollout import Rollout
 
 
 def outcome_shares(scores: Scores, is_truncated: Tensor) -> dict[str, float]:
-    """How answers end, as shares of the completions that the first reward applies to; empty where it applies to none.
+    """The answers/* columns: fractions of the completions to which the first reward applies; empty if there are none.
 
-    answers/right, and of those not right: answers/truncated (cut off), answers/none (nothing to judge), answers/wrong.
+    answers/right is the fraction of correct completions. Each of the others counts as the first of these that is true:
+    answers/truncated (cut off), answers/none (no answer to judge), answers/wrong.
+
+    Args:
+        scores: of B completions.
+        is_truncated: (B,) bool.
     """
     outcomes: Counter[str] = Counter()
     rows = zip(verdicts_of(scores.is_correct), scores.has_answer.tolist(), is_truncated.tolist(), strict=True)
-    for verdict, has_answer, is_cut in rows:
+    for verdict, has_answer, is_cut_off in rows:
         if verdict is not None:
-            outcomes["right" if verdict else "truncated" if is_cut else "wrong" if has_answer else "none"] += 1
+            outcomes["right" if verdict else "truncated" if is_cut_off else "wrong" if has_answer else "none"] += 1
     names = ("right", "wrong", "none", "truncated") if outcomes else ()
     return {f"answers/{name}": outcomes[name] / outcomes.total() for name in names}
 
 
 def preflight(samples: Sequence[Sample], rollout: Rollout, score_fn: ScoreFn) -> str:
-    """What there is to learn from: P groups sampled from the base, of which only mixed ones say right from wrong.
+    """A text that says what there is to learn from. Only groups with correct and wrong completions teach the answer.
 
-    `samples` are the P prompts; row p * G + g of `rollout` belongs to prompt p.
+    Args:
+        samples: the P prompts of the first step.
+        rollout: P * G completions of the base model; row p * G + g belongs to prompt p.
+        score_fn: that of the run.
 
     Raises:
-        InputError: no reward applies to any of them, so training would teach nothing.
+        InputError: no reward applies to any completion, so there is nothing to learn.
     """
     group_size = len(rollout.completions) // len(samples)
     scores = score_fn([sample for sample in samples for _ in range(group_size)], rollout)
@@ -55,7 +63,7 @@ def preflight(samples: Sequence[Sample], rollout: Rollout, score_fn: ScoreFn) ->
         + (f", {kinds['unscored']} not scored" if kinds["unscored"] else "")
         + f"; {cut:.0%} of the completions cut off"
     ]
-    # Show a right completion if there is one: it says what the reward takes for right.
+    # Show a correct completion if there is one, so that the user sees what the reward accepts.
     row = verdicts.index(True) if True in verdicts else 0
     sample = samples[row // group_size]
     terms = ", ".join(f"{name} {values[row]:.2f}" for name, values in scores.by_name.items())
@@ -74,7 +82,7 @@ def preflight(samples: Sequence[Sample], rollout: Rollout, score_fn: ScoreFn) ->
 
 
 def _advice(kinds: Counter[str], cut: float) -> str:
-    """What to change where right and wrong never meet in one group."""
+    """What to change if no group has both correct and wrong completions."""
     if kinds["all right"] and kinds["all wrong"]:
         return "every problem is solved always or never. Try a larger group_size, or problems between the two."
     if kinds["all right"]:
@@ -86,13 +94,13 @@ def _advice(kinds: Counter[str], cut: float) -> str:
 
 
 def pick_examples(evaluation: Evaluation, num_examples: int = 3) -> list[dict[str, Any]]:
-    """Problems to look at again after training: the first ones that are not right, then any others."""
-    order = sorted(range(len(evaluation.is_correct)), key=lambda index: evaluation.is_correct[index] is True)  # stable
+    """Problems to show again after training: first those that are not solved, then the others, each in order."""
+    order = sorted(range(len(evaluation.is_correct)), key=lambda index: evaluation.is_correct[index] is True)
     return [{"index": index, "completion": evaluation.completions[index]} for index in order[:num_examples]]
 
 
 def side_by_side(sample: Sample, completions: dict[str, str]) -> str:
-    """One problem and what each model answers."""
+    """One problem and the answers to it. `completions`: name of the model -> its answer."""
     width = max(map(len, completions))
     expected = f"   (answer: {sample['answer']})" if "answer" in sample else ""
     lines = [f"    {name:{width}}  {_one_line(text)}" for name, text in completions.items()]

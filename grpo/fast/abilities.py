@@ -7,30 +7,11 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-from grpo.fast.layout import _block_mask, completions_per_row
+from grpo.fast.layout import block_mask
 from grpo.fast.lm_head import Head
-
-
-def _choose_k(
-    model: PreTrainedModel, prompts: Tensor, completions: Tensor, group_size: int | None, shared_prefix: str
-) -> int:
-    """How many completions of a prompt stand in one row."""
-    if group_size is None or shared_prefix == "never":
-        return 1
-    _, counts = prompts.unique_consecutive(dim=0, return_counts=True)  # (P,) completions of each prompt
-    most = min(group_size, int(counts.max()))
-    if most == 1 or not can_share_prefix(model, prompts.shape[1] + completions.shape[1]):
-        return 1
-    return completions_per_row(
-        counts.tolist(),
-        prompts.shape[1],
-        completions.shape[1],
-        model.config.get_text_config().hidden_size,
-        range(2 if shared_prefix == "always" else 1, most + 1),
-    )
 
 
 class _Abilities(NamedTuple):
@@ -134,7 +115,7 @@ def _try_block_mask(model: PreTrainedModel) -> bool:
             "position_ids": torch.tensor([[0, 1, 2, 3, 2, 3]], device=ids.device),
             "use_cache": False,
         }
-        mask = _block_mask(torch.ones_like(ids, dtype=torch.bool).unsqueeze(0), 2, 2, model.dtype)
+        mask = block_mask(torch.ones_like(ids, dtype=torch.bool).unsqueeze(0), 2, 2, model.dtype)
         right = (
             model(input_ids=apart, attention_mask=torch.ones_like(apart), use_cache=False).logits[:, 2:].flatten(0, 1)
         )

@@ -26,13 +26,13 @@ def positions_from_mask(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def _trimmed(ids: Tensor, side: str) -> Tensor:
+def trimmed(ids: Tensor, side: str) -> Tensor:
     """Without the columns, left or right, that hold nothing but padding; at least one stays."""
     used = (ids != PADDING).any(0).nonzero().flatten().tolist() or [0]
     return ids[:, used[0] :] if side == "left" else ids[:, : used[-1] + 1]
 
 
-class _Rows(NamedTuple):
+class Rows(NamedTuple):
     """[prompt | completion 1 | ... | completion k], R times, and where the outputs for the N tokens stand in them."""
 
     inputs: dict[str, Tensor]  # input_ids, attention_mask, position_ids
@@ -41,7 +41,7 @@ class _Rows(NamedTuple):
     place: Tensor  # (N,) of the output that speaks of the token, counted from the prompt's last
 
 
-def _lay_out(prompts: Tensor, completions: Tensor, k: int, model: PreTrainedModel) -> _Rows:
+def lay_out(prompts: Tensor, completions: Tensor, k: int, model: PreTrainedModel) -> Rows:
     """(U, L) prompts and (U, C) completions, equal prompts side by side if k > 1 -> rows of up to k completions."""
     (num_pairs, prompt_length), length = prompts.shape, completions.shape[1]  # U, L, C
     counts = torch.ones(num_pairs, dtype=torch.long, device=prompts.device)
@@ -61,7 +61,7 @@ def _lay_out(prompts: Tensor, completions: Tensor, k: int, model: PreTrainedMode
     after_prompt = is_prompt.sum(1, keepdim=True) + torch.arange(length, device=ids.device).repeat(k)  # (R, k * C)
     mask = is_token.long()  # enough for a lone completion, and its kernels are faster
     if k > 1:
-        mask = _block_mask(is_token, prompt_length, k, matmul_dtype(model.dtype, ids.device))
+        mask = block_mask(is_token, prompt_length, k, matmul_dtype(model.dtype, ids.device))
     inputs = {
         "input_ids": ids.clamp(min=0),
         "attention_mask": mask,
@@ -69,7 +69,7 @@ def _lay_out(prompts: Tensor, completions: Tensor, k: int, model: PreTrainedMode
     }
     u, t = (completions != PADDING).nonzero(as_tuple=True)  # (N,)
     place = torch.where(t == 0, 0, slot[u] * length + t)  # every completion's first token follows the prompt
-    return _Rows(inputs, (u, t), row[u], place)
+    return Rows(inputs, (u, t), row[u], place)
 
 
 def completions_per_row(
@@ -96,7 +96,7 @@ def completions_per_row(
     return min(allowed, key=cost)
 
 
-def _block_mask(is_token: Tensor, prompt_length: int, k: int, dtype: torch.dtype) -> Tensor:
+def block_mask(is_token: Tensor, prompt_length: int, k: int, dtype: torch.dtype) -> Tensor:
     """(R, T) -> (R, 1, T, T), 0 where a token (row) may look at another (column), hugely negative elsewhere.
 
     A completion sees its prompt and itself, up to the token at hand, and none of its siblings. Padding sees itself:

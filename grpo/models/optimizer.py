@@ -10,18 +10,20 @@ from torch import nn
 from grpo.settings.config import Config
 
 
-def make_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
-    """AdamW; weight decay only on matrices, never on biases and norms (which are 1-D)."""
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    return torch.optim.AdamW(
-        [
+def make_optimizer(model: nn.Module, config: Config, critic: nn.Module | None = None) -> torch.optim.AdamW:
+    """AdamW over the weights that are trained, the critic's behind the model's. See `set_learning_rate`.
+
+    Weight decay acts on matrices only, never on biases and norms, which are 1-D.
+    """
+    groups = []
+    for module in (model,) if critic is None else (model, critic):
+        weights = [weight for weight in module.parameters() if weight.requires_grad]
+        groups += [
             {"params": [weight for weight in weights if weight.dim() >= 2], "weight_decay": config.weight_decay},
             {"params": [weight for weight in weights if weight.dim() < 2], "weight_decay": 0.0},
-        ],
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        fused=True,
-    )
+        ]
+    betas = (config.adam_beta1, config.adam_beta2)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
 
 
 def with_num_steps(config: Config, epoch_size: int) -> Config:
@@ -40,21 +42,27 @@ LR_SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 
 
-def learning_rate_at(config: Config, num_updates: int) -> float:
-    """The rate of the next optimizer step after `num_updates` of them: linear warm-up, then `lr_schedule`.
+def learning_rate_at(config: Config, num_updates: int, peak: float | None = None) -> float:
+    """The rate of the next optimizer step after `num_updates` of them: linear warm-up to `peak`, then `lr_schedule`.
 
     A function of the count alone, so a resumed run has nothing to restore. A rollout may give several optimizer steps.
+    `peak`: None = learning_rate.
     """
+    peak = config.learning_rate if peak is None else peak
     last = config.num_train_steps * config.num_iterations * config.num_minibatches
     if num_updates < config.warmup_steps:
-        return config.learning_rate * (num_updates + 1) / (config.warmup_steps + 1)
+        return peak * (num_updates + 1) / (config.warmup_steps + 1)
     progress = (num_updates - config.warmup_steps) / max(last - config.warmup_steps, 1)
-    return config.learning_rate * LR_SCHEDULES[config.lr_schedule](min(progress, 1.0))
+    return peak * LR_SCHEDULES[config.lr_schedule](min(progress, 1.0))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: Config, num_updates: int) -> float:
-    """Give the optimizer the rate of its next step, and return it."""
+    """Give the optimizer the rate of its next step, and return the policy's.
+
+    The first two groups of `make_optimizer` are the policy's; further groups are the critic's, which may have a peak of
+    its own (`critic_learning_rate`).
+    """
     rate = learning_rate_at(config, num_updates)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+    for number, group in enumerate(optimizer.param_groups):
+        group["lr"] = rate if number < 2 else learning_rate_at(config, num_updates, config.critic_learning_rate)
     return rate

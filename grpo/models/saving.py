@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from grpo.files import complete_folder
 from grpo.models.lora import save_base
+
+disable_progress_bar()  # transformers' own bars, one per file loaded or saved, would break up ours
 
 
 def save_model(

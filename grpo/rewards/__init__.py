@@ -1,1 +1,1 @@
-"""What rewards are made of, one kind a file; reward_model.py has the table."""
+"""Rewards: what a reward function is, calling and combining them, and the library. reward_model.py has the table."""

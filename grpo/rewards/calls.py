@@ -1,4 +1,4 @@
-"""Calling a reward function: it may be anybody's code, so what it raises or returns is checked, and named."""
+"""Calls of reward functions. They may be anybody's code, so errors and wrong values are caught and named."""
 
 import traceback
 from collections.abc import Callable, Sequence
@@ -12,57 +12,63 @@ T = TypeVar("T")
 
 
 class RewardError(RunError):
-    """A reward function raised, or returned something that is no list of rewards."""
+    """A reward function raised an error, or returned something other than a list of rewards."""
 
 
 def call(
     name: str, fn: RewardFn, given: dict[str, Sequence[Any]], completions: Sequence[str], lengths: Sequence[int] | None
 ) -> list[RewardValue]:
-    """What `fn` says of B completions, one value each.
+    """Call `fn` on B completions and check the values that it returns, one per completion.
 
     Args:
-        given: its arguments, B of each.
-        completions: as texts, for messages.
-        lengths: tokens of each completion, where a value may also be a list of so many; None where it may not.
+        name: the name of the reward, for error messages.
+        given: the arguments of `fn`, each a sequence of length B.
+        completions: the texts of the completions, for error messages.
+        lengths: the number of tokens of each completion, if a value may also be a list with one float per token; None
+            if it may not.
 
     Raises:
-        RewardError: it raised (the first sample it also raises on alone is named), or returned the wrong number of
-            values, or something that is no reward.
+        RewardError: `fn` raised an error (the message names the first sample on which `fn` also fails alone), or
+            returned the wrong number of values, or something that is not a reward.
     """
     prompts = given["prompts"]
     try:
-        values = fn(**{key: list(column) for key, column in given.items()})  # its own lists: it may edit them
-    except (Exception, SystemExit) as error:  # a user's function may raise anything; it must stop the run, by name
+        values = fn(**{key: list(column) for key, column in given.items()})  # copies, which `fn` may change
+    except (Exception, SystemExit) as error:  # a user's function may raise anything; the message must name it
         place = traceback.extract_tb(error.__traceback__)[-1]
-        message = f"{described(error)} ({Path(place.filename).name}, line {place.lineno})"
+        message = f"{describe(error)} ({Path(place.filename).name}, line {place.lineno})"
         row = _first_failing_row(fn, given)
         culprit = "" if row is None else f" for prompt {short(prompts[row])}, completion {short(completions[row])}"
         raise RewardError(f"reward {name} raised {message}{culprit}") from error
-    return checked(name, values, prompts, lengths)
+    return check_values(name, values, prompts, lengths)
 
 
-def asked(name: str, attribute: str, kind: Callable[[Any], T], fn: Callable[..., Any], *arguments: Any) -> T:
-    """What a function says that stands in an attribute of a reward, as a `kind`; a RewardError where it raises."""
+def call_attribute(name: str, attribute: str, kind: Callable[[Any], T], fn: Callable[..., Any], *arguments: Any) -> T:
+    """Call `fn`, an attribute of the reward `name`, and convert its result with `kind`, such as bool.
+
+    Raises:
+        RewardError: `fn` raised an error, or its result cannot be converted.
+    """
     try:
         return kind(fn(*arguments))
     except (Exception, SystemExit) as error:
-        what = f"reward {name}: its attribute {attribute} raised {described(error)}"
+        what = f"reward {name}: its attribute {attribute} raised {describe(error)}"
         raise RewardError(f"{what}, for {', '.join(map(short, arguments))}") from error
 
 
-def described(error: BaseException) -> str:
-    """One line: ValueError: too large."""
+def describe(error: BaseException) -> str:
+    """Type and message of an error in one line: "ValueError: too large"."""
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def short(value: Any, limit: int = 300) -> str:
-    """As Python writes it, the middle left out where it is long."""
+    """The repr of a value. If it is longer than `limit` characters, the middle is left out."""
     text = repr(value)
     return text if len(text) <= limit else f"{text[: limit // 2]} … {text[-limit // 2 :]}"
 
 
 def _first_failing_row(fn: RewardFn, given: dict[str, Sequence[Any]]) -> int | None:
-    """Which completion a function that raised on a batch raises on alone; None if it takes each of them."""
+    """The first row on which `fn`, which raised an error on the batch, also raises one alone; None if there is none."""
     for row in range(len(given["prompts"])):
         try:
             fn(**{name: values[row : row + 1] for name, values in given.items()})
@@ -71,11 +77,11 @@ def _first_failing_row(fn: RewardFn, given: dict[str, Sequence[Any]]) -> int | N
     return None
 
 
-def checked(name: str, values: Any, prompts: Sequence[Any], lengths: Sequence[int] | None) -> list[RewardValue]:
-    """One value a completion; lists of so many token rewards are allowed where `lengths` are given."""
+def check_values(name: str, values: Any, prompts: Sequence[Any], lengths: Sequence[int] | None) -> list[RewardValue]:
+    """Check that there is one value per completion, and that each is a reward. For `lengths` see `call`."""
     if not isinstance(values, (list, tuple)) or len(values) != len(prompts):
         got = f"{len(values)} values" if isinstance(values, (list, tuple)) else type(values).__name__
-        hint = ": use .tolist()" if hasattr(values, "tolist") else ""  # of an array or tensor
+        hint = ": use .tolist()" if hasattr(values, "tolist") else ""  # for arrays and tensors
         allowed = f"expected a list of as many{hint}"
         raise RewardError(f"reward {name} returned {got} for {len(prompts)} completions, {allowed}")
     for row, (value, prompt) in enumerate(zip(values, prompts, strict=True)):
@@ -85,10 +91,10 @@ def checked(name: str, values: Any, prompts: Sequence[Any], lengths: Sequence[in
 
 
 def _problem(value: Any, length: int | None, prompt: str) -> str | None:
-    """What is wrong with the value for one completion, of `length` tokens where it may have one for each of them."""
+    """What is wrong with the value of one completion; None: nothing. `length`: its tokens, if it may be a list."""
     if not isinstance(value, list):
-        is_correct = value is None or is_number(value)
-        return None if is_correct else f"{short(value)} for {prompt}, expected a finite number or None"
+        is_reward = value is None or is_number(value)
+        return None if is_reward else f"{short(value)} for {prompt}, expected a finite number or None"
     if length is None:
         critic = "rewards for single tokens need a critic (examples/train_ppo.py)"
         return f"a list for {prompt}, expected one number or None: {critic}"

@@ -1,8 +1,9 @@
-"""An entry of the config's `rewards` -> a function that scores, its weight, and what it says of itself.
+"""The config's `rewards` -> a list of `Reward`: functions with their weights and attributes.
 
-    math    {name: length, weight: 0.5, target: 10, slope: 0.1}    {name: my_module:my_fn, as: mine, strict: true}
+    rewards: [math, {name: length, weight: 0.5, target: 10, slope: 0.1}, {name: "my_module:my_fn", as: mine, n: 3}]
 
-A name of the table, whose factory takes the other arguments; or any function, which takes them itself.
+A name is a key of the table `REWARDS` in reward_model.py, or `module:function`. All other keys of an entry (besides
+`weight` and `as`) are arguments: of the factory in the table, or of the function itself.
 """
 
 import functools
@@ -14,47 +15,58 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from grpo.errors import InputError, did_you_mean
-from grpo.rewards.base import SAID_OF_ITSELF, RewardFn, is_number
-from grpo.rewards.calls import described
+from grpo.rewards.base import ATTRIBUTES, RewardFn, is_number
+from grpo.rewards.calls import describe
+from grpo.settings.sources import Source
 
-# What every reward function is called with; its other parameters are columns of the data set or arguments.
+# Every reward function is called with these. Its other parameters are columns of the dataset or arguments.
 GIVEN = {"prompts", "completions", "completion_ids"}
-OF_TRL = {"trainer_state", "log_extra", "log_metric"}  # what TRL's trainer gives, too
+OF_TRL = {"trainer_state", "log_extra", "log_metric"}  # TRL's trainer passes these, ours does not
 
 
 @dataclass(frozen=True)
 class Reward:
-    """One entry of the config's list."""
+    """One entry of the config's `rewards`. grpo/rewards/base.py explains the attributes from `full_mark` on."""
 
-    name: str  # as which it is logged
+    name: str  # its name in the logs
     fn: RewardFn
     weight: float
-    full_mark: float | None = 1.0  # the value of a right completion; None: it calls none right or wrong
-    lowest: float = 0.0  # no value is less, as far as is known
-    has_answer: Callable[[str], object] = str.strip  # true where there is anything to judge
-    check_sample: Callable[[dict[str, Any]], object] = lambda sample: None  # a ValueError for a row it cannot score
-    is_correct_leniently: Callable[[dict[str, Any], str], bool] | None = None  # wherever the answer stands
-    explain: Callable[..., Sequence[str]] | None = None  # what keeps each completion from more; "": nothing does
+    full_mark: float | None = 1.0
+    lowest: float = 0.0
+    has_answer: Callable[[str], object] = str.strip  # truthy: there is an answer
+    check_sample: Callable[[dict[str, Any]], object] = lambda sample: None
+    is_correct_leniently: Callable[[dict[str, Any], str], bool] | None = None
+    explain: Callable[..., Sequence[str]] | None = None
 
     @classmethod
     def of(cls, name: str, fn: RewardFn, weight: float, arguments: dict[str, Any]) -> Self:
-        """`fn` with `arguments` fixed, and what its attributes say of it; a ValueError where one cannot be used."""
-        said = {key: getattr(fn, key) for key in SAID_OF_ITSELF if hasattr(fn, key)}
-        for key, value in said.items():
+        """`fn` with `arguments` fixed, and with the attributes that it carries.
+
+        Raises:
+            ValueError: an attribute has the wrong type.
+        """
+        attributes = {key: getattr(fn, key) for key in ATTRIBUTES if hasattr(fn, key)}
+        for key, value in attributes.items():
             if key in ("full_mark", "lowest"):
                 if not is_number(value) and not (key == "full_mark" and value is None):
                     raise ValueError(f"its attribute {key}: got {value!r}, expected a number")
             elif not callable(value):
                 raise ValueError(f"its attribute {key}: got {value!r}, expected a function")
-        return cls(name, _with_arguments(fn, arguments), weight, **said)
+        return cls(name, _with_arguments(fn, arguments), weight, **attributes)
+
+
+RewardsOf = Mapping[str | None, Sequence[Reward]]  # the rewards of each dataset, by its name; None if there is only one
 
 
 def _with_arguments(fn: RewardFn, arguments: dict[str, Any]) -> RewardFn:
-    """`fn` as it is called: a column never overrides an argument; without **columns it gets what it names, no more."""
+    """`fn` with its arguments fixed; they win over columns of the same name.
+
+    If `fn` has no **columns, it is called with the parameters that it names, and no others.
+    """
     takes_all = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(fn).parameters.values())
     wanted = named_parameters(fn)
 
-    @functools.wraps(fn)  # so that its parameters can still be seen
+    @functools.wraps(fn)  # inspect.signature still shows the parameters of `fn`
     def called(**given: Any) -> Any:
         return fn(**{key: value for key, value in (given | arguments).items() if takes_all or key in wanted})
 
@@ -64,7 +76,16 @@ def _with_arguments(fn: RewardFn, arguments: dict[str, Any]) -> RewardFn:
 def load_rewards(
     specs: Sequence[str | dict[str, Any]], table: Mapping[str, Callable[..., RewardFn]], combine: str = "sum"
 ) -> list[Reward]:
-    """The config's `rewards` as functions; an InputError names the entry that is wrong."""
+    """The functions for the config's `rewards`.
+
+    Args:
+        specs: the entries, each a name or a dict.
+        table: name -> factory.
+        combine: how the rewards will be combined; some weights are not allowed with mean and product.
+
+    Raises:
+        InputError: an entry is wrong; the message names it.
+    """
     rewards = [_load_reward(spec, table) for spec in specs]
     names = [reward.name for reward in rewards]
     if len(set(names)) < len(names):
@@ -82,6 +103,23 @@ def load_rewards(
     return rewards
 
 
+def load_rewards_of(
+    sources: Sequence[Source], table: Mapping[str, Callable[..., RewardFn]], combine: str = "sum"
+) -> RewardsOf:
+    """The rewards of each dataset, see `load_rewards`.
+
+    Raises:
+        InputError: an entry is wrong; the message names it, and in a mixture its dataset.
+    """
+    rewards: dict[str | None, list[Reward]] = {}
+    for source in sources:
+        try:
+            rewards[source.name] = load_rewards(source.rewards, table, combine)
+        except InputError as error:
+            raise InputError(str(error) if source.name is None else f"datasets: {source.name}: {error}") from error
+    return rewards
+
+
 def _load_reward(spec: str | dict[str, Any], table: Mapping[str, Callable[..., RewardFn]]) -> Reward:
     arguments: dict[str, Any] = {"name": spec} if not isinstance(spec, dict) else dict(spec)
     name, weight = arguments.pop("name", None), arguments.pop("weight", 1.0)
@@ -95,7 +133,7 @@ def _load_reward(spec: str | dict[str, Any], table: Mapping[str, Callable[..., R
     try:
         if name in table:
             _check_arguments(table[name], arguments)
-            return Reward.of(logged_as, table[name](**arguments), weight, {})  # the factory has had them
+            return Reward.of(logged_as, table[name](**arguments), weight, {})  # the factory has used them
         if ":" in name:
             fn = _import_function(name)
             _check_arguments(fn, arguments, is_factory=False)
@@ -108,7 +146,11 @@ def _load_reward(spec: str | dict[str, Any], table: Mapping[str, Callable[..., R
 
 
 def _check_arguments(fn: Callable[..., Any], arguments: Mapping[str, Any], *, is_factory: bool = True) -> None:
-    """Of a factory every parameter is an argument; of a reward function those with a default, others are columns."""
+    """Check that `fn` takes these arguments.
+
+    All parameters of a factory are arguments. Of a reward function only those with a default are, the others are
+    columns of the data.
+    """
     needed = named_parameters(fn, without_default=True)
     own = named_parameters(fn) if is_factory else named_parameters(fn) - needed - GIVEN
     allowed = ["weight", "as", *sorted(own)]
@@ -121,13 +163,13 @@ def _check_arguments(fn: Callable[..., Any], arguments: Mapping[str, Any], *, is
 
 
 def _import_function(name: str) -> RewardFn:
-    """`module:function`; a ValueError where it cannot be called as a reward."""
+    """Import `module:function`. Raises a ValueError if it cannot be called as a reward function."""
     module_name, _, function_name = name.partition(":")
     try:
         fn = getattr(importlib.import_module(module_name), function_name)
         parameters = inspect.signature(fn).parameters.values()
     except (Exception, SystemExit) as error:  # importing runs the user's module, which may raise anything
-        raise ValueError(f"cannot be used: {described(error)}") from error
+        raise ValueError(f"cannot be used: {describe(error)}") from error
     if inspect.iscoroutinefunction(fn) or inspect.isclass(fn):
         what = "a class" if inspect.isclass(fn) else "an async function"
         raise ValueError(f"got {what}, expected a function that returns its values")
@@ -139,12 +181,12 @@ def _import_function(name: str) -> RewardFn:
 
 
 def named_parameters(fn: Callable[..., Any], *, without_default: bool = False) -> set[str]:
-    """The parameters that a function names: no *args, no **columns."""
+    """The names of a function's parameters, without *args and **columns."""
     variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     parameters = [p for p in inspect.signature(fn).parameters.values() if p.kind not in variadic]
     return {p.name for p in parameters if not without_default or p.default is p.empty}
 
 
 def required_columns(reward: Reward) -> set[str]:
-    """The columns a reward needs: the parameters it names, without a default."""
+    """The columns that a reward needs: the parameters of its function without a default."""
     return named_parameters(reward.fn, without_default=True) - GIVEN

@@ -1,13 +1,16 @@
-"""What completions are worth: the values of several rewards, how they combine into one, and how that is scaled.
+"""Scores of completions: the values of all rewards, how they are combined into one, and how that one is scaled.
 
-    combined = sum      sum of weight * value                          over the rewards that apply to the completion
-               mean     sum of weight * value / sum of weight          and have a weight that is not 0;
-               product  product of weight * value                      NaN where there are none
-    scaled   = identity     the combined reward
-               standardize  (R - mean) / (std + 1e-4) over the step's completions; 0 where they are all alike
-               clip         cut to [-reward_clip, reward_clip]
+    combine: sum      sum of weight * value
+             mean     sum of weight * value / sum of weight
+             product  product of weight * value
 
-Scaling is what advantages are made from; metrics, samples and evaluations show the combined reward itself.
+Only the rewards that apply to the completion and whose weight is not 0 are combined; NaN if there are none.
+
+    reward_scaling: identity     the combined reward R
+                    standardize  (R - mean) / (std + 1e-4) over the completions of the step; 0 if all are equal
+                    clip         R clipped to [-reward_clip, reward_clip]
+
+Advantages are computed from the scaled rewards. Metrics, samples and evaluations show the combined reward.
 """
 
 import dataclasses
@@ -24,15 +27,15 @@ from torch import Tensor
 class Scores:
     """The rewards of B completions; NaN = not applicable."""
 
-    by_name: dict[str, Tensor]  # each (B,)
-    combined: Tensor  # (B,) of the applicable rewards of non-zero weight: see above
-    is_correct: Tensor  # (B,) 1.0 right, 0.0 wrong: the first reward of the list gives its full mark
-    has_answer: Tensor  # (B,) bool: there is something to be right or wrong about
-    is_correct_leniently: Tensor  # (B,) 1.0, 0.0, or NaN where the first reward knows no lenient way
-    token_rewards: Tensor | None = None  # (B, C) where asked for, under combine sum: it is a row's sum, or 0
+    by_name: dict[str, Tensor]  # the values of each reward, (B,) each
+    combined: Tensor  # (B,)
+    is_correct: Tensor  # (B,) 1.0 if the first reward gives its full mark, else 0.0
+    has_answer: Tensor  # (B,) bool: according to the first reward there is an answer to judge
+    is_correct_leniently: Tensor  # (B,) 1.0 or 0.0; NaN if the first reward has no `is_correct_leniently`
+    token_rewards: Tensor | None = None  # (B, C), only if requested; rows add up to `combined`, or to 0 where it is NaN
 
     def select(self, rows: Tensor) -> Self:
-        """The scores of these completions alone. `rows`: (b,) indices."""
+        """The scores of some completions. `rows`: (b,) row numbers."""
         rows = rows.cpu()
         return type(self)(
             by_name={name: values[rows] for name, values in self.by_name.items()},
@@ -45,7 +48,7 @@ class Scores:
 
     @classmethod
     def cat(cls, parts: Sequence[Self]) -> Self:
-        """The scores of all completions of `parts`, one after another, without token rewards: C may differ."""
+        """The scores of all completions of `parts`, in order; without token rewards, because C may differ."""
         return cls(
             by_name={name: torch.cat([part.by_name[name] for part in parts]) for name in parts[0].by_name},
             combined=torch.cat([part.combined for part in parts]),
@@ -55,12 +58,12 @@ class Scores:
         )
 
     def with_names(self, names: Iterable[str]) -> Self:
-        """The same with NaN for the rewards among `names` that it has not got: they do not apply."""
-        nothing = torch.full_like(self.combined, torch.nan)
-        return dataclasses.replace(self, by_name={name: self.by_name.get(name, nothing) for name in names})
+        """The same scores with the rewards `names`. Rewards that are missing here do not apply, so they are NaN."""
+        not_applicable = torch.full_like(self.combined, torch.nan)
+        return dataclasses.replace(self, by_name={name: self.by_name.get(name, not_applicable) for name in names})
 
     def metrics(self) -> dict[str, float]:
-        """Means and unbiased standard deviations over the batch, of the combined reward and of each one."""
+        """Mean and unbiased standard deviation over the batch, of the combined reward and of each reward."""
         row = {"reward": self.combined.nanmean().item(), "reward_std": nan_std(self.combined)}
         for name, values in self.by_name.items():
             row |= {f"rewards/{name}/mean": values.nanmean().item(), f"rewards/{name}/std": nan_std(values)}
@@ -73,7 +76,7 @@ def nan_std(values: Tensor) -> float:
     return valid.std().item() if len(valid) > 1 else 0.0
 
 
-# How rewards combine: terms = weight * value and weights, each (F, B), with `applies` -> (B,)
+# combine -> function of terms = weight * value, weights and applies, each (F, B), to the combined reward (B,)
 COMBINE: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "sum": lambda terms, weights, applies: torch.where(applies, terms, 0.0).sum(0),
     "mean": lambda terms, weights, applies: (
@@ -84,7 +87,15 @@ COMBINE: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 
 def combined(values: Tensor, weights: Tensor, how: str = "sum") -> Tensor:
-    """One reward a completion. `values`: (F, B), NaN = not applicable; `weights`: (F,). Returns (B,).
+    """Combine the values of F rewards into one reward per completion.
+
+    Args:
+        values: (F, B), NaN = not applicable.
+        weights: (F,).
+        how: sum, mean or product.
+
+    Returns:
+        (B,), NaN where no reward with a non-zero weight applies.
 
     >>> values = torch.tensor([[1.0, 0.5, 1.0], [0.5, torch.nan, 0.0]])
     >>> [combined(values, torch.tensor([1.0, 3.0]), how).tolist() for how in ("sum", "mean", "product")]
@@ -103,17 +114,17 @@ SCALINGS: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 
 def scaled(rewards: Tensor, scaling: str, bound: float | None = None) -> Tensor:
-    """Combined rewards as the advantages see them; (B,), NaN stays NaN. `bound` is that of clip."""
+    """Scale combined rewards before advantages are computed; (B,) -> (B,), NaN stays NaN. `bound`: only for clip."""
     return SCALINGS[scaling](rewards, math.inf if bound is None else bound)
 
 
 def standardized(rewards: Tensor, eps: float = 1e-4) -> Tensor:
-    """Mean 0 and an unbiased standard deviation of about 1 over those that are not NaN.
+    """Shift and scale to mean 0 and an unbiased standard deviation of about 1; NaN is ignored and stays NaN.
 
     >>> standardized(torch.tensor([1.0, 3.0, torch.nan])), standardized(torch.full((7,), 0.95))[0]
     (tensor([-0.7071,  0.7071,     nan]), tensor(0.))
     """
     valid = rewards[~rewards.isnan()]
     if len(valid) == 0 or valid.max() - valid.min() <= 1e-6 * max(1.0, valid.abs().max().item()):
-        return rewards.masked_fill(~rewards.isnan(), 0.0)  # rounding, divided by a tiny std, would be no signal
+        return rewards.masked_fill(~rewards.isnan(), 0.0)  # else rounding errors would be divided by a tiny std
     return (rewards - valid.mean()) / (nan_std(rewards) + eps)

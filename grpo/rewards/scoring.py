@@ -1,10 +1,10 @@
-"""Samples and completions -> Scores: every reward function is called, its values are checked and combined.
+"""Samples and completions -> Scores: call every reward function, check its values and combine them.
 
-A mixture's completions are scored by the rewards of their own data set, and by no other's.
+In a mixture of datasets, each completion is scored only by the rewards of its own dataset.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,15 +13,17 @@ from torch import Tensor
 from grpo.data import SOURCE
 from grpo.errors import InputError
 from grpo.rewards.base import RewardValue
-from grpo.rewards.calls import RewardError, asked, call, described, short
-from grpo.rewards.loading import Reward, required_columns
+from grpo.rewards.calls import RewardError, call, call_attribute, describe, short
+from grpo.rewards.loading import Reward, RewardsOf, required_columns
 from grpo.rewards.scores import Scores, combined
-
-RewardsOf = Mapping[str | None, Sequence[Reward]]  # of each data set, by its name; None where there is only one
 
 
 def check_samples(rewards: Sequence[Reward], samples: Sequence[dict[str, Any]], place: Callable[[int], str]) -> None:
-    """Every sample must be one that the rewards can score; `place(i)` says where sample i stands."""
+    """Check that the rewards can score every sample. `place(i)` is the file and line of sample i.
+
+    Raises:
+        InputError: a sample lacks a column, or a reward's `check_sample` refuses it.
+    """
     for reward in rewards:
         columns = sorted(required_columns(reward))
         for index, sample in enumerate(samples):
@@ -33,7 +35,7 @@ def check_samples(rewards: Sequence[Reward], samples: Sequence[dict[str, Any]], 
             except ValueError as error:
                 raise InputError(f"{place(index)}: reward {reward.name}: {error}") from error
             except (Exception, SystemExit) as error:
-                what = f"its attribute check_sample raised {described(error)}"
+                what = f"its attribute check_sample raised {describe(error)}"
                 raise InputError(f"{place(index)}: reward {reward.name}: {what}") from error
 
 
@@ -46,55 +48,56 @@ def score_completions(
     combine: str = "sum",
     per_token: bool = False,
 ) -> Scores:
-    """Score B completions, each with its sample.
+    """Score B completions with every reward.
 
-    With `per_token` a value may be a list, one reward for each of the completion's tokens, and the scores have
-    `token_rewards`, which add up to the weighted sum (`combine` is sum then): a reward for the completion as a whole is
-    its last token's.
+    Args:
+        samples: B, the sample that each completion answers.
+        completions: B texts.
+        completion_ids: B lists of token ids, the stop token included.
+        combine: how the rewards combine: sum, mean or product, see grpo/rewards/scores.py.
+        per_token: a value may also be a list with one float per token (only with sum). The scores then have
+            `token_rewards`, which add up to the combined reward; a reward for a completion as a whole goes to its last
+            token.
 
     Raises:
-        RewardError: a function raised (the first sample it also raises on alone is named), or returned the wrong number
-            of values, or a value that is neither a finite number nor None (the sample is named too), or a list of
-            values where `per_token` is false or which is not as long as the completion.
+        RewardError: a function raised an error, or returned the wrong number of values, or a value that is neither a
+            finite number nor None, or a list that is not allowed or not as long as the completion. The message names
+            the reward and, if possible, the sample.
     """
     private = ("prompt", "prompt_ids", SOURCE)
-    keys = {key for sample in samples for key in sample if key not in private}  # the union: rows may differ
+    keys = {key for sample in samples for key in sample if key not in private}  # all keys: rows may differ
     columns = {key: [sample.get(key) for sample in samples] for key in sorted(keys)}
     prompts = [sample["prompt"] for sample in samples]
-    answers = [_like(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
-    given = {"prompts": prompts, "completions": answers, "completion_ids": completion_ids, **columns}
-    lengths = [len(ids) for ids in completion_ids]  # B of them, in tokens
+    formatted = [_in_form_of(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
+    given = {"prompts": prompts, "completions": formatted, "completion_ids": completion_ids, **columns}
+    lengths = [len(ids) for ids in completion_ids]  # B, in tokens
     returned = {
         reward.name: call(reward.name, reward.fn, given, completions, lengths if per_token else None)
         for reward in rewards
     }
-    by_name = {
-        name: torch.tensor([_total(value) for value in values]) for name, values in returned.items()
-    }  # each (B,)
+    by_name = {name: torch.tensor(list(map(_total, column))) for name, column in returned.items()}  # (B,) each
     if combine == "product":
         _check_factors(rewards, by_name, prompts)
     values = torch.stack(list(by_name.values()))  # (F, B)
     weights = torch.tensor([reward.weight for reward in rewards], dtype=values.dtype)  # (F,)
-    first, full_mark = values[0], rewards[0].full_mark
-    judges = ~first.isnan() if full_mark is not None else torch.zeros_like(first, dtype=torch.bool)  # (B,)
-    is_correct = ((first - (full_mark or 0.0)).abs() <= 1e-6).to(first.dtype)
+    token_rewards = None
+    if per_token:
+        token_rewards = torch.zeros(len(lengths), max(lengths))  # (B, C)
+        for reward in rewards:
+            if reward.weight:
+                token_rewards += reward.weight * _by_token(returned[reward.name], lengths)
     return Scores(
         by_name=by_name,
         combined=combined(values, weights, combine),
-        is_correct=is_correct.masked_fill(~judges, torch.nan),
+        is_correct=_are_correct(rewards[0], values[0]),
         has_answer=_have_answers(rewards[0], completions),
-        is_correct_leniently=_leniently(rewards[0], samples, completions),
-        token_rewards=sum(
-            (reward.weight * _by_token(returned[reward.name], lengths) for reward in rewards if reward.weight),
-            start=torch.zeros(len(lengths), max(lengths)),
-        )
-        if per_token
-        else None,
+        is_correct_leniently=_are_correct_leniently(rewards[0], samples, completions),
+        token_rewards=token_rewards,
     )
 
 
 def _check_factors(rewards: Sequence[Reward], by_name: dict[str, Tensor], prompts: Sequence[Any]) -> None:
-    """None of a product may be negative: two of them would make a positive one."""
+    """Check that no factor of a product is negative: the product of two negative values would be positive."""
     for reward in rewards:
         negative = (by_name[reward.name] < 0).nonzero().flatten().tolist() if reward.weight else []
         if negative:
@@ -104,32 +107,43 @@ def _check_factors(rewards: Sequence[Reward], by_name: dict[str, Tensor], prompt
             )
 
 
+def _are_correct(reward: Reward, values: Tensor) -> Tensor:
+    """(B,) 1.0 where the reward gives its full mark, else 0.0; NaN where it gives no verdict."""
+    if reward.full_mark is None:
+        return torch.full_like(values, torch.nan)
+    is_correct = ((values - reward.full_mark).abs() <= 1e-6).to(values.dtype)
+    return is_correct.masked_fill(values.isnan(), torch.nan)
+
+
 def _have_answers(reward: Reward, completions: Sequence[str]) -> Tensor:
-    """(B,) bool: there is something to be right or wrong about."""
-    return torch.tensor([asked(reward.name, "has_answer", bool, reward.has_answer, text) for text in completions])
+    """(B,) bool: whether the completion has an answer to judge."""
+    return torch.tensor(
+        [call_attribute(reward.name, "has_answer", bool, reward.has_answer, text) for text in completions]
+    )
 
 
-def _leniently(reward: Reward, samples: Sequence[dict[str, Any]], completions: Sequence[str]) -> Tensor:
-    """(B,) 1.0 or 0.0; NaN where the reward knows no lenient way."""
+def _are_correct_leniently(reward: Reward, samples: Sequence[dict[str, Any]], completions: Sequence[str]) -> Tensor:
+    """(B,) 1.0 or 0.0; NaN if the reward has no `is_correct_leniently`."""
     fn = reward.is_correct_leniently
     if fn is None:
         return torch.full((len(samples),), torch.nan)
     pairs = zip(samples, completions, strict=True)
-    return torch.tensor([asked(reward.name, "is_correct_leniently", bool, fn, *pair) for pair in pairs]).float()
+    verdicts = [call_attribute(reward.name, "is_correct_leniently", bool, fn, *pair) for pair in pairs]
+    return torch.tensor(verdicts).float()
 
 
-def _like(prompt: Any, completion: str) -> Any:
+def _in_form_of(prompt: Any, completion: str) -> Any:
     """The completion in the form of its prompt: a text, or a list with the assistant's message."""
     return completion if isinstance(prompt, str) else [{"role": "assistant", "content": completion}]
 
 
 def _total(value: RewardValue) -> float:
-    """Of one completion; NaN = not applicable."""
+    """The value of one completion; NaN if the reward does not apply to it."""
     return math.nan if value is None else float(sum(value) if isinstance(value, list) else value)
 
 
 def _by_token(values: Sequence[RewardValue], lengths: Sequence[int]) -> Tensor:
-    """(B, C): what each token earned, 0 behind the end; a reward for the whole completion stands on its last token."""
+    """(B, C) the reward of each token, 0 after the end. A reward for a whole completion goes to its last token."""
     table = torch.zeros(len(lengths), max(lengths))
     for row, (value, length) in enumerate(zip(values, lengths, strict=True)):
         if isinstance(value, list):
@@ -143,7 +157,7 @@ def _by_token(values: Sequence[RewardValue], lengths: Sequence[int]) -> Tensor:
 
 
 def check_mixture(rewards: RewardsOf, samples: Sequence[dict[str, Any]], place: Callable[[int], str]) -> None:
-    """`check_samples` for samples each of which has the rewards of its own data set."""
+    """`check_samples` for a mixture: each sample is checked by the rewards of its own dataset."""
     for name, rows in _rows_by_dataset(samples).items():
         places = [place(row) for row in rows]
         check_samples(rewards[name], [samples[row] for row in rows], places.__getitem__)
@@ -158,7 +172,7 @@ def score_mixture(
     combine: str = "sum",
     per_token: bool = False,
 ) -> Scores:
-    """`score_completions` for samples each of which is judged by the rewards of its own data set, and by no other's."""
+    """`score_completions` for a mixture: each completion is scored only by the rewards of its own dataset."""
     parts = [
         (
             rows,
@@ -175,12 +189,13 @@ def score_mixture(
     ]
     if len(rewards) == 1:
         return parts[0][1]
-    names = dict.fromkeys(reward.name for own in rewards.values() for reward in own)  # also of data sets not drawn from
+    names = dict.fromkeys(reward.name for own in rewards.values() for reward in own)  # of all datasets
     order = torch.tensor([row for rows, _ in parts for row in rows]).argsort()
     return Scores.cat([scores.with_names(names) for _, scores in parts]).select(order)
 
 
 def _rows_by_dataset(samples: Sequence[dict[str, Any]]) -> dict[str | None, list[int]]:
+    """The row numbers of each dataset, by its name; None if there is only one dataset."""
     rows: dict[str | None, list[int]] = {}
     for row, sample in enumerate(samples):
         rows.setdefault(sample.get(SOURCE), []).append(row)

@@ -1,45 +1,26 @@
-"""A reward tried before training: what it says of ready-made completions, a line each. `python -m reward_model`."""
+"""Try rewards before training: score ready-made completions and print a table. See `python -m reward_model`."""
 
-import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import repeat
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from grpo.data import Dataset, Sample
 from grpo.datasets.formats import Columns, load_dataset
 from grpo.datasets.rows import json_lines
 from grpo.errors import InputError
-from grpo.rewards.calls import asked
+from grpo.rewards.calls import call_attribute
 from grpo.rewards.loading import Reward
-from grpo.settings.command_line import SettingsParser
-from grpo.settings.config import Config, load_config
+from grpo.rewards.scores import Scores
+from grpo.rewards.scoring import check_samples, score_completions
+from grpo.settings.config import Config
 from grpo.settings.sources import Source, sources_of
-
-if TYPE_CHECKING:  # they import torch, which --help can do without
-    from grpo.rewards.scores import Scores
-
-
-def parse_arguments(
-    description: str | None, arguments: Sequence[str] | None = None
-) -> tuple[argparse.Namespace, Config]:
-    """The files, and the settings they are judged with."""
-    parser = SettingsParser(description or "", "--data FILE --completions FILE")
-    add = parser.own.add_argument
-    add("--data", metavar="FILE", required=True, help="rows as a run has them: prompts, and the columns of the rewards")
-    add(
-        "--completions",
-        metavar="FILE",
-        required=True,
-        help='JSON lines with a "completion": one for each row, in order; or each with the "prompt" of its row, as '
-        "samples.jsonl has them",
-    )
-    parsed, overrides = parser.parse(arguments)
-    return parsed, load_config(parsed.config, overrides)
 
 
 def source_of(path: str, config: Config) -> Source:
-    """What the config says of the data at `path`: of a mixture, that of the data set it belongs to."""
+    """The dataset that a file belongs to: in a mixture the one with this path, else the only one."""
     sources = sources_of(vars(config))
     if config.datasets is None:
         return sources[0]
@@ -51,39 +32,53 @@ def source_of(path: str, config: Config) -> Source:
 
 
 def try_rewards(
-    arguments: argparse.Namespace,
-    source: Source,
+    data_path: str,
+    completions_path: str,
     rewards: Sequence[Reward],
-    check: Callable[[Dataset], object],
-    score: Callable[[Sequence[Sample], Sequence[str]], "Scores"],
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
 ) -> str:
-    """The table of scores.
+    """Score the completions of one file for the samples of the other. Returns the table to print.
 
-    `check` raises an InputError for a row that cannot be scored; `score` takes samples and as many completions.
+    Raises:
+        InputError: a file cannot be read, a row cannot be scored, or a completion belongs to no row.
     """
-    data = load_dataset(arguments.data, Columns(source.prompt_column, source.answer_column))
-    check(data)
-    rows, completions = paired(data, arguments.data, arguments.completions)
+    source = source_of(data_path, config)
+    data = load_dataset(data_path, Columns(source.prompt_column, source.answer_column))
+    check_samples(rewards, data, data.place)
+    rows, completions = paired(data, data_path, completions_path)
     samples = [data[row] for row in rows]
-    return table(rows, completions, score(samples, completions), explained(rewards, samples, completions))
+    ids = [token_ids(text, tokenizer) for text in completions]
+    scores = score_completions(rewards, samples, completions, ids, combine=config.combine)
+    return table(rows, completions, scores, explanations(rewards, samples, completions))
 
 
-def explained(rewards: Sequence[Reward], samples: Sequence[Sample], completions: Sequence[str]) -> list[list[str]]:
-    """Of each completion, why it does not earn more: the words of the rewards that have any."""
-    said = {r.name: asked(r.name, "explain", list, r.explain, samples, completions) for r in rewards if r.explain}
-    rows = zip(*said.values(), strict=True) if said else repeat((), len(completions))
-    return [[f"{name}: {words}" for name, words in zip(said, row, strict=True) if words] for row in rows]
+def token_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of a completion as the sampler returns them, the stop token included."""
+    valid_text = text.encode(errors="replace").decode()  # a tokenizer refuses half a surrogate pair, JSON does not
+    return [*tokenizer(valid_text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+
+def explanations(rewards: Sequence[Reward], samples: Sequence[Sample], completions: Sequence[str]) -> list[list[str]]:
+    """For each completion, what keeps it from a higher value, according to the rewards that can explain it."""
+    by_name = {
+        reward.name: call_attribute(reward.name, "explain", list, reward.explain, samples, completions)
+        for reward in rewards
+        if reward.explain is not None
+    }
+    rows = zip(*by_name.values(), strict=True) if by_name else repeat((), len(completions))
+    return [[f"{name}: {reason}" for name, reason in zip(by_name, row, strict=True) if reason] for row in rows]
 
 
 def paired(data: Dataset, data_name: str, path: str) -> tuple[list[int], list[str]]:
-    """Which row of the data each completion of a file answers, and its text.
+    """The completions in a file, and the row of the data that each one answers. Returns (row numbers, texts).
 
-    A line with a "prompt" belongs to the row of that prompt (and of that "answer", if it has one); without any, lines
-    belong to the rows in order, to the first ones where there are fewer of them.
+    If the lines have a "prompt", each belongs to the row with that prompt (and with its "answer", if the line has one).
+    Otherwise the lines belong to the first rows, in order.
 
     Raises:
-        InputError: a line has no completion, or belongs to no row, or to several that are not the same; some lines have
-            a prompt and some not; or there are more of them than rows.
+        InputError: a line has no completion, or belongs to no row, or to several rows that differ; some lines have a
+            prompt and some do not; or there are more lines than rows.
     """
     lines = list(json_lines(path))
     if not lines:
@@ -106,6 +101,7 @@ def paired(data: Dataset, data_name: str, path: str) -> tuple[list[int], list[st
 
 
 def _row_of(line: Sample, place: str, by_prompt: dict[str, list[int]], data: Dataset, data_name: str) -> int:
+    """The row with the line's prompt. `by_prompt`: the rows of each prompt."""
     rows = by_prompt.get(str(line["prompt"]), [])
     if not rows:
         raise InputError(f'{place}: "prompt": {line["prompt"]!r} is in no row of {data_name}')
@@ -118,23 +114,25 @@ def _row_of(line: Sample, place: str, by_prompt: dict[str, list[int]], data: Dat
     return rows[0]
 
 
-def table(rows: Sequence[int], completions: Sequence[str], scores: "Scores", words: Sequence[Sequence[str]]) -> str:
-    """A line for every completion, with what there is to say of it, the mean of each column, and what looks wrong."""
+VERDICTS = {1.0: "yes", 0.0: "no"}  # NaN, no verdict: "-"
+
+
+def table(
+    rows: Sequence[int], completions: Sequence[str], scores: Scores, explanations: Sequence[Sequence[str]]
+) -> str:
+    """One line per completion, followed by its explanations; then the mean of each column, and warnings."""
     columns = {"reward": scores.combined.tolist()} | {name: v.tolist() for name, v in scores.by_name.items()}
-    widths = {name: max(len(name), 8) for name in columns}
-    verdicts = {1.0: "yes", 0.0: "no"}
-
-    def line(first: Any, numbers: Sequence[float], right: str, text: str) -> str:
-        cells = [f"{_shown(number):>{width}}" for number, width in zip(numbers, widths.values(), strict=True)]
-        return "  ".join([f"{first:>5}", *cells, f"{right:>5}", text]).rstrip()
-
-    lines = ["  ".join(["  row", *(f"{name:>{width}}" for name, width in widths.items()), "right", "completion"])]
+    widths = [max(len(name), 8) for name in columns]
     is_correct = scores.is_correct.tolist()
-    for row, right, text, said, *numbers in zip(rows, is_correct, completions, words, *columns.values(), strict=True):
-        lines.append(line(row + 1, numbers, verdicts.get(right, "-"), " ".join(text.split())[:60]))
-        lines += [f"       {reason}" for reason in said]
+    names = [f"{name:>{width}}" for name, width in zip(columns, widths, strict=True)]
+    lines = ["  ".join(["  row", *names, "right", "completion"])]
+    for index, (row, text) in enumerate(zip(rows, completions, strict=True)):
+        numbers = [values[index] for values in columns.values()]
+        verdict = VERDICTS.get(is_correct[index], "-")
+        lines.append(_line(row + 1, numbers, widths, verdict, " ".join(text.split())[:60]))
+        lines += [f"       {reason}" for reason in explanations[index]]
     means = [_mean(values) for values in columns.values()]
-    lines.append(line("mean", means, _shown(_mean(is_correct)), f"{len(completions)} completions"))
+    lines.append(_line("mean", means, widths, _shown(_mean(is_correct)), f"{len(completions)} completions"))
     for name, mean in zip(columns, means, strict=True):
         if math.isnan(mean) and name != "reward":
             lines.append(f"The reward {name} applies to none of these completions.")
@@ -143,10 +141,16 @@ def table(rows: Sequence[int], completions: Sequence[str], scores: "Scores", wor
     return "\n".join(lines)
 
 
+def _line(first: Any, numbers: Sequence[float], widths: Sequence[int], verdict: str, text: str) -> str:
+    cells = [f"{_shown(number):>{width}}" for number, width in zip(numbers, widths, strict=True)]
+    return "  ".join([f"{first:>5}", *cells, f"{verdict:>5}", text]).rstrip()
+
+
 def _shown(number: float) -> str:
     return "-" if math.isnan(number) else format(number, ".3f")
 
 
 def _mean(values: Sequence[float]) -> float:
+    """The mean of the values that are not NaN; NaN if there are none."""
     valid = [value for value in values if not math.isnan(value)]
     return math.fsum(valid) / len(valid) if valid else math.nan

@@ -12,7 +12,7 @@ There is no random state to save: data order and sampling noise are functions of
 import json
 import pickle
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -21,17 +21,14 @@ from safetensors.torch import load_model as load_safetensors
 from safetensors.torch import save_model as save_safetensors
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.logging import disable_progress_bar
 
-from grpo.errors import InputError, RunError
+from grpo.errors import InputError
 from grpo.files import complete_folder, files_in, remove_folder, sha256, sync
 from grpo.models.lora import ADAPTER_FILE, has_adapter, load_adapter, save_base
 from grpo.models.saving import weights_sha256
 
 COUNTS = ("num_tokens", "num_completions")  # of the whole run so far
 STATE = ("step", "samples_size", *COUNTS)  # what state.json holds
-
-disable_progress_bar()  # transformers' own bars, one per file loaded or saved, would tear ours apart
 
 
 def save_checkpoint(
@@ -168,14 +165,3 @@ def checkpoints(run_folder: Path) -> list[Path]:
 def step_of(checkpoint: Path) -> int:
     """The step after which it was saved: step-000100 -> 100."""
     return int(checkpoint.name.removeprefix("step-"))
-
-
-@contextmanager
-def rescue(*actions: Callable[[], None]) -> Iterator[None]:
-    """If the block raises a RunError, do what saves the run, then let it go on its way."""
-    try:
-        yield
-    except RunError:
-        for action in actions:
-            action()
-        raise

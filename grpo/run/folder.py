@@ -260,7 +260,7 @@ class RunFolder:
 
 
 @contextmanager
-def open_run(config: Config, options: Options, script: str = "train_grpo.py") -> Iterator[RunFolder]:
+def open_folder(config: Config, options: Options, script: str = "train_grpo.py") -> Iterator[RunFolder]:
     """Hold `output_dir` for one run of `script`.
 
     Refuses at once what would only fail later; leaves nothing if the run never began.

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,49 +10,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from grpo.data import SOURCE, Sample
+from grpo.data import Sample
 from grpo.errors import NotFiniteError
 from grpo.files import append_jsonl
 from grpo.rewards.scores import Scores
 from grpo.rollout import Rollout
-
-
-@dataclass
-class TokenMeans:
-    """Means over unmasked tokens, across micro-batches: sums and counts, divided once at the end.
-
-    A mean of micro-batch means would weigh tokens by the company they happen to keep. Everything stays on the device
-    until `metrics()`, so adding waits for nothing.
-    """
-
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    counts: dict[str, Tensor] = field(default_factory=dict)
-    maxima: dict[str, Tensor] = field(default_factory=dict)
-
-    def add(self, mask: Tensor, values: dict[str, Tensor], maxima: Sequence[str] = ()) -> None:
-        """`values`: metric name -> (b, C); `mask`: (b, C) bool. A name "x/mean" in `maxima` also gives "x/max"."""
-        for name, value in values.items():
-            kept = torch.where(mask, value.detach().float(), 0.0)
-            self.sums[name] = self.sums.get(name, 0) + kept.sum()
-            self.counts[name] = self.counts.get(name, 0) + mask.sum()
-            if name in maxima:
-                peak = name.replace("/mean", "/max")
-                self.maxima[peak] = torch.maximum(self.maxima.get(peak, kept.max()), kept.max())
-
-    def metrics(self) -> dict[str, float]:
-        means = {name: (total / self.counts[name].clamp(min=1)).item() for name, total in self.sums.items()}
-        return means | {name: value.item() for name, value in self.maxima.items()}
-
-
-def metrics_by_dataset(samples: Sequence[Sample], scores: Scores) -> dict[str, float]:
-    """Mean reward and share of right answers of each data set of a mixture; empty where there is only one."""
-    names = [sample.get(SOURCE) for sample in samples]
-    row = {}
-    for name in dict.fromkeys(name for name in names if name is not None):
-        own = torch.tensor([other == name for other in names])
-        for metric, values in (("reward", scores.combined), ("right", scores.is_correct)):
-            row[f"datasets/{name}/{metric}"] = values[own].nanmean().item()
-    return row
 
 
 def sample_rows(
@@ -90,15 +51,13 @@ def high_scoring(samples: Sequence[dict[str, Any]], threshold: float) -> list[di
     return [{key: sample[key] for key in keys} for sample in samples if sample["reward"] > threshold]
 
 
-def check_finite(
-    loss: Tensor, grad_norm: Tensor, folder: Path, rows: Sequence[dict[str, Any]], rollout: Rollout, advantages: Tensor
-) -> None:
-    """A loss or gradient that is no number ends the run before it spoils the weights.
+def leave_failed_batch(
+    folder: Path, rows: Sequence[dict[str, Any]], rollout: Rollout, advantages: Tensor, numbers: dict[str, float]
+) -> NotFiniteError:
+    """The error for a loss or gradient that is not a number; `numbers` are the step's. The batch is left in `folder`.
 
-    The batch is left behind, to look at (.jsonl, as samples.jsonl) and to compute with (.safetensors).
+    failed-N.jsonl is to look at, with the lines of samples.jsonl; failed-N.safetensors is to compute with.
     """
-    if (loss + grad_norm).isfinite():
-        return
     step = rows[0]["step"]
     path = folder / f"failed-{step:06d}.jsonl"
     path.unlink(missing_ok=True)
@@ -107,6 +66,5 @@ def check_finite(
     tensors = {name: value.contiguous().clone() for name, value in {**tensors, "advantages": advantages}.items()}
     with suppress(OSError, SafetensorError):  # a full disk must not hide what happened
         save_file(tensors, path.with_suffix(".safetensors"))
-    raise NotFiniteError(
-        f"step {step}: loss {loss.item():.3g}, gradient norm {grad_norm.item():.3g}; the batch lies in {path}"
-    )
+    shown = ", ".join(f"{name} {value:.3g}" for name, value in numbers.items())
+    return NotFiniteError(f"step {step}: {shown}; the batch lies in {path}")

@@ -1,1 +1,1 @@
-"""Settings: config.yaml, files and flags -> one frozen Config. Nothing here imports torch."""
+"""Settings: config.yaml, a settings file and flags become one frozen Config. Nothing here imports torch."""

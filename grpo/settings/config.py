@@ -1,8 +1,9 @@
-"""Settings: config.yaml < the algorithm's row < --config file < flags, checked once, frozen.
+"""Settings: read from config.yaml, a settings file and flags, checked once, then frozen in a `Config`.
 
-With --resume: run.json < flags. config.yaml holds every key with its default and a comment; `Config` has the same keys
-and no defaults. A null there is filled from the algorithm's row (grpo/algorithms.py). Nothing here imports torch, so
-`--help` and a misspelt flag answer at once.
+Flags override the --config file, which overrides config.yaml (with --resume: run.json). A setting that is still null
+comes from the algorithm's row (grpo/algorithms.py). config.yaml holds every key with its default and a comment;
+`Config` has the same keys in the same order and no defaults. Nothing here imports torch, so `--help` and a misspelled
+flag answer at once.
 """
 
 import json
@@ -14,13 +15,13 @@ import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import yaml
 
 from grpo.algorithms import ALGORITHMS, CLIP_KEYS, CRITIC_SCRIPT, ROW_KEYS, filled
 from grpo.errors import InputError, did_you_mean, unreadable
-from grpo.settings.rules import MAY_BE_INFINITE, MAY_CHANGE_ON_RESUME, OF_THE_CRITIC, RULES
+from grpo.settings.rules import CRITIC_KEYS, MAY_BE_INFINITE, MAY_CHANGE_ON_RESUME, RULES, as_yaml
 from grpo.settings.sources import sources_of
 
 DEFAULTS_FILE = Path(__file__).resolve().parents[2] / "config.yaml"
@@ -28,29 +29,71 @@ DEFAULTS_FILE = Path(__file__).resolve().parents[2] / "config.yaml"
 
 @dataclass(frozen=True)
 class Config:
-    """One run. config.yaml says what each key means."""
+    """The settings of one run: the keys of config.yaml in the same order. config.yaml says what each key means."""
 
+    # Algorithm
+    algorithm: Literal["grpo", "dr_grpo", "dapo", "rloo", "reinforce", "reinforce_pp", "gspo", "cispo", "ppo"]
+
+    # [1] Prompts and model
     model_name: str
-    base_seed: int
-    base_steps: int
+    chat_template: str
     train_file: str
     eval_file: str
-    datasets: list[Any] | None
-    total_rows: int | None
+    max_prompt_length: int
+    batch_size: int
+
+    # [2] Rollout
+    group_size: int
+    max_completion_length: int
+    temperature: float
+
+    # [3] Rewards
+    rewards: list[Any]
+    max_resample_rounds: int
+
+    # [4] Fixed terms (the KL penalty)
+    kl_coeff: float
+    kl_in: Literal["loss", "reward"]
+    kl_estimator: Literal["k1", "k2", "k3", "k3_corrected"]
+
+    # [5] Advantages
+    advantage_baseline: Literal["group", "leave_one_out", "batch", "none", "critic"]
+    advantage_scale: Literal["group", "batch", "tokens", "none"]
+
+    # [6] Update
+    surrogate: Literal["clipped", "reinforce", "gspo", "cispo"]
+    clip_range: float | None  # None: the surrogate has no such clip
+    clip_range_high: float | None  # None: the same as clip_range
+    loss_aggregation: Literal["sequence", "token", "constant"]
+    num_iterations: int
+    num_minibatches: int
+    micro_batch_size: int
+    learning_rate: float
+
+    # [7] Record and length of the run
+    num_train_steps: int
+    eval_every: int
+    output_dir: str
+    seed: int
+    device: Literal["auto", "cpu", "cuda", "mps"]
+
+    # Advanced
+
+    # Data
+    system_prompt: str | None
+    long_prompts: Literal["error", "drop"]
     prompt_column: str
     answer_column: str
     single_turn_ratio: float
     force_single_turn: bool
-    rewards: list[Any]
-    combine: Literal["sum", "mean", "product"]
-    reward_scaling: Literal["identity", "standardize", "clip"]
-    reward_clip: float | None
-    save_threshold: float | None
-    chat_template: str
-    system_prompt: str | None
-    max_prompt_length: int
-    long_prompts: Literal["error", "drop"]
+    datasets: list[Any] | None
+    total_rows: int | None
 
+    # The tiny base model
+    base_seed: int
+    base_steps: int
+
+    # Larger models
     lora_rank: int
     lora_alpha: float
     lora_target_modules: str
@@ -59,43 +102,30 @@ class Config:
     gradient_checkpointing: bool
     attn_implementation: str | None
 
-    batch_size: int
-    group_size: int
-    max_completion_length: int
-    temperature: float
+    # Sampling
     top_p: float
     top_k: int
     stop_strings: list[Any]
 
-    algorithm: Literal["grpo", "dr_grpo", "dapo", "rloo", "reinforce", "reinforce_pp", "gspo", "cispo", "ppo"]
-    advantage_baseline: Literal["group", "leave_one_out", "batch", "none", "critic"]
-    advantage_scale: Literal["group", "batch", "tokens", "none"]
-    surrogate: Literal["clipped", "reinforce", "gspo", "cispo"]
-    clip_range: float | None  # None: the surrogate has no such clip
-    clip_range_high: float | None  # None: the same as clip_range
-    dual_clip: float | None
-    loss_aggregation: Literal["sequence", "token", "constant"]
-    kl_coeff: float
-    kl_in: Literal["loss", "reward"]
-    kl_estimator: Literal["k1", "k2", "k3", "k3_corrected"]
-    ref_update_every: int
-    entropy_coeff: float
-    max_resample_rounds: int
-    mask_truncated_completions: bool
+    # Rewards of a completion
+    combine: Literal["sum", "mean", "product"]
+    reward_scaling: Literal["identity", "standardize", "clip"]
+    reward_clip: float | None
+    save_threshold: float | None
 
+    # Terms of the loss
+    dual_clip: float | None
+    entropy_coeff: float
+    mask_truncated_completions: bool
+    ref_update_every: int
+
+    # The critic (examples/train_ppo.py only)
     gamma: float
     gae_lambda: float
     value_clip_range: float
     critic_learning_rate: float | None
 
-    num_train_steps: int
-    num_train_epochs: float | None
-    num_iterations: int
-    num_minibatches: int
-    micro_batch_size: int
-    micro_batch_tokens: int
-    shared_prefix: Literal["auto", "always", "never"]
-    learning_rate: float
+    # Optimizer (AdamW)
     lr_schedule: Literal["cosine", "linear", "constant"]
     warmup_steps: int
     max_grad_norm: float
@@ -103,15 +133,27 @@ class Config:
     adam_beta1: float
     adam_beta2: float
 
-    seed: int
-    eval_every: int
+    # Memory and speed
+    micro_batch_tokens: int
+    shared_prefix: Literal["auto", "always", "never"]
+    compile: bool
+    dtype: Literal["auto", "float32", "bfloat16"]
+
+    # Length of the run, best model, checkpoints
+    num_train_epochs: float | None
     eval_metric: Literal["eval/accuracy", "eval/reward"]
     save_every: int
     keep_checkpoints: int
-    output_dir: str
-    device: Literal["auto", "cpu", "cuda", "mps"]
-    compile: bool
-    dtype: Literal["auto", "float32", "bfloat16"]
+
+    @property
+    def clip_kwargs(self) -> dict[str, Any]:
+        """The clip settings that `surrogate` reads, as keyword arguments of its functions in grpo/loss.py."""
+        return {key: getattr(self, key) for key in CLIP_KEYS[self.surrogate]}
+
+    @property
+    def stop_kwargs(self) -> dict[str, Any]:
+        """What ends a completion, as keyword arguments of `generate_completions` and `evaluate_greedy`."""
+        return {"max_completion_length": self.max_completion_length, "stop_strings": self.stop_strings}
 
 
 TYPES: dict[str, Any] = typing.get_type_hints(Config)
@@ -119,28 +161,33 @@ TYPES: dict[str, Any] = typing.get_type_hints(Config)
 
 @dataclass(frozen=True)
 class Options:
-    """What a command line asks for besides settings."""
+    """The flags of a training script that are not settings; at most one of them is true."""
 
-    dry_run: bool = False  # say what the settings mean and stop
-    preflight: bool = False  # sample some groups and stop
-    resume: bool = False  # go on with the run in output_dir
-    overwrite: bool = False  # delete the run in output_dir
+    dry_run: bool = False  # print what the settings amount to, then stop
+    preflight: bool = False  # sample some groups, then stop
+    resume: bool = False  # continue the run in output_dir
+    overwrite: bool = False  # delete the run in output_dir first
 
 
 def load_config(
     path: str | Path | None = None, overrides: Iterable[str] = (), *, recorded: dict[str, Any] | None = None
 ) -> Config:
-    """config.yaml, then the file at `path`, then `overrides` such as "learning_rate=1e-4"; each may change any key.
+    """Read config.yaml, then the settings file at `path`, then `overrides`; later values replace earlier ones.
 
-    What nobody sets, or sets to null, comes from the algorithm's row. `recorded` are the settings of a run.json; they
-    take the place of config.yaml.
+    Args:
+        path: a YAML file with any of the keys; None = no file.
+        overrides: "key=value", for example "learning_rate=1e-4".
+        recorded: settings from a run.json; they replace those of config.yaml.
+
+    Returns:
+        The checked settings. Those of `ROW_KEYS` that are null have been filled from the algorithm's row.
 
     Raises:
-        InputError: an unknown key, a wrong type or value, a contradiction; named with what is allowed.
+        InputError: an unknown key, a wrong type or value, or a contradiction. The message names what is allowed.
     """
     settings = _read_yaml(DEFAULTS_FILE) | _known(recorded or {}, where="run.json")
     overrides = list(overrides)
-    for wanted in (_asked_for(path, ()), _asked_for(None, overrides)):  # what comes later wins
+    for wanted in (_asked_for(path, ()), _asked_for(None, overrides)):  # flags replace the file's settings
         epochs, steps = (wanted.get(key) for key in ("num_train_epochs", "num_train_steps"))
         if epochs is not None and steps is not None:
             raise InputError("num_train_epochs: got with num_train_steps too, allowed: one of them")
@@ -153,7 +200,7 @@ def load_config(
 
 
 def _template(chat_template: str) -> str:
-    """The text of a template file: a run keeps what it began with, whatever becomes of the file."""
+    """The chat template, read from its file if it is one: a later change of the file does not affect the run."""
     if chat_template in ("auto", "none") or "{" in chat_template:
         return chat_template
     path = Path(chat_template).expanduser()
@@ -166,7 +213,11 @@ def _template(chat_template: str) -> str:
 
 
 def resumed_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
-    """The settings of the run in output_dir; what a file or a flag would change beyond the allowed is refused."""
+    """The settings of the run in output_dir, with the changes that a resumed run may make.
+
+    Raises:
+        InputError: there is no run, or a file or flag changes a setting that is not in `MAY_CHANGE_ON_RESUME`.
+    """
     overrides = list(overrides)
     output_dir = _checked("output_dir", (_read_yaml(DEFAULTS_FILE) | _asked_for(path, overrides))["output_dir"])
     recorded = read_run_json(Path(output_dir))["settings"] | {"output_dir": output_dir}
@@ -181,9 +232,10 @@ def resumed_config(path: str | Path | None = None, overrides: Iterable[str] = ()
                     f"only {', '.join(MAY_CHANGE_ON_RESUME)} may change"
                 )
 
-    if "num_train_steps" in _asked_for(path, overrides):  # in place of the run's number of epochs
+    if "num_train_steps" in _asked_for(path, overrides):  # the new number of steps replaces the run's epochs
         recorded["num_train_epochs"] = None
-    # First what was asked for: it may contradict settings of the run that nobody has named.
+    # Settings that were asked for are checked first, so that an error names one of them. load_config could only report
+    # that a new setting contradicts one of the run's.
     asked_for = {key: _checked(key, value) for key, value in _asked_for(path, overrides).items()}
     check({key: value for key, value in asked_for.items() if value is not None})
     now = load_config(path, overrides, recorded=recorded)
@@ -192,7 +244,7 @@ def resumed_config(path: str | Path | None = None, overrides: Iterable[str] = ()
 
 
 def read_run_json(folder: Path) -> dict[str, Any]:
-    """What `folder`/run.json says of its run."""
+    """The contents of `folder`/run.json, with the types of its entries checked."""
     path = folder / "run.json"
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
@@ -200,7 +252,7 @@ def read_run_json(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder} holds no run: there is no {path}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise unreadable(path, error) from error
-    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, thousands of brackets
+    except (ValueError, RecursionError) as error:  # ValueError also for a number with thousands of digits
         raise InputError(f"{path}: not JSON: {error}") from error
     if not isinstance(run, dict) or not isinstance(run.get("settings"), dict):
         raise InputError(f'{path}: expected a JSON object with "settings"')
@@ -214,30 +266,30 @@ def read_run_json(folder: Path) -> dict[str, Any]:
 
 
 def _asked_for(path: str | Path | None, overrides: Iterable[str]) -> dict[str, Any]:
-    """What a settings file and the overrides say, unknown keys refused."""
+    """The settings in a settings file and in the overrides. An unknown key raises InputError."""
     settings = _known(_read_yaml(Path(path)), where=str(path)) if path is not None else {}
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator:
             raise InputError(f"override {override!r}: expected key=value")
-        # A folder may be called 2024 or "a #1": a text is taken as it stands, unless it is quoted.
+        # An unquoted value of a text setting is not parsed as YAML: a folder may be named 2024 or "a #1".
         is_text = TYPES.get(key) is str or (str in typing.get_args(TYPES.get(key)) and text not in ("", "null", "~"))
         is_plain_text = is_text and not text.startswith(("'", '"'))
         value = text if is_plain_text else _parse_yaml(text, where=key)
-        if not text.strip() and not is_plain_text and key in TYPES:  # an empty variable of a shell script
+        if not text.strip() and not is_plain_text and key in TYPES:  # for example an empty shell variable
             raise InputError(f"{key}: got nothing; null is written out")
         settings |= _known({key: value}, where="command line")
     return settings
 
 
 def warn(config: Config) -> None:
-    """Say on stderr what is allowed, but seldom meant."""
+    """Print `warnings_about(config)` to stderr."""
     for warning in warnings_about(config):
         print(f"warning: {warning}", file=sys.stderr)
 
 
 def warnings_about(config: Config) -> list[str]:
-    """What is allowed, but seldom meant."""
+    """One line for each choice that is allowed but is usually a mistake."""
     warnings = []
     if config.temperature != 1:
         warnings.append(f"temperature {config.temperature}: the policy is trained as it samples, at this temperature")
@@ -287,15 +339,41 @@ def warnings_about(config: Config) -> list[str]:
     return warnings
 
 
+class Section(NamedTuple):
+    """A heading in config.yaml and the settings below it."""
+
+    title: str
+    description: str  # the further lines of the heading; mostly empty
+    is_advanced: bool  # it comes after the heading "# Advanced"
+    settings: dict[str, tuple[str, str]]  # key -> (default, comment)
+
+
+def documented_sections() -> list[Section]:
+    """The sections of config.yaml, in the order of the file. An empty line ends a section."""
+    sections: list[Section] = []
+    is_advanced = False
+    for block in DEFAULTS_FILE.read_text(encoding="utf-8").split("\n\n"):
+        is_advanced = is_advanced or block.startswith("# Advanced")
+        lines = re.findall(r"^(\w+):[ ]*(.*?)[ ]+# (.*)$", block, flags=re.MULTILINE)
+        if lines:
+            title, *description = re.findall(r"^# (.*)$", block, flags=re.MULTILINE)
+            settings = {key: (default, comment) for key, default, comment in lines}
+            sections.append(Section(title, " ".join(description), is_advanced, settings))
+    return sections
+
+
 def documented_defaults() -> dict[str, tuple[str, str]]:
     """key -> (default, comment), read from the lines of config.yaml."""
-    lines = re.findall(r"^(\w+):[ ]*(.*?)[ ]+# (.*)$", DEFAULTS_FILE.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    return {key: (default, comment) for key, default, comment in lines}
+    return {key: value for section in documented_sections() for key, value in section.settings.items()}
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-5 is a number, as everybody expects (YAML 1.1 wants 1.0e-5), no key stands twice, and nothing is
-    an alias: a few lines of them can stand for gigabytes."""
+    """YAML with three changes.
+
+    - 1e-5 is a number (YAML 1.1 reads a text: it wants 1.0e-5).
+    - A key that occurs twice is an error.
+    - Aliases are errors: a few lines with aliases can expand to gigabytes.
+    """
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -320,7 +398,7 @@ _Loader.add_implicit_resolver(
 def _parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    except Exception as error:  # PyYAML raises anything: at 2024-13-45 a ValueError, at !!int "" an IndexError
+    except Exception as error:  # PyYAML raises a ValueError for 2024-13-45, an IndexError for !!int ""
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
         line = f", line {mark.line + 1}" if mark else ""
         raise InputError(f"{where}{line}: not YAML: {' '.join(problem.split())}") from error
@@ -348,22 +426,22 @@ def _known(settings: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _checked(key: str, value: Any) -> Any:
-    """The value in its declared type, or an InputError. An int is a fine float; a bool is never a number."""
+    """The value in the declared type of its key, or an InputError. An int may be a float; a bool is not a number."""
     expected = TYPES[key]
     options = typing.get_args(expected)
-    if value is None and (key in ROW_KEYS or type(None) in options):  # the row fills it, or it means something itself
+    if value is None and (key in ROW_KEYS or type(None) in options):  # null is filled from the row or is a value
         return None
     if isinstance(expected, types.UnionType):
         expected = options[0]
     if typing.get_origin(expected) is Literal:
-        # YAML reads a bare `none` as text but `null`, `off` or `1` as something else: compare as given.
+        # YAML reads `none` as a text but `null`, `off` and `1` as other types, so the value is compared unchanged.
         if value not in options:
             raise InputError(f"{key}: got {_shown(value)}, allowed: {' | '.join(options)}")
         return value
     expected = typing.get_origin(expected) or expected
     if expected is float and type(value) is int and abs(value) < 2**1000:  # the largest float is about 2**1024
         value = float(value)
-    if value == ".inf" and key in MAY_BE_INFINITE:  # as run.json writes it: JSON has no infinity
+    if value == ".inf" and key in MAY_BE_INFINITE:  # run.json holds ".inf" because JSON has no infinity
         value = math.inf
     if type(value) is not expected or (expected is float and not math.isfinite(value) and key not in MAY_BE_INFINITE):
         raise InputError(f"{key}: got {_shown(value)}, expected {_TYPE_NAMES[expected]}")
@@ -375,10 +453,10 @@ def _checked(key: str, value: Any) -> Any:
 
 
 def _shown(value: Any) -> str:
-    """A wrong value, for an error message."""
+    """A wrong value as an error message shows it."""
     try:
         return "null" if value is None else repr(value)
-    except (ValueError, RecursionError):  # a number of thousands of digits, thousands of brackets
+    except (ValueError, RecursionError):  # thousands of digits, thousands of nested brackets
         return f"{type(value).__name__} too long to be shown"
 
 
@@ -392,7 +470,7 @@ _TYPE_NAMES = {
 
 
 def _check_contradictions(settings: dict[str, Any]) -> None:
-    """What no key is wrong about alone."""
+    """Raise an InputError if two settings of the algorithm contradict each other."""
     algorithm = settings["algorithm"]
     baseline, scale, surrogate = (settings[key] for key in ("advantage_baseline", "advantage_scale", "surrogate"))
     compares_siblings = baseline in ("group", "leave_one_out")
@@ -432,16 +510,16 @@ def _check_contradictions(settings: dict[str, Any]) -> None:
     if (settings["reward_clip"] is not None) != (settings["reward_scaling"] == "clip"):
         allowed = "a number > 0" if settings["reward_scaling"] == "clip" else "null"
         raise InputError(
-            f"reward_clip: got {_as_yaml(settings['reward_clip'])} with reward_scaling {settings['reward_scaling']}, "
+            f"reward_clip: got {as_yaml(settings['reward_clip'])} with reward_scaling {settings['reward_scaling']}, "
             f"allowed there: {allowed}"
         )
     if baseline != "critic":
         defaults = _read_yaml(DEFAULTS_FILE)
-        for key in OF_THE_CRITIC:
+        for key in CRITIC_KEYS:
             if settings[key] != defaults[key]:
                 raise InputError(
                     f"{key}: got {settings[key]}, allowed with advantage_baseline {baseline}: "
-                    f"{_as_yaml(defaults[key])}; only a critic has another: python {CRITIC_SCRIPT}"
+                    f"{as_yaml(defaults[key])}; only a critic has another: python {CRITIC_SCRIPT}"
                 )
     if settings["batch_size"] % settings["num_minibatches"]:
         raise InputError(
@@ -450,7 +528,7 @@ def _check_contradictions(settings: dict[str, Any]) -> None:
 
 
 def _check_data_and_model(settings: dict[str, Any]) -> None:
-    """Contradictions among what is trained, and on what."""
+    """Raise an InputError if two settings of the data or of the model contradict each other."""
     sources_of(settings)
     defaults = _read_yaml(DEFAULTS_FILE)
     for key in ("train_file", "eval_file"):
@@ -465,14 +543,10 @@ def _check_data_and_model(settings: dict[str, Any]) -> None:
         )
     for key, off in (("save_merged", False), ("quantization", "none")):
         if settings[key] != off and settings["lora_rank"] == 0:
-            raise InputError(f"{key}: got {_as_yaml(settings[key])} with lora_rank 0, allowed there: {_as_yaml(off)}")
+            raise InputError(f"{key}: got {as_yaml(settings[key])} with lora_rank 0, allowed there: {as_yaml(off)}")
     if settings["system_prompt"] is not None and settings["chat_template"] == "none":
         raise InputError("system_prompt: needs a chat template, but chat_template is none; allowed with it: null")
     if settings["force_single_turn"] and settings["single_turn_ratio"] > 0:
         raise InputError(
             f"single_turn_ratio: got {settings['single_turn_ratio']} with force_single_turn true, allowed there: 0"
         )
-
-
-def _as_yaml(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

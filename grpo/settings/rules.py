@@ -1,22 +1,25 @@
-"""What the value of a single setting must satisfy, and how an error message says it."""
+"""The rules for single settings, for runs with a critic and for --resume, with the words that error messages use."""
 
 import errno
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-MAY_BE_INFINITE = ("clip_range", "clip_range_high", "value_clip_range", "max_grad_norm")  # .inf switches these off
+from grpo.errors import InputError
 
-OF_THE_CRITIC = ("gamma", "gae_lambda", "value_clip_range", "critic_learning_rate")
+MAY_BE_INFINITE = ("clip_range", "clip_range_high", "value_clip_range", "max_grad_norm")  # .inf switches them off
+
+# Only a run with a critic uses these.
+CRITIC_KEYS = ("gamma", "gae_lambda", "value_clip_range", "critic_learning_rate")
 
 
 def _is_file_name(value: str) -> bool:
-    """Whether the system can look for it, be it there or not."""
+    """Whether the operating system accepts it as the name of a file, which need not exist."""
     try:
         os.stat(value)
-    except ValueError:  # a zero byte, half a surrogate pair
+    except ValueError:  # it contains a zero byte or half of a surrogate pair
         return False
     except OSError as error:
         return error.errno != errno.ENAMETOOLONG
@@ -24,14 +27,14 @@ def _is_file_name(value: str) -> bool:
 
 
 def _is_json(value: Any) -> bool:
-    """Whether run.json can hold it: no date, no NaN, no list within itself."""
+    """Whether run.json can hold it, which rules out dates, NaN and lists that contain themselves."""
     try:
         return json.loads(json.dumps(value, allow_nan=False)) == value
     except (TypeError, ValueError, RecursionError):
         return False
 
 
-# What a value of the right type must satisfy: key -> (test, how to say it).
+# What a value of the declared type must satisfy: (test, its description in error messages).
 Rule = tuple[Callable[[Any], bool], str]
 
 _AT_LEAST_0: Rule = (lambda value: value >= 0, ">= 0")
@@ -105,8 +108,41 @@ RULES: dict[str, Rule] = {
     "output_dir": (lambda value: value != "" and _is_file_name(value), "a folder"),
 }
 
-# What a resumed run may change; any other setting would make it another run.
+# The settings that --resume may change. With another value of any other setting it would not be the same run.
 MAY_CHANGE_ON_RESUME = (
     "num_train_steps", "num_train_epochs", "eval_every", "save_every", "keep_checkpoints", "micro_batch_size",
     "micro_batch_tokens", "shared_prefix", "device", "compile",
 )  # fmt: skip
+
+
+def check_critic(settings: Mapping[str, Any]) -> None:
+    """Check what examples/train_ppo.py does not support. An unsupported choice is an error; it is never ignored.
+
+    Raises:
+        InputError: the first of the settings that has an unsupported value.
+    """
+    has_kl = settings["kl_coeff"] > 0  # without a KL penalty its place does not matter
+    allowed: dict[str, tuple[Any, ...]] = {
+        "advantage_baseline": ("critic",),
+        "advantage_scale": ("tokens", "none"),
+        "surrogate": ("clipped",),
+        "kl_in": ("reward",) if has_kl else ("reward", "loss"),
+        "datasets": (None,),
+        "combine": ("sum",),  # tokens may have their own rewards, which can only be added up
+        "reward_scaling": ("identity",),
+        "lora_rank": (0,),  # the critic is a second model, and all of its weights are trained
+        "gradient_checkpointing": (False,),
+    }
+    for key, values in allowed.items():
+        if settings[key] not in values:
+            choices = " | ".join(map(as_yaml, values))
+            raise InputError(f"{key}: got {as_yaml(settings[key])}, allowed with a critic: {choices}")
+
+
+def as_yaml(value: Any) -> str:
+    """The value as config.yaml writes it, for error messages.
+
+    >>> as_yaml(None), as_yaml(False), as_yaml(0.5)
+    ('null', 'false', '0.5')
+    """
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,4 +1,4 @@
-"""The data sets of a run: train_file and eval_file, or the entries of `datasets`, each with its share and its rewards.
+"""The datasets of a run: train_file and eval_file, or the entries of `datasets` with their weights and rewards.
 
     datasets:
       - {path: data/gsm8k_train.jsonl, eval_path: data/gsm8k_test.jsonl, weight: 3}
@@ -19,13 +19,13 @@ from grpo.errors import InputError, did_you_mean
 
 @dataclass(frozen=True)
 class Source:
-    """One data set of a run."""
+    """One dataset of a run."""
 
-    path: str  # to train on
-    eval_path: str | None  # held out
-    rewards: list[Any]  # what its completions are judged by, as in the config
-    name: str | None = None  # None: there is only this one
-    weight: float = 1.0  # its share of an epoch, relative to the others' or in percent of total_rows
+    path: str  # training data
+    eval_path: str | None  # held-out data; None: none
+    rewards: list[Any]  # of its completions, as in the config
+    name: str | None = None  # None: the run has no other dataset
+    weight: float = 1.0  # its share of an epoch, relative to the other weights or as a percentage of total_rows
     system_prompt: str | None = None
     prompt_column: str = "prompt"
     answer_column: str = "answer"
@@ -36,10 +36,10 @@ ENTRY_KEYS = (*TEXTS, "weight", "percentage", "rewards")
 
 
 def sources_of(settings: Mapping[str, Any]) -> list[Source]:
-    """The data sets that `settings` (of a config) name.
+    """The datasets that the settings of a config name.
 
     Raises:
-        InputError: an entry of `datasets` that is none, with what is wrong about it.
+        InputError: an entry of `datasets` is wrong; the message says which and why.
     """
     common = {key: settings[key] for key in ("system_prompt", "prompt_column", "answer_column", "rewards")}
     if settings["datasets"] is None:
@@ -80,7 +80,7 @@ def _source(entry: Any, number: int, common: dict[str, Any]) -> Source:
 
 
 def _check_shares(entries: list[dict[str, Any]], total_rows: int | None) -> None:
-    """Weights all over, or percentages of total_rows all over."""
+    """Check that all entries have a weight (1 if it is missing), or all have a percentage of total_rows."""
     counts = [sum(key in entry for entry in entries) for key in ("weight", "percentage")]
     if counts[1] == 0:
         return

@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from grpo import logprobs
-from grpo.fast import lm_head
+from grpo.fast import abilities, lm_head, scorer
 from grpo.fast.abilities import find_head
 from grpo.fast.lm_head import Head, log_probs_and_entropies
 from grpo.logprobs import compute_logprobs
@@ -270,7 +269,7 @@ def test_what_a_family_does_to_its_logits_is_known(family: str) -> None:
     reference = score_alone(model)
     assert largest_difference(score(model), reference) < 1e-5
     with pytest.MonkeyPatch.context() as patch:  # the twin: as if it did nothing
-        patch.setattr(logprobs, "find_head", lambda model: head._replace(scale=1.0, cap=None))
+        patch.setattr(scorer, "find_head", lambda model: head._replace(scale=1.0, cap=None))
         assert (largest_difference(score(model), reference) > 0.1) == (family != "Llama")
 
 
@@ -314,7 +313,7 @@ def llama_config(**settings: Any) -> LlamaConfig:
 def test_a_model_that_does_something_else_is_asked_for_its_own_logits(
     cls: type[PreTrainedModel], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logprobs, "_SAID", set())
+    monkeypatch.setattr(abilities, "_SAID", set())
     torch.manual_seed(0)
     model = cls(llama_config())
     assert find_head(model) is None
@@ -369,7 +368,7 @@ def test_no_logits_of_all_tokens_are_ever_made(monkeypatch: pytest.MonkeyPatch) 
         (8, vocabulary),
     }
     # The twin: the plain way makes, and keeps, all of them.
-    monkeypatch.setattr(logprobs, "find_head", lambda model: None)
+    monkeypatch.setattr(scorer, "find_head", lambda model: None)
     saved.clear()
     with made() as sizes, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         compute_logprobs(model, prompts, ones, completions, ones)

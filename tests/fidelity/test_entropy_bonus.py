@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
-import train_grpo
 from grpo.fast import lm_head
 from grpo.fast.lm_head import Head, log_probs_and_entropies
 from grpo.logprobs import compute_logprobs
 from grpo.loss import AGGREGATIONS, loss_weights
-from tests.conftest import make_tiny_model, ragged_batch
+from tests.conftest import make_tiny_model, patch_loop, ragged_batch
 from tests.fidelity import test_chunked_head as helpers
 from tests.fidelity import test_oracle as oracle
 from tests.fidelity.test_chunked_head import KINDS, TARGETS, VOCABULARY, N, inputs, plain, random
@@ -245,7 +244,7 @@ def test_in_a_run_without_any_signal_the_bonus_alone_raises_the_entropy(
             found.append(entropies)
         return logps, entropies
 
-    monkeypatch.setattr(train_grpo, "compute_logprobs", recorded)
+    patch_loop(monkeypatch, "compute_logprobs", recorded)
     settings = {"rewards": "[no_signal:nothing]", "kl_coeff": 0, "learning_rate": 1e-3, "micro_batch_size": 16}
     row, _ = train_tiny("llama", entropy_coeff=0.1, num_iterations=2, **settings)
     assert row["grad_norm"] > 1e-3

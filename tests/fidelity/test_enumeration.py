@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo.advantages import group_advantages, penalized_advantages
+from grpo.advantages import compute_advantages, group_advantages
 from grpo.loss import clipped_surrogate, kl_divergence, loss_weights, reinforce
 
 EXACT = {"rtol": 0.0, "atol": 1e-12}
@@ -346,7 +346,7 @@ def expected_gradient_of_penalised_rewards(
         kl = kl_divergence(logps.detach(), prior[rows], estimator=estimator, completion_mask=mask)
         penalties = beta * kl / (mask.sum(1, keepdim=True) if is_mean else 1)
         rewards = doubles(*[REWARDS[i] for i in rows]).view(1, 2)
-        advantages = penalized_advantages(rewards, penalties, mask, baseline=baseline, scale="none")
+        advantages = compute_advantages(rewards, penalties, mask, baseline=baseline, scale="none")
         weights = loss_weights(mask, "constant", max_completion_length=MAX_LENGTH, dtype=torch.float64)
         objective = (
             objective - probs[rows].prod() * (reinforce(logps, logps.detach(), advantages, mask) * weights).sum()

@@ -1,6 +1,6 @@
 """However a run ends on its way, going on leads to the bits of the uninterrupted run, or to one clear line.
 
-The rest of --resume (what may change, what is said, what is left behind) is in tests/test_resume.py.
+The rest of --resume (what may change, what is said, what is left behind) is in tests/run/test_resume.py.
 """
 
 import json
@@ -23,10 +23,10 @@ import train_grpo
 from grpo.errors import InputError, RunError, errors_explained
 from grpo.files import sha256
 from grpo.run.checkpoint import check_integrity, checkpoints, step_of
-from tests import test_train as helpers
-from tests.conftest import later_slow
-from tests.test_resume import assert_same_run
-from tests.test_train import ROOT, read, resume, train
+from tests.conftest import later_slow, loop_function, patch_loop
+from tests.run import test_train as helpers
+from tests.run.test_resume import assert_same_run
+from tests.run.test_train import ROOT, read, resume, train
 
 small = helpers.small  # the fixture
 
@@ -59,7 +59,7 @@ def _no_pictures() -> Iterator[None]:
 
 def at_the_start_of(patch: pytest.MonkeyPatch, action: Callable[[int], None]) -> None:
     """Do something whenever a training step begins."""
-    draw = train_grpo.samples_for_step
+    draw = loop_function("samples_for_step")
     calls = []
 
     def hooked(dataset: Any, *, step: int, **settings: Any) -> Any:
@@ -68,7 +68,7 @@ def at_the_start_of(patch: pytest.MonkeyPatch, action: Callable[[int], None]) ->
             action(step)
         return draw(dataset, step=step, **settings)
 
-    patch.setattr(train_grpo, "samples_for_step", hooked)
+    patch_loop(patch, "samples_for_step", hooked)
 
 
 @pytest.fixture(scope="module", params=later_slow(reversed(SETTINGS), 4))  # the least of them last
@@ -194,8 +194,8 @@ def test_a_resume_that_loses_something_is_another_run(
 ) -> None:
     """The comparison above can fail."""
     folder = power_cut(two_iterations, 3, tmp_path / "run")
-    load = train_grpo.load_checkpoint
-    monkeypatch.setattr(train_grpo, "load_checkpoint", lambda *arguments: wrong(load, *arguments))
+    load = loop_function("load_checkpoint")
+    patch_loop(monkeypatch, "load_checkpoint", lambda *arguments: wrong(load, *arguments))
     resume(folder)
     with pytest.raises(AssertionError):
         assert_same_run(two_iterations[0], folder)
@@ -205,7 +205,7 @@ def test_a_reference_that_is_the_resumed_weights_is_another_run(
     two_iterations: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = power_cut(two_iterations, 3, tmp_path / "run")
-    load, copy, references = train_grpo.load_checkpoint, train_grpo.make_reference, list[Any]()
+    load, copy, references = loop_function("load_checkpoint"), loop_function("make_reference"), list[Any]()
 
     def remembered(model: Any) -> Any:
         references.append(copy(model))
@@ -216,8 +216,8 @@ def test_a_reference_that_is_the_resumed_weights_is_another_run(
         references[-1].load_state_dict(policy.state_dict())
         return state
 
-    monkeypatch.setattr(train_grpo, "make_reference", remembered)
-    monkeypatch.setattr(train_grpo, "load_checkpoint", load_both)
+    patch_loop(monkeypatch, "make_reference", remembered)
+    patch_loop(monkeypatch, "load_checkpoint", load_both)
     resume(folder)
     assert len(references) == 1
     with pytest.raises(AssertionError):
@@ -244,7 +244,7 @@ def test_a_moved_reference_that_is_not_put_back_is_another_run(
 def test_a_base_that_is_gone_is_no_new_anchor(
     small: dict[str, Any], two_iterations: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """One that was changed under the same name is in tests/test_resume.py."""
+    """One that was changed under the same name is in tests/run/test_resume.py."""
     folder = power_cut(two_iterations, 3, tmp_path / "run")
     base = tmp_path / "base"
     change_facts(folder, model_name=str(base))
@@ -549,12 +549,12 @@ def test_a_weight_that_becomes_nan_costs_no_step(
 ) -> None:
     """It does so after step 4 was sampled: a memory error, say."""
     folder = tmp_path / "run"
-    make, advantages = train_grpo.make_optimizer, train_grpo.penalized_advantages
+    make, advantages = loop_function("make_optimizer"), loop_function("compute_advantages")
     policies, now = [], [0]
 
-    def remembered(policy: Any, config: Any) -> Any:
+    def remembered(policy: Any, *others: Any) -> Any:
         policies.append(policy)
-        return make(policy, config)
+        return make(policy, *others)
 
     def struck(*arguments: Any, **settings: Any) -> torch.Tensor:
         if now[0] == 4:
@@ -563,8 +563,8 @@ def test_a_weight_that_becomes_nan_costs_no_step(
 
     with pytest.MonkeyPatch.context() as patch:
         at_the_start_of(patch, lambda step: now.__setitem__(0, step))
-        patch.setattr(train_grpo, "make_optimizer", remembered)
-        patch.setattr(train_grpo, "penalized_advantages", struck)
+        patch_loop(patch, "make_optimizer", remembered)
+        patch_loop(patch, "compute_advantages", struck)
         with pytest.raises(RunError, match=r"^step 4: loss .*; the batch lies in .*failed-000004"):
             train(small | SIX | SETTINGS["kl-two-iterations"], folder)
     assert_stopped_at_4(folder, two_iterations[0])

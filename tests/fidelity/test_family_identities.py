@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from grpo.advantages import group_advantages, penalized_advantages, token_advantages, whitened
+from grpo.advantages import compute_advantages, group_advantages, token_advantages, whitened
 from grpo.loss import AGGREGATIONS, SURROGATES, loss_weights
 
 EXACT = {"rtol": 0.0, "atol": 1e-12}
@@ -206,7 +206,7 @@ def test_a_charge_that_all_siblings_pay_changes_nothing(rewards: list[list[float
     nothing = torch.zeros_like(penalties)
     for baseline, scale in (("group", "none"), ("group", "group"), ("leave_one_out", "none")):
         ours, expected = (
-            penalized_advantages(values, paid, mask, baseline=baseline, scale=scale) for paid in (penalties, nothing)
+            compute_advantages(values, paid, mask, baseline=baseline, scale=scale) for paid in (penalties, nothing)
         )
         torch.testing.assert_close(ours, expected, rtol=1e-7, atol=1e-9)
         assert ours.shape == (num_rows, 1)
@@ -218,7 +218,7 @@ def test_a_charge_that_siblings_pay_unequally_changes_advantages() -> None:
     penalties = torch.zeros(4, 4, dtype=torch.float64)
     penalties[0, 2] = 0.5
     for scale in ("none", "group"):
-        ours = penalized_advantages(rewards, penalties, FULL, baseline="group", scale=scale)
+        ours = compute_advantages(rewards, penalties, FULL, baseline="group", scale=scale)
         assert (ours[0] - ours[3]).item() < -0.4
 
 

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from grpo.advantages import penalized_advantages
+from grpo.advantages import compute_advantages
 from grpo.algorithms import ALGORITHMS, CLIP_KEYS
 from grpo.loss import SURROGATES, kl_divergence, loss_weights
-from grpo.run.records import TokenMeans
+from grpo.run.metrics import TokenMeans
 from tests.fidelity import test_oracle as grpo_oracle
 from tests.fidelity.test_oracle import (
     Case,
@@ -186,7 +186,7 @@ def our_advantages(case: Case, objective: Objective) -> Tensor:
     penalties = torch.zeros_like(old)
     if objective.kl_in == "reward":
         penalties = objective.kl_coeff * kl_divergence(old, ref, estimator=objective.kl_estimator, completion_mask=mask)
-    return penalized_advantages(
+    return compute_advantages(
         doubles(case.rewards), penalties, mask, baseline=objective.advantage_baseline, scale=objective.advantage_scale
     )
 
@@ -395,6 +395,6 @@ def test_nothing_leaks_from_the_penalties_of_padding(scale: str, poison: float) 
     assert not mask.all()
     penalties = torch.linspace(-1, 1, mask.numel(), dtype=torch.float64).view(mask.shape)
     chosen = {"baseline": "group", "scale": scale}
-    expected = penalized_advantages(rewards, penalties, mask, **chosen)
+    expected = compute_advantages(rewards, penalties, mask, **chosen)
     assert expected.isfinite().all()
-    assert torch.equal(penalized_advantages(rewards, penalties.masked_fill(~mask, poison), mask, **chosen), expected)
+    assert torch.equal(compute_advantages(rewards, penalties.masked_fill(~mask, poison), mask, **chosen), expected)

@@ -21,7 +21,7 @@ from grpo.advantages import BASELINES, SCALES, group_advantages, zero_variance_g
 from grpo.fast.abilities import find_head
 from grpo.logprobs import compute_logprobs
 from grpo.loss import AGGREGATIONS, KL_ESTIMATORS, clipped_surrogate, clipped_tokens, kl_divergence, loss_weights
-from grpo.run.records import TokenMeans
+from grpo.run.metrics import TokenMeans
 
 NAN = float("nan")
 PAIRS = [(b, s) for b in BASELINES for s in SCALES if s != "group" or b in ("group", "leave_one_out")]

@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from grpo import logprobs
+from grpo.fast import abilities, layout, scorer
 from grpo.fast.abilities import find_head
 from grpo.logprobs import compute_logprobs
 
@@ -166,7 +166,7 @@ def assert_shared(shape: tuple[int, int]) -> None:
 
 @pytest.fixture(autouse=True)
 def _nothing_said_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logprobs, "_SAID", set())
+    monkeypatch.setattr(abilities, "_SAID", set())
 
 
 @pytest.fixture(autouse=True)
@@ -270,7 +270,7 @@ def test_a_family_that_cannot_share_keeps_rows_of_its_own_and_says_so_once(
     assert type(model).__name__ in said[0]
     # To share all the same would be wrong: the fallback is needed, and the comparison can fail.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logprobs, "can_share_prefix", lambda model, length: True)
+        patch.setattr(scorer, "can_share_prefix", lambda model, length: True)
         try:
             ours = score(model, group_size=GROUP_SIZE, shared_prefix="always")
         except Exception:
@@ -302,7 +302,7 @@ def padding_seen(is_token: Tensor, prompt_length: int, k: int, dtype: torch.dtyp
     return BLOCK_MASK(torch.ones_like(is_token), prompt_length, k, dtype)
 
 
-BLOCK_MASK, LAY_OUT = logprobs._block_mask, logprobs._lay_out
+BLOCK_MASK, LAY_OUT = layout.block_mask, layout.lay_out
 
 
 def positions_that_go_on(*arguments: Any) -> Any:
@@ -316,16 +316,22 @@ def positions_that_go_on(*arguments: Any) -> Any:
 
 @pytest.mark.parametrize("family", ["Llama", "GPT2"])
 @pytest.mark.parametrize(
-    ("name", "wrong"),
-    [("_block_mask", causal_alone), ("_block_mask", padding_seen), ("_lay_out", positions_that_go_on)],
+    ("place", "name", "wrong"),
+    [
+        (layout, "block_mask", causal_alone),
+        (layout, "block_mask", padding_seen),
+        (scorer, "lay_out", positions_that_go_on),
+    ],
     ids=["siblings seen", "padding seen", "positions go on"],
 )
-def test_a_wrong_layout_scores_far_away(family: str, name: str, wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_layout_scores_far_away(
+    family: str, place: Any, name: str, wrong: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = make_model(family, {})
     settings = {"group_size": GROUP_SIZE, "shared_prefix": "always"}
     expected, right = score(model), score(model, **settings)  # what the model can take has been found out by now
     widths = Widths(model)
-    monkeypatch.setattr(logprobs, name, wrong)
+    monkeypatch.setattr(place, name, wrong)
     ours = score(model, **settings)
     assert_shared(widths.shapes[-1])
     for k in range(2):  # log-probs and entropies, each by itself
@@ -336,8 +342,8 @@ def test_a_wrong_layout_scores_far_away(family: str, name: str, wrong: Any, monk
 
 def test_a_model_that_misreads_the_mask_is_found_out_by_trying(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("Llama", {})
-    monkeypatch.setattr(logprobs, "_block_mask", causal_alone)
-    assert not logprobs.can_share_prefix(model, PROMPT_LENGTH + LENGTH)
+    monkeypatch.setattr(abilities, "block_mask", causal_alone)
+    assert not abilities.can_share_prefix(model, PROMPT_LENGTH + LENGTH)
 
 
 # Found while these tests were written

@@ -14,15 +14,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import train_grpo
+import grpo.batch
 from grpo.advantages import group_advantages
+from grpo.batch import without_zero_variance
 from grpo.logprobs import compute_logprobs
 from grpo.loss import AGGREGATIONS, clipped_surrogate, clipped_tokens, kl_divergence, loss_weights
 from grpo.models.loading import load_policy
 from grpo.rollout import Rollout, generate_completions
-from grpo.run.records import TokenMeans
-from tests.conftest import later_slow, make_tiny_model
-from train_grpo import without_idle
+from grpo.run.metrics import TokenMeans
+from tests.conftest import later_slow, make_tiny_model, patch_loop
 
 PROMPT_LENGTHS = (3, 3, 3, 3, 7, 7, 7, 7)  # two groups of four
 LENGTHS = (4, 1, 6, 2, 3, 6, 5, 1)
@@ -234,22 +234,23 @@ class Watched:
         self.scored: list[list[int]] = []  # rows of every minibatch, sorted
         self.scores_all = False  # scored behind a copy of the prompt each, alike or not, as the naive loop would
         self.counts_all = True  # the tokens that are not scored too
-        for name in ("generate_completions", "without_idle", "loss_weights"):
-            monkeypatch.setattr(train_grpo, name, getattr(self, name))
-        micro_batches = Rollout.micro_batches
+        for name in ("generate_completions", "loss_weights"):
+            patch_loop(monkeypatch, name, getattr(self, name))
+        monkeypatch.setattr(grpo.batch, "without_zero_variance", self.without_zero_variance)
+        micro_batches = grpo.batch.micro_batches
 
         def cut(rollout: Rollout, groups: Tensor, **limits: int) -> list[Tensor]:
             self.scored.append(groups.flatten().tolist())
             return micro_batches(rollout, groups, **limits)
 
-        monkeypatch.setattr(Rollout, "micro_batches", cut)
+        monkeypatch.setattr(grpo.batch, "micro_batches", cut)
 
     def generate_completions(self, *arguments: Any, **settings: Any) -> Rollout:
         self.rollout = generate_completions(*arguments, **settings)
         return self.rollout
 
-    def without_idle(self, rows: Tensor, is_idle: Tensor) -> Tensor:
-        return rows if self.scores_all else without_idle(rows, is_idle)
+    def without_zero_variance(self, rows: Tensor, is_zero_variance: Tensor) -> Tensor:
+        return rows if self.scores_all else without_zero_variance(rows, is_zero_variance)
 
     def loss_weights(self, mask: Tensor, *arguments: Any, **settings: Any) -> Tensor:
         if self.counts_all:

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import train_grpo
 from grpo.algorithms import CLIP_KEYS
 from grpo.fast.noise import step_seed
 from grpo.logprobs import compute_logprobs
@@ -16,6 +15,7 @@ from grpo.loss import SURROGATES
 from grpo.models.loading import load_policy
 from grpo.rollout import Rollout
 from grpo.settings.config import load_config
+from tests.conftest import loop_function, patch_loop
 from tests.fidelity import test_traps_loss as helpers
 from tests.fidelity import test_wiring as wiring
 
@@ -35,13 +35,13 @@ CHARGED |= {"learning_rate": 1e-2, "batch_size": 3}
 def advantages(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[Any, ...], Tensor]]:
     """(arguments, result) of every call the loop makes for advantages."""
     found: list[tuple[tuple[Any, ...], Tensor]] = []
-    penalized_advantages = train_grpo.penalized_advantages
+    compute_advantages = loop_function("compute_advantages")
 
     def recorded(*args: Any, **kwargs: Any) -> Tensor:
-        found.append((args, penalized_advantages(*args, **kwargs)))
+        found.append((args, compute_advantages(*args, **kwargs)))
         return found[-1][1]
 
-    monkeypatch.setattr(train_grpo, "penalized_advantages", recorded)
+    patch_loop(monkeypatch, "compute_advantages", recorded)
     return found
 
 
@@ -116,7 +116,7 @@ def resampled(
     (tmp_path / "idle_reward.py").write_text(SOME_IDLE)
     monkeypatch.syspath_prepend(tmp_path)
     # Rewards that never vary are refused before the first step; what is tried here is what the loop does with them.
-    monkeypatch.setattr(train_grpo, "check_rewards_vary", lambda *_: None)
+    patch_loop(monkeypatch, "check_rewards_vary", lambda *_: None)
     calls = spy_on(monkeypatch, "generate_completions")
 
     def run(reward: str, **changes: Any) -> tuple[Run, list[Rollout], list[dict[str, Any]]]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+import grpo.batch
 import train_grpo
 from grpo.advantages import group_advantages
 from grpo.logprobs import compute_logprobs
@@ -28,10 +29,10 @@ from grpo.loss import (
 )
 from grpo.models.loading import frozen_copy, load_policy
 from grpo.models.optimizer import make_optimizer
-from grpo.rollout import Rollout
-from grpo.run.records import TokenMeans
+from grpo.run.metrics import TokenMeans
 from grpo.settings.config import load_config
-from tests.test_loss import EXACT, MASK, doubles, random, value_and_gradient
+from tests.algorithm.test_loss import EXACT, MASK, doubles, random, value_and_gradient
+from tests.conftest import loop_function, patch_loop
 
 NAN, INF = float("nan"), float("inf")
 ONE = torch.ones(1, 1)
@@ -105,8 +106,8 @@ def run_training(
 
 def spy_on(monkeypatch: pytest.MonkeyPatch, name: str) -> list[dict[str, Any]]:
     """The arguments of every call of a function of grpo/ that the loop makes."""
-    spy, calls = spied(getattr(train_grpo, name))
-    monkeypatch.setattr(train_grpo, name, spy)
+    spy, calls = spied(loop_function(name))
+    patch_loop(monkeypatch, name, spy)
     return calls
 
 
@@ -133,13 +134,13 @@ def spied(function: Callable[..., Any]) -> tuple[Callable[..., Any], list[dict[s
 def spy_on_micro_batches(monkeypatch: pytest.MonkeyPatch) -> list[list[Tensor]]:
     """For every minibatch of the run its micro-batches, as the row numbers they hold."""
     found: list[list[Tensor]] = []
-    micro_batches = Rollout.micro_batches
+    micro_batches = grpo.batch.micro_batches
 
     def spy(*args: Any, **kwargs: Any) -> list[Tensor]:
         found.append(micro_batches(*args, **kwargs))
         return found[-1]
 
-    monkeypatch.setattr(Rollout, "micro_batches", spy)
+    monkeypatch.setattr(grpo.batch, "micro_batches", spy)
     return found
 
 
@@ -501,7 +502,7 @@ def test_reference_trained_in_the_loop(
         references.append(frozen_copy(model))
         return references[-1]
 
-    monkeypatch.setattr(train_grpo, "make_reference", recorded)
+    patch_loop(monkeypatch, "make_reference", recorded)
     rows = run_training(num_train_steps=2, learning_rate=1e-2).steps
     base, _ = load_policy(str(tmp_path / "model"), base_seed=0, device=torch.device("cpu"))
     trained, _ = load_policy(str(tmp_path / "run-0" / "final"), base_seed=0, device=torch.device("cpu"))

@@ -17,9 +17,9 @@ from grpo.loss import clipped_surrogate, clipped_tokens
 from grpo.rollout import generate_completions
 from grpo.settings.config import load_config
 from reward_model import MathRewardModel, RewardError
+from tests.algorithm.test_advantages import EXACT, PAIRS, REWARDS, doubles
 from tests.fidelity import test_traps_loss as helpers
-from tests.test_advantages import EXACT, PAIRS, REWARDS, doubles
-from tests.test_rewards import entry, returning, same, score
+from tests.rewards.test_rewards import entry, returning, same, score
 
 run_training, Run = helpers.run_training, helpers.Run  # a fixture, and what it returns
 NAN = float("nan")
@@ -204,7 +204,7 @@ def test_reward_that_raises() -> None:
 
 
 # Answers that fool a reward
-# The long table of strings is in tests/test_rewards.py.
+# The long table of strings is in tests/rewards/test_rewards.py.
 
 
 def marks(answer: int, *completions: str) -> list[float]:

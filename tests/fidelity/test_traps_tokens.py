@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, processors
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-import train_grpo
+import grpo.batch
 from grpo.logprobs import compute_logprobs
 from grpo.loss import clipped_surrogate, kl_divergence, loss_weights
 from grpo.rollout import Rollout, generate_completions, sample_tokens
@@ -25,6 +25,7 @@ from tests.conftest import (
     assert_same_samples,
     make_tiny_model,
     naive_loop,
+    patch_loop,
     ragged_batch,
     rows_of,
     sample,
@@ -266,7 +267,7 @@ def test_the_update_scores_the_very_ids_that_were_sampled(
 ) -> None:
     """Prompts included: scoring another prompt than the sampled one is the same trap."""
     rollouts, scored, pieces = list[Rollout](), list[tuple[Tensor, ...]](), list[Tensor]()
-    micro_batches = Rollout.micro_batches
+    micro_batches = grpo.batch.micro_batches
 
     def watched_sampler(*arguments: Any, **settings: Any) -> Rollout:
         rollouts.append(generate_completions(*arguments, **settings))
@@ -280,9 +281,9 @@ def test_the_update_scores_the_very_ids_that_were_sampled(
         pieces.extend(micro_batches(*arguments, **settings))
         return pieces
 
-    monkeypatch.setattr(train_grpo, "generate_completions", watched_sampler)
-    monkeypatch.setattr(train_grpo, "compute_logprobs", watched_scorer)
-    monkeypatch.setattr(Rollout, "micro_batches", watched_cut)
+    patch_loop(monkeypatch, "generate_completions", watched_sampler)
+    patch_loop(monkeypatch, "compute_logprobs", watched_scorer)
+    monkeypatch.setattr(grpo.batch, "micro_batches", watched_cut)
     train_tiny("llama", micro_batch_size=6)
     rollout = rollouts[-1]  # the first one is the pre-flight's
     assert rollout.completion_ids.shape[0] == 16
@@ -511,7 +512,7 @@ def test_temperature_missing_when_scoring_shows_in_the_logged_difference(
     def at_temperature_1(*tokens: Any, temperature: float, **settings: Any) -> tuple[Tensor, Tensor]:
         return compute_logprobs(*tokens, **settings)
 
-    monkeypatch.setattr(train_grpo, "compute_logprobs", at_temperature_1)
+    patch_loop(monkeypatch, "compute_logprobs", at_temperature_1)
     assert train_tiny("llama", temperature=0.7)[0]["sampling/logp_difference/mean"] > 0.05
 
 

@@ -23,7 +23,7 @@ from grpo.advantages import group_advantages
 from grpo.logprobs import compute_logprobs
 from grpo.loss import clipped_surrogate, clipped_tokens, kl_divergence, loss_weights
 from grpo.rollout import generate_completions
-from grpo.run.records import TokenMeans
+from grpo.run.metrics import TokenMeans
 from tests.conftest import EOS_ID, ScriptedModel, make_tiny_model, make_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL's own, about transformers 6

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from trl import RLOOConfig, RLOOTrainer
 
-from grpo.advantages import penalized_advantages
+from grpo.advantages import compute_advantages
 from grpo.algorithms import CLIP_KEYS
 from grpo.logprobs import compute_logprobs
 from grpo.loss import SURROGATES, clipped_surrogate, kl_divergence, loss_weights
@@ -74,7 +74,7 @@ def charged_advantages(
             old_logps, ref_logps, estimator=objective.kl_estimator, completion_mask=batch.mask
         )
     choices = {"baseline": objective.advantage_baseline, "scale": objective.advantage_scale}
-    return penalized_advantages(batch.rewards, penalties, batch.mask, **choices)
+    return compute_advantages(batch.rewards, penalties, batch.mask, **choices)
 
 
 def our_loss(

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+import grpo.batch
 import train_grpo
 from grpo.fast.noise import step_seed
 from grpo.loss import AGGREGATIONS
 from grpo.rollout import Rollout, generate_completions
+from tests.conftest import loop_function, patch_loop
 from tests.fidelity import test_traps_loss as helpers
 
 run_training, Run = helpers.run_training, helpers.Run  # a fixture, what it returns
@@ -34,7 +36,7 @@ def rollouts(monkeypatch: pytest.MonkeyPatch) -> list[Rollout]:
         found.append(generate_completions(*args, **kwargs))
         return found[-1]
 
-    monkeypatch.setattr(train_grpo, "generate_completions", recorded)
+    patch_loop(monkeypatch, "generate_completions", recorded)
     return found
 
 
@@ -44,11 +46,11 @@ def rollouts(monkeypatch: pytest.MonkeyPatch) -> list[Rollout]:
 def test_every_setting_reaches_its_function(run_training: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each has a value that is nobody's default: a setting left out or swapped for another cannot pass."""
     names = ["samples_for_step", "generate_completions", "evaluate_greedy", "compute_logprobs"]
-    names += ["penalized_advantages", "loss_weights", "kl_divergence"]
+    names += ["compute_advantages", "loss_weights", "kl_divergence"]
     calls = {name: spy_on(monkeypatch, name) for name in names}
     calls["clipped_surrogate"], calls["clipped_tokens"] = spy_on_surrogate(monkeypatch)
     cuts, max_norms = [], []
-    micro_batches = Rollout.micro_batches
+    micro_batches = grpo.batch.micro_batches
 
     def micro_batches_spied(rollout: Rollout, groups: Tensor, **limits: int) -> list[Tensor]:
         cuts.append((groups.tolist(), limits))
@@ -60,8 +62,8 @@ def test_every_setting_reaches_its_function(run_training: Callable[..., Run], mo
         max_norms.append(max_norm)
         return clip_grad_norm(weights, max_norm)
 
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_grad_norm_spied)
-    monkeypatch.setattr(Rollout, "micro_batches", micro_batches_spied)
+    monkeypatch.setattr(train_grpo, "clip_grad_norm_", clip_grad_norm_spied)
+    monkeypatch.setattr(grpo.batch, "micro_batches", micro_batches_spied)
     run_training(
         seed=8,
         group_size=5,
@@ -97,12 +99,12 @@ def test_every_setting_reaches_its_function(run_training: Callable[..., Run], mo
     groups = [[5 * p + g for g in range(5)] for p in range(3)]
     assert cuts == [(groups, {"max_rows": 15, "max_tokens": 1000})]
     # The objective
-    assert {call[0].shape for call in calls["penalized_advantages"]} == {(3, 5)}
-    assert given(calls["penalized_advantages"], "baseline", "scale") == {("leave_one_out", "none")}
+    assert {call[0].shape for call in calls["compute_advantages"]} == {(3, 5)}
+    assert given(calls["compute_advantages"], "baseline", "scale") == {("leave_one_out", "none")}
     for name in ("clipped_surrogate", "clipped_tokens"):
         assert given(calls[name], "clip_range", "clip_range_high", "dual_clip") == {(0.1, 0.3, 2.5)}
     assert given(calls["kl_divergence"], "estimator") == {("k2",)}
-    assert given(calls["loss_weights"], "aggregation", "max_completion_length") == {("constant", 50)}
+    assert given(calls["loss_weights"], 1, "max_completion_length") == {("constant", 50)}
     assert calls["loss_weights"][0][0].shape[1] < 50  # so that the padded width is another number
     assert max_norms == [5.0, 5.0]
 
@@ -153,13 +155,13 @@ def test_the_logged_difference_has_no_sign(
     run_training: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, shift: float
 ) -> None:
     """A scorer that likes every token more, or less, than the sampler did: with a sign half of such bugs look fine."""
-    compute_logprobs = train_grpo.compute_logprobs
+    compute_logprobs = loop_function("compute_logprobs")
 
     def shifted(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         logps, entropies = compute_logprobs(*args, **kwargs)
         return logps + shift, entropies
 
-    monkeypatch.setattr(train_grpo, "compute_logprobs", shifted)
+    patch_loop(monkeypatch, "compute_logprobs", shifted)
     (row,) = run_training().steps
     found = [row[f"sampling/logp_difference/{kind}"] for kind in ("mean", "max")]
     assert found == pytest.approx([0.5, 0.5], abs=1e-4)

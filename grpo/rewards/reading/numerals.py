@@ -1,8 +1,9 @@
-"""Numbers as texts write them: the last integer of a text, the number that a text is. Nothing is ever evaluated."""
+"""Numbers in texts: the last integer of a text, the number that a whole text is. Nothing is ever evaluated."""
 
 import re
 from fractions import Fraction
 from functools import lru_cache
+from typing import Any
 
 # A run of ASCII digits with the commas and points inside it, an optional minus (ASCII or U+2212) before it. After a
 # digit a minus is an operator. One run never overlaps the next, so the search is linear in the text.
@@ -43,6 +44,24 @@ def only_integer(text: str) -> str | None:
     stripped = _bare(text)
     digits = stripped.removeprefix("-").removeprefix("\u2212")
     return last_integer(stripped) if _INTEGER.fullmatch(digits) else None
+
+
+def expected_integer(sample: dict[str, Any]) -> str:
+    """The sample's "answer" in canonical digits.
+
+    Raises:
+        ValueError: it is not an integer.
+
+    >>> [expected_integer({"answer": answer}) for answer in ["1,234", 5, 1e20]]
+    ['1234', '5', '100000000000000000000']
+    """
+    answer = sample["answer"]
+    if isinstance(answer, float) and answer.is_integer():
+        answer = int(answer)  # str(1e20) would be "1e+20"
+    expected = last_integer(str(answer)) if type(answer) in (str, int) else None  # bool is a subclass of int
+    if expected is None:
+        raise ValueError(f'"answer" of {sample.get("prompt")!r} must be an integer, got {sample["answer"]!r}')
+    return expected
 
 
 # LaTeX, for formulas as well: what makes no difference, and what puts words between braces.

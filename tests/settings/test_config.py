@@ -1,0 +1,306 @@
+"""Settings: one place of defaults, precedence, types, and errors that help."""
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from grpo.algorithms import ALGORITHMS, CLIP_KEYS, ROW_KEYS
+from grpo.errors import InputError
+from grpo.settings.command_line import parse_command_line
+from grpo.settings.config import (
+    DEFAULTS_FILE,
+    TYPES,
+    Config,
+    documented_defaults,
+    documented_sections,
+    load_config,
+    warnings_about,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+FIRST_HALF = [key for section in documented_sections() if not section.is_advanced for key in section.settings]
+COMMANDS = [["train_grpo.py"], ["examples/train_ppo.py"], ["evaluate.py"], ["-m", "reward_model"]]
+
+
+def test_config_yaml_and_the_dataclass_have_the_same_keys_and_no_second_defaults() -> None:
+    defaults = yaml.safe_load(DEFAULTS_FILE.read_text())
+    assert list(defaults) == [field.name for field in dataclasses.fields(Config)]
+    assert all(field.default is dataclasses.MISSING for field in dataclasses.fields(Config))
+
+
+def test_the_first_half_of_config_yaml_follows_the_loop_and_has_all_that_an_algorithm_fills() -> None:
+    titles = [section.title for section in documented_sections()]
+    tags = [match.groups() for title in titles if (match := re.match(r"\[(\d)\] (\w+)", title))]
+    loop = re.findall(r"^ +# \[(\d)\] (\w+)", (ROOT / "train_grpo.py").read_text(), flags=re.MULTILINE)
+    assert tags == loop
+    is_advanced = [section.is_advanced for section in documented_sections()]
+    assert is_advanced == sorted(is_advanced)
+    assert titles.index("Algorithm") == 0
+    assert not any(title.startswith("[") for title, advanced in zip(titles, is_advanced, strict=True) if advanced)
+    assert 25 <= len(FIRST_HALF) <= 35
+    assert set(ROW_KEYS) < set(FIRST_HALF) < set(TYPES)
+
+
+def test_the_first_half_ends_at_the_heading_advanced() -> None:
+    text = DEFAULTS_FILE.read_text(encoding="utf-8")
+    before, heading, after = text.partition("\n# Advanced")
+    assert heading
+    assert list(yaml.safe_load(before)) == FIRST_HALF
+    assert [*FIRST_HALF, *yaml.safe_load(after.partition("\n")[2])] == list(TYPES)
+
+
+def test_the_comment_of_a_key_that_the_algorithm_fills_begins_with_the_value_for_grpo() -> None:
+    documented = documented_defaults()
+    for key, value in ALGORITHMS["grpo"].items():
+        shown = {None: "same as clip_range"}.get(value, str(value))
+        assert (documented[key][0], documented[key][1].partition("; ")[0]) == ("null", f"grpo: {shown}")
+    assert load_config().clip_range_high is None
+    assert {key for key, (_, comment) in documented.items() if comment.startswith("grpo: ")} == set(ROW_KEYS)
+
+
+def flags_in(help_text: str) -> list[str]:
+    return re.findall(r"^  --(\w+) X\b", help_text, flags=re.MULTILINE)
+
+
+def test_every_key_has_a_comment_and_stands_in_help_all() -> None:
+    documented = documented_defaults()
+    assert list(documented) == list(TYPES)
+    assert all(comment for _, comment in documented.values())
+    command = [sys.executable, ROOT / "train_grpo.py", "--help_all"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    text = "".join(run.stdout.split())  # lines are broken anywhere, also within "all-linear"
+    for key, (default, comment) in documented.items():
+        assert f"--{key}X" in text
+        assert "".join(f"{comment} (default: {default})".split()) in text
+    assert flags_in(run.stdout) == list(TYPES)
+
+
+def test_help_shows_the_first_half_with_its_comments_and_names_help_all(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        parse_command_line("What this script does.", ["--help"])
+    assert raised.value.code == 0
+    shown = capsys.readouterr().out
+    assert flags_in(shown) == FIRST_HALF
+    text = "".join(shown.split())
+    for key, (default, comment) in documented_defaults().items():
+        assert ("".join(f"{comment} (default: {default})".split()) in text) == (key in FIRST_HALF)
+    assert "What this script does." in shown
+    assert re.findall(r"^  --(\w+)\b", shown, flags=re.MULTILINE) == [
+        "help_all", "config", "dry_run", "preflight", "resume", "overwrite", *FIRST_HALF, "help_all",
+    ]  # fmt: skip
+    assert "  --help_all lists every setting.\n" in shown
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_has_both_helps_and_neither_imports_torch(tmp_path: Path, command: list[str]) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    for flag, keys in (("--help", FIRST_HALF), ("--help_all", list(TYPES))):
+        whole = [sys.executable, *command, flag]
+        run = subprocess.run(whole, capture_output=True, text=True, env=environment, cwd=ROOT)
+        assert run.returncode == 0, run.stderr
+        assert flags_in(run.stdout) == keys
+        assert ("--help_all lists every setting." in run.stdout) == (flag == "--help")
+
+
+@pytest.mark.parametrize(
+    ("flag", "nearest"), [("--group_sise=3", "group_size"), ("--adam_beta3=3", "adam_beta"), ("--help_al", "help_all")]
+)
+def test_a_misspelt_flag_does_not_import_torch_and_is_told_the_nearest_of_all(
+    tmp_path: Path, flag: str, nearest: str
+) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, ROOT / "train_grpo.py", flag]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 2, run.stderr
+    assert "torch was imported" not in run.stderr
+    assert f"did you mean --{nearest}" in run.stderr
+
+
+@pytest.mark.parametrize("key", TYPES)
+def test_every_key_is_a_flag_whether_help_shows_it_or_not(key: str) -> None:
+    default = documented_defaults()[key][0]
+    parsed, _ = parse_command_line("", [f"--{key}={default}"])
+    assert parsed == load_config()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["algorithm=grpo"], {"clip_range": 0.2, "clip_range_high": None, "dual_clip": None}),
+        (["algorithm=dapo", "dual_clip=3"], {"clip_range": 0.2, "clip_range_high": 0.28, "dual_clip": 3.0}),
+        (["algorithm=rloo"], {}),
+        (["algorithm=gspo", "clip_range=0.1"], {"clip_range": 0.1, "clip_range_high": 4e-4}),
+        (["algorithm=cispo"], {"clip_range_high": 4.0}),
+    ],
+)
+def test_clip_kwargs_are_the_clips_that_the_surrogate_reads(overrides: list[str], expected: dict[str, object]) -> None:
+    config = load_config(None, overrides)
+    assert config.clip_kwargs == expected
+    assert tuple(config.clip_kwargs) == CLIP_KEYS[config.surrogate]
+
+
+def test_stop_kwargs_are_what_ends_a_completion() -> None:
+    config = load_config(None, ["max_completion_length=7", "stop_strings=[a, b]"])
+    assert config.stop_kwargs == {"max_completion_length": 7, "stop_strings": ["a", "b"]}
+    assert load_config().stop_kwargs == {"max_completion_length": 28, "stop_strings": []}
+
+
+def test_precedence_is_defaults_then_file_then_flags(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("group_size: 4\nlearning_rate: 1e-5\n")
+    assert load_config().group_size == 16
+    assert load_config(file).group_size == 4
+    assert load_config(file).learning_rate == 1e-5  # YAML 1.1 would read a text
+    assert load_config(file, ["group_size=8"]).group_size == 8
+    parsed, _ = parse_command_line("", ["--config", str(file), "--group_size=2", "--rewards", "[math]"])
+    assert (parsed.group_size, parsed.learning_rate, parsed.rewards) == (2, 1e-5, ["math"])
+
+
+@pytest.mark.parametrize(("text", "number"), [("1e-5", 1e-5), ("1E3", 1000.0), ("-2e+1", -20.0), ("1.5e-3", 1.5e-3)])
+def test_scientific_notation_is_a_number(text: str, number: float) -> None:
+    if number < 0:
+        with pytest.raises(InputError, match=r"learning_rate: got -20.0, allowed: >= 0"):
+            load_config(None, [f"learning_rate={text}"])
+    else:
+        assert load_config(None, [f"learning_rate={text}"]).learning_rate == number
+
+
+def test_a_file_may_be_empty(tmp_path: Path) -> None:
+    file = tmp_path / "empty.yaml"
+    file.write_text("# nothing differs\n")
+    assert load_config(file) == load_config()
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("configs/*.yaml")), ids=lambda file: file.name)
+def test_every_file_in_configs_loads_and_differs_in_every_line(file: Path) -> None:
+    config, defaults = load_config(file), load_config()
+    settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    assert settings
+    assert all(getattr(config, key) != getattr(defaults, key) for key in settings)
+
+
+def test_files_named_in_config_yaml_exist() -> None:
+    named = re.findall(r"[\w/]+\.(?:yaml|jsonl)", DEFAULTS_FILE.read_text(encoding="utf-8"))
+    assert "configs/paper_grpo.yaml" in named
+    assert all((ROOT / name).is_file() for name in named)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("group_sise=4", "group_sise: not a setting; did you mean group_size?"),
+        ("lr=1", "lr: not a setting"),
+        ("group_size=many", "group_size: got 'many', expected a whole number"),
+        ("group_size=2.5", "group_size: got 2.5, expected a whole number"),
+        ("group_size=true", "group_size: got True, expected a whole number"),
+        ("group_size=", "group_size: got nothing; null is written out"),
+        ("group_size=null", "group_size: got null, expected a whole number"),
+        ("group_size=0", "group_size: got 0, allowed: >= 1"),
+        ("group_size=1", "group_size: got 1, allowed with advantage_baseline group: >= 2"),
+        ("micro_batch_tokens=0", "micro_batch_tokens: got 0, allowed: >= 1"),
+        ("shared_prefix=sometimes", "shared_prefix: got 'sometimes', allowed: auto | always | never"),
+        ("compile=1", "compile: got 1, expected true or false"),
+        ("batch_size=0", "batch_size: got 0, allowed: >= 1"),
+        ("temperature=0", "temperature: got 0.0, allowed: > 0"),
+        ("top_p=0", r"top_p: got 0.0, allowed: in (0, 1]"),
+        ("top_p=1.1", r"top_p: got 1.1, allowed: in (0, 1]"),
+        ("top_k=-1", "top_k: got -1, allowed: >= 0"),
+        ("seed=-1", "seed: got -1, allowed: 0 ... 2**63 - 1"),
+        ("base_seed=9223372036854775808", "base_seed: got 9223372036854775808, allowed: 0 ... 2**63 - 1"),
+        ("clip_range=1", r"clip_range: got 1.0, allowed: in (0, 1)"),
+        ("kl_coeff=-1", "kl_coeff: got -1.0, allowed: >= 0"),
+        ("learning_rate=.inf", "learning_rate: got inf, expected a number"),
+        ("kl_coeff=.nan", "kl_coeff: got nan, expected a number"),
+        ("kl_estimator=k4", "kl_estimator: got 'k4', allowed: k1 | k2 | k3 | k3_corrected"),
+        ("loss_aggregation=mean", "loss_aggregation: got 'mean', allowed: sequence | token | constant"),
+        ("gamma=0.99", "gamma: got 0.99, allowed with advantage_baseline group: 1.0"),
+        ("gamma=0", "gamma: got 0.0, allowed: in (0, 1]"),
+        ("gae_lambda=1.1", "gae_lambda: got 1.1, allowed: in [0, 1]"),
+        ("advantage_baseline=none", "got group, allowed with advantage_baseline none: batch | tokens | none"),
+        ("num_minibatches=3", "num_minibatches: got 3, must divide batch_size 16"),
+        ("rewards=math", "rewards: got 'math', expected a list"),
+        ("rewards=[]", "rewards: got [], allowed: a list of at least one reward"),
+        ("rewards=[math", "rewards, line 1: not YAML: expected"),
+        ("mask_truncated_completions=1", "mask_truncated_completions: got 1, expected true or false"),
+        ("eval_metric=eval/mean_length", "eval_metric: got 'eval/mean_length', allowed: eval/accuracy | eval/reward"),
+        ("output_dir=", "output_dir: got '', allowed: a folder"),
+        (f"output_dir={'a' * 300}", "allowed: a folder"),
+        ("train_file=a\0", r"train_file: got 'a\x00', allowed: a name that a file can have"),
+        (r'model_name="\ud800"', r"model_name: got '\ud800', allowed: a name that a file can have"),
+        (f"group_size=0x{'f' * 5000}", "group_size: got int too long to be shown, allowed: < 2**63"),
+        (
+            "rewards=[2024-01-01]",
+            "rewards: got [datetime.date(2024, 1, 1)], allowed: a list of at least one reward, no",
+        ),
+        ("rewards=&a [*a]", "rewards, line 1: not YAML: *a: aliases are not allowed"),
+        ("seed=!!bool x", "seed: not YAML: 'x'"),
+        ("a\nb=1", r"command line: a\nb: not a setting"),
+        ("group_size", "override 'group_size': expected key=value"),
+    ],
+)
+def test_wrong_input_names_key_got_and_allowed(override: str, message: str) -> None:
+    with pytest.raises(InputError) as raised:
+        load_config(None, [override])
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_group_of_one_is_allowed_without_siblings_to_compare() -> None:
+    config = load_config(None, ["group_size=1", "advantage_baseline=batch", "advantage_scale=none"])
+    assert config.group_size == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("group_sise: 4", "mine.yaml: group_sise: not a setting; did you mean group_size?"),
+        ("- 1", "mine.yaml: got list, expected lines of key: value"),
+        ("a: [", "mine.yaml, line 1: not YAML: expected"),
+        ("1: 2", "mine.yaml: 1: not a setting"),
+        ("seed: 1\ngroup_size: 4\nseed: 2", "mine.yaml, line 3: not YAML: seed stands twice"),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(content)
+    with pytest.raises(InputError) as raised:
+        load_config(file)
+    assert message in str(raised.value)
+
+
+def test_a_wrong_flag_ends_with_status_2_and_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in [
+        (["--learning_rat", "1"], "error: --learning_rat: not a setting; did you mean --learning_rate?"),
+        (["--config", "missing.yaml"], "error: missing.yaml: cannot be read: No such file or directory"),
+        (["surplus"], "error: surplus: not a setting"),
+    ]:
+        with pytest.raises(SystemExit) as raised:
+            parse_command_line("", arguments)
+        assert raised.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_what_is_seldom_meant_is_warned_about() -> None:
+    assert warnings_about(load_config()) == []
+    for override, word in [
+        ("top_k=2", "top_k 2"),
+        ("top_p=0.9", "top_p 0.9"),
+        ("temperature=0.7", "temperature 0.7"),
+        ("kl_estimator=k1", "expected gradient is 0"),
+    ]:
+        (warning,) = warnings_about(load_config(None, [override]))
+        assert word in warning
+    assert warnings_about(load_config(None, ["kl_estimator=k1", "kl_coeff=0"])) == []
+    (warning,) = warnings_about(load_config(None, ["ref_update_every=2", "kl_coeff=0"]))
+    assert "no reference to update" in warning
+    for max_length, warned in ((35, False), (36, True)):  # 28 tokens at most; nothing is punished up to max_length - 8
+        rewards = f"rewards=[math, {{name: overlong, max_length: {max_length}, cache: 8}}]"
+        assert (len(warnings_about(load_config(None, [rewards]))) == 1) == warned
