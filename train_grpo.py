@@ -4,17 +4,17 @@
     python train_grpo.py --learning_rate 1e-4 --seed 3    every key of config.yaml is a flag
 
 Reading order: examples/grpo_from_scratch.py -> [train_grpo.py] -> grpo/data.py -> grpo/rollout.py -> reward_model.py ->
-grpo/batch.py -> grpo/logprobs.py -> grpo/advantages.py -> grpo/loss.py. Everything else (models, files, checkpoints,
-evaluation) is behind `set_up` and `run`; you can learn GRPO without it.
+grpo/batch.py -> grpo/logprobs.py -> grpo/advantages.py -> grpo/loss.py. Models, files, checkpoints and evaluation are
+behind `set_up` and `run`: you can learn GRPO without them. GRPO itself skips three blocks, which its relatives use
+(`--algorithm`, grpo/algorithms.py): dynamic sampling, the KL in the reward, the entropy bonus.
 
-Change [3] for a new task, [5] and [6] for a new algorithm. `--algorithm` selects a relative (grpo/algorithms.py).
-
+To change: the data in config.yaml (train_file), the reward in reward_model.py, the algorithm in [5] and [6].
 Shapes: P prompts per step, G completions per prompt, B = P * G rows (row p * G + g), C padded completion length, b rows
-of a micro-batch. Paper: "DeepSeekMath" (2402.03300), algorithm 1. The default differs from the paper:
-  - the loss is a mean over all tokens of the step, as in DAPO (the paper's: loss_aggregation: sequence)
+of a micro-batch. Paper: "DeepSeekMath" (2402.03300), algorithm 1. The defaults differ from it:
+  - the loss is a mean over all tokens, as in DAPO (the paper's: loss_aggregation: sequence)
   - the KL estimator k3 is corrected, so that its gradient is that of KL(policy || reference)
   - a group whose rewards are all equal has advantages of exactly 0, not rounding noise divided by a tiny std
-  - the reference is always the base model (the paper's outer loop: ref_update_every)
+  - the reference stays the base model (the paper replaces it now and then: ref_update_every)
 """
 
 from grpo.errors import errors_explained
@@ -48,13 +48,13 @@ def main(config: Config, options: Options = Options()) -> None:
 def train(setup: Setup, run: Run) -> None:
     """The seven steps, repeated."""
     config, policy, optimizer = setup.config, setup.policy, setup.optimizer
-    surrogate, clip = SURROGATES[config.surrogate], config.clip_kwargs  # grpo: clipped_surrogate, clip_range 0.2
+    surrogate, clip = SURROGATES[config.surrogate], config.clip_kwargs  # grpo: clipped_surrogate, its clip_range 0.2
     num_updates = config.num_iterations * config.num_minibatches  # optimizer steps per rollout
 
     for step in run.steps(setup):  # from 1, or from the step after the checkpoint
         metrics = StepMetrics(step)  # starts the clock
 
-        # [1] Prompts: P problems. Which ones depends on (seed, step) alone, so a resumed run sees the same data.
+        # [1] Prompts: batch_size = P problems, chosen by (seed, step) alone, so a resumed run sees the same data.
         samples = samples_for_step(setup.train_set, step=step, batch_size=config.batch_size, seed=config.seed)
 
         # [2] Rollout: G completions per prompt, sampled from the current policy.
@@ -63,14 +63,14 @@ def train(setup: Setup, run: Run) -> None:
 
         # [3] Rewards: one number per completion.
         batch = Batch(samples, rollout, setup.score_completions(samples, rollout), config)
-        if config.max_resample_rounds > 0:  # dynamic sampling (DAPO): [1] to [3] again where all rewards are equal
+        if config.max_resample_rounds > 0:  # dynamic sampling (DAPO): [1] to [3] again for groups of equal rewards
             batch = replace_zero_variance_groups(batch, step, setup.sample_groups)
         rollout, mask = batch.rollout, batch.trained_tokens  # mask: (B, C), the tokens that the loss counts
         metrics.lap("reward_time")
 
-        # [4] Fixed terms: log-probs under the frozen reference, and under the policy before it is updated. With one
-        # optimizer step per rollout the latter are the current ones, detached: the ratio is exactly 1.
-        plan = batch.micro_batches()  # for each optimizer step, the row numbers of its micro-batches
+        # [4] Fixed terms: log-probs under the frozen reference, and under the policy before its first update. With one
+        # update per rollout the latter are simply the current ones, detached: the ratio is exactly 1.
+        plan = batch.micro_batches()  # for each optimizer step of a pass, the row numbers of its micro-batches
         ref_logps = setup.ref_logps(rollout, plan) if config.kl_coeff > 0 else None  # (B, C)
         old_logps = setup.old_logps(rollout, plan) if num_updates > 1 or config.kl_in == "reward" else None  # (B, C)
 
@@ -83,12 +83,14 @@ def train(setup: Setup, run: Run) -> None:
         baseline, scale = config.advantage_baseline, config.advantage_scale  # grpo: the group's mean and std
         advantages = compute_advantages(batch.rewards, penalties, mask, baseline=baseline, scale=scale)  # (B, 1 or C)
 
-        # [6] Update: maximize the clipped surrogate, minus a KL to the reference, plus an entropy bonus. Token weights
-        # are computed for a whole optimizer step, so the gradients of its micro-batches can simply be summed.
+        # [6] Update: num_iterations passes of num_minibatches optimizer steps. Minimize the surrogate, plus a KL to the
+        # reference, minus an entropy bonus. Token weights are computed for a whole optimizer step, so the gradients of
+        # its micro-batches can simply be summed.
         aggregation, length = config.loss_aggregation, config.max_completion_length
         parts = mask.chunk(config.num_minibatches)  # one per optimizer step
         weights = torch.cat([loss_weights(part, aggregation, max_completion_length=length) for part in parts])  # (B, C)
-        for update, micro_batches in enumerate(plan * config.num_iterations, start=(step - 1) * num_updates):
+        first_update = (step - 1) * num_updates  # optimizer steps before this rollout
+        for update, micro_batches in enumerate(plan * config.num_iterations, start=first_update):
             for rows in micro_batches:  # (b,) row numbers
                 logps, entropies = setup.compute_logprobs(policy, rollout, rows)  # (b, C)
                 old = logps.detach() if old_logps is None else old_logps[rows]
@@ -103,13 +105,14 @@ def train(setup: Setup, run: Run) -> None:
                 loss = (per_token_loss * weights[rows]).sum()
                 loss.backward()
                 clipped = surrogate.clipped(logps, old, advantages[rows], mask[rows], **clip)
-                metrics.add_micro_batch(loss, mask[rows], entropies, clipped, rollout.sampling_logps[rows] - old)
+                logp_difference = rollout.sampling_logps[rows] - old  # sampler against scorer: only rounding
+                metrics.add_micro_batch(loss, mask[rows], entropies, clipped, logp_difference)
             metrics.grad_norm = clip_grad_norm_(policy.parameters(), config.max_grad_norm)
-            run.check_finite(metrics, batch, advantages)  # before a NaN reaches the weights
+            run.check_finite(metrics, batch, advantages)  # an error if loss or gradient is NaN or inf
             metrics.learning_rate = set_learning_rate(optimizer, config, update)
             optimizer.step()
             optimizer.zero_grad()
-        setup.update_reference(step)  # only if ref_update_every is set
+        setup.update_reference(step)  # only every ref_update_every steps, if that is set
         metrics.lap("update_time")
 
         # [7] Record: metrics and completions; now and then an evaluation and a checkpoint. Ctrl-C ends the run here.

@@ -1,10 +1,9 @@
-"""GRPO with nothing in the way: one row at a time, no padding, no masks, no cache, no micro-batches, no files.
+"""GRPO with nothing in the way: one row at a time, no padding, no masks, no cache, no micro-batches, no checkpoints.
 
     python examples/grpo_from_scratch.py --steps 20      a tiny model learns arithmetic: the reward rises
 
-Read this first. train_grpo.py computes the same numbers in batches: a test holds rewards, advantages, losses and the
-weights of both equal. Two things are simpler here: the learning rate is constant, and samples come from
-torch.multinomial.
+Read this first. train_grpo.py computes the same numbers in batches: given the same samples, rewards, advantages, losses
+and the updated model are equal, by a test. Here the learning rate is constant and torch.multinomial draws the samples.
 """
 
 import argparse
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Python itself looks beside this file only
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that grpo/ is found
 
 from grpo.data import samples_for_step
 from grpo.datasets.rows import JSONLinesDataset
@@ -59,10 +58,10 @@ def train_step(policy, reference, optimizer, tokenizer, problems):
         old = new.detach()  # [4] fixed terms: one update per rollout, so the policy is still the one that sampled
         with torch.no_grad():
             ref = log_probs(reference, prompt, completion)  # (T,)
-        ratio = (new - old).exp()  # 1, but its gradient is that of new
-        surrogate = torch.min(ratio * advantage, ratio.clamp(1 - CLIP_RANGE, 1 + CLIP_RANGE) * advantage)
-        kl = ratio * ((ref - new).exp() - (ref - new) - 1)  # k3, weighted by the ratio
-        loss = (-surrogate + KL_COEFF * kl).sum() / num_tokens  # a mean over all tokens of the step
+        ratio = (new - old).exp()  # its value is 1 here, so the clip is idle; its gradient is that of new
+        policy_loss = -torch.min(ratio * advantage, ratio.clamp(1 - CLIP_RANGE, 1 + CLIP_RANGE) * advantage)
+        kl = ratio * ((ref - new).exp() - (ref - new) - 1)  # an estimate of KL(policy || reference): k3 times the ratio
+        loss = (policy_loss + KL_COEFF * kl).sum() / num_tokens  # a mean over all tokens of the step
         loss.backward()  # gradients of all rows add up
         total_loss += loss.item()
     torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)

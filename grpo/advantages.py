@@ -91,13 +91,13 @@ def group_advantages(rewards: Tensor, *, baseline: str = "group", scale: str = "
 def token_advantages(
     rewards: Tensor, penalties: Tensor, completion_mask: Tensor, *, baseline: str = "none", eps: float = 1e-4
 ) -> Tensor:
-    """Advantage of every token: the completion's reward less what it is still to be charged, whitened over all tokens.
+    """Advantage of every token: the reward minus the penalties of this and later tokens, whitened over all tokens.
 
         A_t = R - baseline - sum over s >= t of penalties_s,     then (A - mean) / (std + eps)
 
-    A token answers for what comes after it: for the reward at the end, and for the KL of itself and its successors, but
-    for no KL before it. Mean and unbiased std are taken over all unmasked tokens of the batch, so a long completion has
-    more say in them.
+    A token is credited with what follows it: the reward at the end, and the KL of itself and of later tokens, but not
+    with the KL of earlier tokens. Mean and unbiased std are taken over all unmasked tokens of the batch, so a long
+    completion counts more.
 
     Args:
         rewards: (P, G) as in `group_advantages`; NaN = no reward applies.

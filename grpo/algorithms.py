@@ -89,7 +89,7 @@ PAPERS = {
 CRITIC_SCRIPT = "examples/train_ppo.py"  # runs ppo, the only algorithm that learns its baseline
 
 # The value of each of these settings depends on another setting. If that one differs from the row, the value is taken
-# from the first row that has the same choice.
+# from the first row that has the same choice, and stays null if no row has it.
 _GOES_WITH = {"clip_range": "surrogate", "clip_range_high": "surrogate", "kl_estimator": "kl_in"}
 
 
@@ -108,8 +108,8 @@ def filled(settings: dict[str, Any]) -> dict[str, Any]:
     if settings["kl_in"] is None and chosen["kl_coeff"] == 0:
         chosen["kl_in"] = "loss"
     for key, choice in _GOES_WITH.items():
-        donor = next(other for other in (row, *ALGORITHMS.values()) if other[choice] == chosen[choice])
-        chosen[key] = donor[key] if settings[key] is None else settings[key]
+        donor = next((other for other in (row, *ALGORITHMS.values()) if other[choice] == chosen[choice]), {})
+        chosen[key] = donor.get(key) if settings[key] is None else settings[key]
     return settings | chosen
 
 

@@ -3,7 +3,7 @@
 Reading order: ... -> reward_model.py -> [grpo/batch.py] -> grpo/logprobs.py -> ...
 
 Letters: P prompts, G completions per prompt, B = P * G rows (row p * G + g is completion g of prompt p), C padded
-completion length; p, b of P, B.
+completion length. Lower case letters are a part of them: p of the P prompts, b of the B rows.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ class Batch:
     rollout: Rollout  # B rows
     scores: Scores  # B rows
     config: Config
-    discarded: tuple[Rollout, ...] = ()  # groups that dynamic sampling replaced; they count in num_tokens
+    discarded: tuple[Rollout, ...] = ()  # groups that dynamic sampling replaced; num_tokens counts them, too
 
     @property
     def rewards(self) -> Tensor:
@@ -56,7 +56,7 @@ class Batch:
     @property
     def row_samples(self) -> list[Sample]:
         """B of them: the sample of each completion."""
-        return [sample for sample in self.samples for _ in range(len(self.rollout.completions) // len(self.samples))]
+        return one_per_row(self.samples, self.rollout)
 
     def replace(self, places: Sequence[int], groups: Self) -> Self:
         """The same batch with `groups` in these places: (p,) numbers of prompts, in the order of `groups`."""
@@ -78,18 +78,24 @@ class Batch:
     def micro_batches(self) -> list[list[Tensor]]:
         """The plan of one pass over the batch: for each optimizer step, the row numbers (b,) of its micro-batches.
 
-        Zero-variance groups are left out if that changes no gradient (`only_surrogate_acts`).
+        Zero-variance groups are left out if that changes no gradient (`zero_variance_has_no_gradient`).
         """
         rows = torch.arange(len(self.rollout.completions), device=self.rollout.completion_ids.device)
         minibatches = rows.view(len(self.samples), -1).chunk(self.config.num_minibatches)  # (p, G) each
-        if only_surrogate_acts(self.config):
+        if zero_variance_has_no_gradient(self.config):
             is_zero_variance = self.zero_variance_groups  # (P,)
             minibatches = tuple(without_zero_variance(rows, is_zero_variance) for rows in minibatches)
         limits = {"max_rows": self.config.micro_batch_size, "max_tokens": self.config.micro_batch_tokens}
         return [micro_batches(self.rollout, rows, **limits) for rows in minibatches]
 
 
-def only_surrogate_acts(config: Config) -> bool:
+def one_per_row(samples: Sequence[Sample], rollout: Rollout) -> list[Sample]:
+    """P samples -> B of them, each repeated for the completions of its group: row p * G + g has sample p."""
+    group_size = len(rollout.completions) // len(samples)
+    return [sample for sample in samples for _ in range(group_size)]
+
+
+def zero_variance_has_no_gradient(config: Config) -> bool:
     """Whether a zero-variance group has a gradient of exactly 0.
 
     That is so if its own siblings are the baseline, advantages are not whitened over the batch, and neither a KL nor an
@@ -142,7 +148,7 @@ SampleGroups = Callable[[int, int, Sequence[int]], Batch]  # (step, round, place
 
 
 def replace_zero_variance_groups(batch: Batch, step: int, sample_groups: SampleGroups) -> Batch:
-    """Dynamic sampling: groups whose rewards are all equal give way to groups for other prompts.
+    """Dynamic sampling: groups whose rewards are all equal are replaced by groups for other prompts.
 
     The more a policy has learned, the more groups are all correct, and the fewer are left to average over. So [1], [2]
     and [3] are repeated for the places of such groups, at most `max_resample_rounds` times. Groups that still have zero

@@ -14,13 +14,13 @@ import numpy as np
 
 from grpo.errors import InputError
 
-Sample = dict[str, Any]  # "prompt" and the columns of its data set; also "prompt_ids" where it has met a tokenizer
-SOURCE = "data set"  # key of a sample in a mixture: the name of its data set; no column that a function could name
+Sample = dict[str, Any]  # "prompt" and the columns of its data set; once it is tokenized also "prompt_ids"
+SOURCE = "data set"  # key of a sample in a mixture: the name of its data set; its space keeps it apart from columns
 Prompt = str | list[dict[str, str]]  # a text, or messages: [{"role": "user", "content": ...}, ...]
 
 
 class Dataset(Sequence[Sample]):
-    """Samples, and where each stands."""
+    """Samples, each with the place it comes from: "data/x.jsonl, line 7"."""
 
     def __init__(self, path: object, rows: Iterable[tuple[str, Sample]]) -> None:
         """`path`: where the rows come from. `rows`: (place, sample) pairs, a place such as "data/x.jsonl, line 7"."""
@@ -37,7 +37,7 @@ class Dataset(Sequence[Sample]):
         return self.samples[index]
 
     def place(self, index: int) -> str:
-        """Where sample `index` stands, for error messages."""
+        """Where sample `index` comes from, for error messages."""
         return self.places[index]
 
     @property
@@ -45,18 +45,18 @@ class Dataset(Sequence[Sample]):
         """Samples drawn in one epoch."""
         return len(self)
 
-    def at(self, place: int, epoch: int, seed: int) -> Sample:
-        """What stands at `place` of 0 ... epoch_size - 1: the same in every epoch, unless data sets are mixed."""
-        return self[place]
+    def at(self, index: int, epoch: int, seed: int) -> Sample:
+        """The sample at position `index` (0 ... epoch_size - 1) of an epoch; only a mixture differs between epochs."""
+        return self[index]
 
     def draw(self, n: int, seed: int) -> Sample:
-        """Sample n (0, 1, ...) of an endless stream: epochs, each in an order of its own by (seed, epoch)."""
+        """Sample n (0, 1, ...) of an endless stream of epochs, each shuffled by (seed, epoch)."""
         epoch, index = divmod(n, self.epoch_size)
         return self.at(_epoch_order(seed, epoch, self.epoch_size)[index], epoch, seed)
 
 
 def model_input(sample: Sample) -> Any:
-    """What the sampler is given: the token ids where the sample has met a tokenizer, else its text."""
+    """What the sampler is given: the token ids if the sample is tokenized, else its text."""
     ids: list[int] | None = sample.get("prompt_ids")
     return sample["prompt"] if ids is None else ids
 
@@ -71,9 +71,9 @@ def prompt_text(prompt: Prompt) -> str:
 def samples_for_step(dataset: Dataset, *, step: int, batch_size: int, seed: int, round: int = 0) -> list[Sample]:
     """The `batch_size` samples of training step `step` (1, 2, ...).
 
-    The data is read in epochs, each a fresh permutation by (seed, epoch); a step may span two of them. Nothing is
-    remembered between calls, so a resumed run goes on exactly where it would have been. Sample p of resampling round
-    1, 2, ... is the one to take the place of sample p: `batch_size` of them, drawn from all by (seed, step, round).
+    The data is read in epochs, each shuffled by (seed, epoch); a step may span several epochs. Nothing is remembered
+    between calls, so a resumed run continues exactly where it would have been. For dynamic sampling, `round` 1, 2, ...
+    gives `batch_size` other candidates, drawn by (seed, step, round) from all data: candidate p may replace sample p.
     """
     if round > 0:
         return _samples_for_round(dataset, step, batch_size, seed, round)
@@ -81,12 +81,12 @@ def samples_for_step(dataset: Dataset, *, step: int, batch_size: int, seed: int,
 
 
 def _samples_for_round(dataset: Dataset, step: int, batch_size: int, seed: int, round: int) -> list[Sample]:
-    """Drawn without repetition, as far as the data set goes."""
+    """Drawn without repetition, as far as the data set goes. In a mixture the step takes the place of the epoch."""
     order = np.random.default_rng([seed, step, round]).permutation(dataset.epoch_size).tolist()
-    return [dataset.at(order[place % len(order)], step, seed) for place in range(batch_size)]
+    return [dataset.at(order[p % len(order)], step, seed) for p in range(batch_size)]
 
 
-@lru_cache(maxsize=32)  # this epoch and the last, of each data set of a mixture
+@lru_cache(maxsize=32)  # this epoch and the previous one, of each data set of a mixture
 def _epoch_order(seed: int, epoch: int, size: int) -> list[int]:
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(size).tolist()
 

@@ -1,4 +1,4 @@
-"""Tokens -> per-token log-probs and entropies. The only shift by one that a reader needs is in `plain_logprobs`.
+"""Tokens -> per-token log-probs and entropies. The idea is in `plain_logprobs`: forward, shift, log-softmax, gather.
 
 Reading order: ... -> grpo/batch.py -> [grpo/logprobs.py] -> grpo/advantages.py -> ...
 
@@ -59,7 +59,7 @@ def compute_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of every sampled token under `model`, and the entropy of the distribution it was drawn from.
 
-        logits_t = model(prompt + completion[:t])        the logits at position t - 1 speak of token t
+        logits_t = model(prompt + completion[:t])[-1]    the logits at the last token before t predict token t
         logps_t  = log_softmax(logits_t / temperature)[completion_t]
         H_t      = - sum_v p_v log p_v,   p = softmax(logits_t / temperature)
 
@@ -72,11 +72,11 @@ def compute_logprobs(
         prompt_ids, prompt_mask: (B, L) left-padded, mask 1 = a prompt token.
         completion_ids, completion_mask: (B, C) right-padded, mask 1 = a sampled token, EOS included.
         temperature: > 0.
-        group_size: so many rows share a prompt. Then equal rows are scored once, and up to group_size completions may
-            stand behind one copy of their prompt. None: every row is scored by itself.
-        shared_prefix: whether they do, with a group_size: always | never, or auto: where it takes fewer
+        group_size: number of rows with the same prompt. Equal rows are then scored once, and up to group_size
+            completions may share one copy of their prompt. None: every row is scored by itself.
+        shared_prefix: whether completions share a copy of their prompt: always | never | auto, if that takes fewer
             multiplications (`completions_per_row`). The result is the same up to rounding.
-        entropy_grad: whether the entropies carry a gradient, which an entropy bonus needs and all else can do without.
+        entropy_grad: whether the entropies carry a gradient; only an entropy bonus needs it.
 
     Returns:
         logps: (B, C) nats, at least float32 (bfloat16 logits are cast first: their log-softmax errs by up to 0.125

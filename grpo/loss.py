@@ -43,16 +43,17 @@ def clipped_surrogate(
     gradient stops. A < 0: it is made less likely until r < 1 - clip_range. On the other side of 1 the ratio has moved
     against A, the policy must still be corrected, and `min` keeps the gradient.
 
-    There the loss has no bound: with A < 0 a ratio of 50 outweighs fifty other tokens. dual_clip gives it one,
+    For A < 0 and a large ratio the loss has no bound: a ratio of 50 outweighs fifty other tokens. dual_clip bounds it,
 
-        A < 0:  loss = min(that, dual_clip * |A|).
+        A < 0:  loss = min(the loss above, dual_clip * |A|).
 
     Args:
         logps: (B, C) log pi_theta of the sampled tokens in nats; carries the gradient.
         old_logps: (B, C) the same at rollout time; no gradient.
         advantages: (B, 1) or (B, C). Never (B,): that would broadcast along the wrong axis when B == C.
         completion_mask: (B, C), 1 = a sampled token, EOS included.
-        clip_range, clip_range_high: lower and upper clip, usually 0.2; None above = as below (DAPO: 0.28); inf = off.
+        clip_range, clip_range_high: lower and upper clip, usually 0.2; inf = off. clip_range_high: None = the same as
+            clip_range (DAPO: 0.28).
         dual_clip: > 1, usually 3; None = no bound.
 
     Returns:
@@ -82,8 +83,8 @@ def clipped_surrogate(
 def reinforce(logps: Tensor, old_logps: Tensor, advantages: Tensor, completion_mask: Tensor) -> Tensor:
     """The policy gradient itself, per token, to be minimised: loss = -A * log pi_theta.
 
-    It knows no old policy: right for the one update that follows a rollout, where its gradient is that of the clipped
-    surrogate; wrong off-policy. The value means nothing, since a log-prob is no ratio. Arguments and result as in
+    It ignores old_logps: correct only for the first update after a rollout, where its gradient is that of the clipped
+    surrogate. The value means nothing; only its gradient does. Arguments and result as in
     `clipped_surrogate`.
 
     Paper: Williams, "Simple Statistical Gradient-Following Algorithms" (1992); "Back to Basics" (2402.14740) eq. 6.
@@ -136,11 +137,11 @@ def cispo(
 
         loss = -stopgrad( min(r, 1 + clip_range_high) ) * A * log pi_theta
 
-    Where PPO's clip silences a token that has moved far ("wait", "however": rare, and soon far), this one goes on
-    training it with a bounded weight. Arguments and result as in `clipped_surrogate`.
+    PPO's clip stops the gradient of a token whose ratio has moved far, as rare tokens such as "wait" soon do. CISPO
+    keeps training it with a bounded weight. Arguments and result as in `clipped_surrogate`.
 
     Paper: "MiniMax-M1" (2506.13585) eq. 4.
-    Differs from TRL: its epsilon_high is the cap itself, ours + 1.
+    Differs from TRL: its epsilon_high is 1 + our clip_range_high.
 
     >>> logps, mask = torch.tensor([[2.0, -1.0]]), torch.tensor([[1, 1]])
     >>> cispo(logps, torch.tensor([[0.0, -1.0]]), torch.tensor([[1.0]]), mask, clip_range_high=4.0)
@@ -207,6 +208,9 @@ class Surrogate(NamedTuple):
     clipped: Callable[..., tuple[Tensor, Tensor]]  # -> (low, high), (B, C) bool each: where the clip acts
 
 
+# To add a surrogate: its two functions here, its clip settings in CLIP_KEYS (grpo/algorithms.py), and its name in
+# `Config.surrogate` (grpo/settings/config.py). A baseline or a KL estimator: its name in BASELINES (grpo/advantages.py)
+# or KL_ESTIMATORS, and in `Config`.
 SURROGATES = {
     "clipped": Surrogate(clipped_surrogate, clipped_tokens),
     "reinforce": Surrogate(reinforce, _never_clipped),
@@ -252,10 +256,10 @@ def kl_divergence(
         k1            -D                    unbiased value; as a loss its expected gradient is 0: it does nothing
         k2            D^2 / 2               biased value; gradient of KL(pi || ref)
         k3            exp(D) - D - 1        unbiased, >= 0; but its gradient is that of KL(ref || pi)
-        k3_corrected  r * (exp(D) - D - 1)  the value of k3 with the gradient of KL(pi || ref), exact off-policy too
+        k3_corrected  r * (exp(D) - D - 1)  the value of k3 with the gradient of KL(pi || ref), off-policy too
 
     Worked by hand: d(r k3) = r k3 dlogp + r (1 - exp(D)) dlogp = -r D dlogp, which is d(stopgrad(r) * D^2 / 2). The
-    code takes the value from the first form and the gradient from the last, where nothing can overflow.
+    code takes the value from the first form and the gradient from the last, which does not overflow in practice.
 
     Args:
         logps: (B, C) log pi_theta of the sampled tokens in nats; carries the gradient.
@@ -314,8 +318,8 @@ def loss_weights(
         constant  1 / (N * max_completion_length)    no length in the denominator; Dr. GRPO
 
     with T_i = unmasked tokens of completion i and N = completions of the optimizer step, fully masked ones included.
-    Call it once with the mask of the WHOLE optimizer step: a mean per micro-batch weighs tokens by the company they
-    happen to keep.
+    Call it once with the mask of the WHOLE optimizer step. A mean per micro-batch would make the weight of a token
+    depend on the other tokens of its micro-batch.
 
     Args:
         completion_mask: (B, C), 1 = a token that is trained on.

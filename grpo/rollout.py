@@ -5,9 +5,12 @@ Reading order: ... -> grpo/data.py -> [grpo/rollout.py] -> reward_model.py -> ..
 Letters: P prompts, G = group_size, B = P * G completions (row p * G + g), L padded prompt length, C padded completion
 length, V vocabulary.
 
-Differs from `model.generate`: settings come from the arguments alone, never from the model's generation_config; each
-prompt is prefilled once, and completions share a row of the batch until they part; finished ones leave it; and the
-random number behind token t of completion i depends on (seed, i, t) only, so nothing of that changes a sample.
+Read `sample_tokens` and the docstrings first; `_decode`, the loop with the cache, can wait.
+
+Differs from `model.generate`:
+  - settings come from the arguments alone, never from the model's generation_config
+  - each prompt is read once; completions that are still identical share a row of the batch; finished ones leave it
+  - the random number for token t of completion i depends on (seed, i, t) only, so none of this changes a sample
 """
 
 from collections.abc import Callable, Sequence
@@ -117,7 +120,7 @@ def generate_completions(
             1.0 and 0 = off. Anything else makes the sampler's distribution differ from the scorer's.
         seed: >= 0; the caller mixes the training step into it (`step_seed`).
         completion_indices: B indices >= 0 that choose the noise of each row; None = 0 ... B - 1.
-        stop_strings: texts that end a completion beside the stop tokens, with the token that completes one of them.
+        stop_strings: texts that also end a completion; the token that completes one of them is kept.
 
     Returns:
         a Rollout whose row p * G + g is completion g of prompt p.
@@ -153,7 +156,7 @@ def generate_completions(
     finally:
         model.train(was_training)
 
-    mask = is_end.int().cumsum(1) - is_end.int() == 0  # (B, C) all up to a row's end, which is its last token
+    mask = is_end.int().cumsum(1) - is_end.int() == 0  # (B, C) true up to and including the end
     length = int(mask.sum(1).max())
     mask = mask[:, :length]
     completion_ids = torch.where(mask, sampled_ids[:, :length], pad_id)
@@ -180,10 +183,10 @@ def _decode(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loop: (B, max_completion_length) sampled ids, their log-probs, and which of them end their completion.
 
-    What follows an end is arbitrary.
+    Values after an end must be ignored.
 
-    Completions that have written the same so far stand in one row of the model's batch: at first all of a group, in the
-    end each by itself, or still together where they are the same. n rows carry w unfinished completions.
+    Completions that are identical so far share a row of the model's batch: at first all of a group, later fewer. So n
+    rows carry w unfinished completions.
     """
     num_completions, max_length = uniforms.shape
     device, prompt_length = uniforms.device, prompt_ids.shape[1]  # L
@@ -217,7 +220,7 @@ def _decode(
             break
         writing, rows, tokens = writing[going_on], rows[going_on], tokens[going_on]
 
-        # Who stood together and drew the same token goes on together; the rest part, each with a copy of the cache.
+        # Completions that share a row and drew the same token keep sharing it; the others get a copy of the cache.
         num_rows, vocab_size = logits.shape
         drawn, rows = (rows * vocab_size + tokens).unique(return_inverse=True)
         parents, tokens = drawn // vocab_size, drawn % vocab_size  # (n,) the row each comes from, and its token
@@ -298,7 +301,7 @@ def sample_tokens(
 
 
 def _keep_likeliest(logps: Tensor, *, top_p: float, top_k: int) -> Tensor:
-    """(b, V) log-probs -> log-probs renormalised over the top_k likeliest tokens, then over the nucleus top_p."""
+    """(n, V) log-probs -> log-probs renormalised over the top_k likeliest tokens, then over the nucleus top_p."""
     if 0 < top_k < logps.shape[-1]:
         kept = logps.topk(top_k, dim=-1)
         logps = torch.full_like(logps, -torch.inf).scatter(-1, kept.indices, kept.values)

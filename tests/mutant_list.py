@@ -492,9 +492,9 @@ MUTANTS = [
     # Rewards and advantages
     Mutant(
         "groups tiled, rewards",
-        SETUP,
-        "[sample for sample in samples for _ in range(siblings)]",
-        "[sample for _ in range(siblings) for sample in samples]",
+        BATCH,
+        "[sample for sample in samples for _ in range(group_size)]",
+        "[sample for _ in range(group_size) for sample in samples]",
         (f"{REWARDS}test_groups_tiled_instead_of_repeated_in_the_loop",),
     ),
     Mutant(
@@ -642,14 +642,14 @@ MUTANTS = [
         "mean per micro-batch",
         LOOP,
         "loss = (per_token_loss * weights[rows]).sum()",
-        "loss = (per_token_loss * mask[rows]).sum() / mask[rows].sum().clamp(min=1) * len(logps) / num_rows",
+        "loss = (per_token_loss * mask[rows]).sum() / mask[rows].sum().clamp(min=1) * len(logps) / len(mask)",
         (f"{OF_LOSS}test_loss_weights_per_micro_batch_in_the_loop",),
     ),
     Mutant(
         "loss weights per micro-batch",
         LOOP,
         "loss = (per_token_loss * weights[rows]).sum()",
-        "loss = (per_token_loss * weigh(mask[rows])).sum()",
+        "loss = (per_token_loss * loss_weights(mask[rows], aggregation, max_completion_length=length)).sum()",
         (f"{OF_LOSS}test_loss_weights_per_micro_batch_in_the_loop",),
     ),
     Mutant(
@@ -1004,7 +1004,7 @@ MUTANTS = [
         "no optimizer step where no group has a signal",
         LOOP,
         "            optimizer.step()\n",
-        "            if not is_idle.all():\n                optimizer.step()\n",
+        "            if not batch.zero_variance_groups.all():\n                optimizer.step()\n",
         (f"{IDLE}test_where_no_group_has_a_signal_the_first_optimizer_step_is_one_of_nothing",),
     ),
     # The critic of examples/train_ppo.py

@@ -74,3 +74,8 @@ class Scorer:
 def by_place(completions: list[str], /, **_: Any) -> list[float]:
     """Takes completions by their place only."""
     return [0.0 for _ in completions]
+
+
+def prompt_length(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+    """Of the prompt, in characters; whatever the completion is."""
+    return [float(len(prompt)) for prompt in prompts]

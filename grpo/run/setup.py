@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from grpo.batch import Batch, check_rewards_vary
+from grpo.batch import Batch, check_rewards_vary, one_per_row
 from grpo.data import Dataset, Sample, samples_for_step
 from grpo.datasets.mixture import load_datasets
 from grpo.evaluation.greedy import Evaluation, evaluate_greedy
@@ -93,11 +93,14 @@ class Setup:
 
     def score_completions(self, samples: Sequence[Sample], rollout: Rollout) -> Scores:
         """The rewards of all completions of `rollout`. `samples`: one per group, or one per completion."""
-        siblings = len(rollout.completions) // len(samples)
-        row_samples = [sample for sample in samples for _ in range(siblings)]  # B
-        texts, ids = rollout.completions, rollout.token_lists()
-        per_token = self.critic is not None
-        return score_mixture(self.rewards, row_samples, texts, ids, combine=self.config.combine, per_token=per_token)
+        return score_mixture(
+            self.rewards,
+            one_per_row(samples, rollout),
+            rollout.completions,
+            rollout.token_lists(),
+            combine=self.config.combine,
+            per_token=self.critic is not None,
+        )
 
     def sample_groups(self, step: int, round: int, places: Sequence[int]) -> Batch:
         """Dynamic sampling: [1], [2] and [3] for these places of a step; `round` is 1, 2, ..."""

@@ -78,6 +78,13 @@ def test_groups_tiled_instead_of_repeated_in_the_loop(run_training: Callable[...
     assert [row["advantage"] for row in samples[::3]] != pytest.approx(tiled, abs=0.1)
 
 
+def test_groups_tiled_where_completions_are_scored(run_training: Callable[..., Run]) -> None:
+    """Every completion is scored with its own prompt."""
+    samples = run_training(rewards="['tests.toy_rewards:prompt_length']").samples
+    assert [row["reward"] for row in samples] == [len(row["prompt"]) for row in samples]
+    assert len({row["reward"] for row in samples}) == 3
+
+
 def test_equal_prompts_merged_into_one_group(run_training: Callable[..., Run]) -> None:
     """Two samples with the same text, and other answers, are two groups."""
     samples = run_training(prompts=["abc", "abc"], batch_size=2).samples

@@ -23,7 +23,7 @@ import grpo.run.plots
 import grpo.run.setup
 import train_grpo
 from grpo.algorithms import ALGORITHMS
-from grpo.batch import only_surrogate_acts
+from grpo.batch import zero_variance_has_no_gradient
 from grpo.data import samples_for_step
 from grpo.datasets.rows import JSONLinesDataset
 from grpo.errors import InputError, errors_explained
@@ -528,7 +528,7 @@ def test_an_entropy_bonus_raises_the_entropy(small: dict[str, Any], tmp_path: Pa
     ],
 )
 def test_a_group_without_spread_is_left_out_only_where_its_gradient_is_0(settings: str, expected: bool) -> None:
-    assert only_surrogate_acts(load_config(None, settings.split())) == expected
+    assert zero_variance_has_no_gradient(load_config(None, settings.split())) == expected
 
 
 @pytest.mark.parametrize("choice", [{"entropy_coeff": 1.0}, {"advantage_scale": "tokens"}], ids=str)
