@@ -31,7 +31,7 @@ from transformers.cache_utils import DynamicLayer
 import grpo.run.setup
 from benchmarks.common import ROOT, Results, spread
 from benchmarks.vs_trl import Training, default_run, train
-from grpo.fast.abilities import find_head
+from grpo.fast.capabilities import find_head
 from grpo.fast.lm_head import Head
 from grpo.models.loading import frozen_copy, load_policy
 from grpo.models.optimizer import make_optimizer

@@ -27,7 +27,7 @@ class Mutant:
     "grpo/models/lora.py", "grpo/rewards/scores.py", "grpo/rewards/reading/numerals.py",
 )  # fmt: skip
 LAYOUT = "grpo/fast/layout.py"
-ABILITIES = "grpo/fast/abilities.py"
+CAPABILITIES = "grpo/fast/capabilities.py"
 SCORER = "grpo/fast/scorer.py"
 NOISE = "grpo/fast/noise.py"
 BATCH = "grpo/batch.py"
@@ -363,7 +363,7 @@ MUTANTS = [
     ),
     Mutant(
         "a sliding window counted in places of a row that siblings share",
-        ABILITIES,
+        CAPABILITIES,
         "if any(window is not None and window < length for window in windows):",
         "if False:",
         (f"{SHARED}test_a_family_that_cannot_share_keeps_rows_of_its_own_and_says_so_once[Gemma2]",),
@@ -377,15 +377,15 @@ MUTANTS = [
     ),
     Mutant(
         "GPT-Neo's window counted in places of a row that siblings share",
-        ABILITIES,
+        CAPABILITIES,
         'if hasattr(model.config, "window_size"):',
         "if False:",
         (f"{SHARED}test_a_family_that_cannot_share_keeps_rows_of_its_own_and_says_so_once[GPTNeo]",),
     ),
     Mutant(
         "a model shares without having been tried",
-        ABILITIES,
-        "if not _abilities(model).takes_block_mask:",
+        CAPABILITIES,
+        "if not _capabilities(model).takes_block_mask:",
         "if False:",
         (f"{SHARED}test_a_model_that_misreads_the_mask_is_found_out_by_trying",),
     ),
@@ -448,8 +448,8 @@ MUTANTS = [
     ),
     Mutant(
         "a head taken as known without having been tried",
-        ABILITIES,
-        "if _abilities(model).head_is_known:",
+        CAPABILITIES,
+        "if _capabilities(model).head_is_known:",
         "if True:",
         (f"{HEAD}test_a_model_that_does_something_else_is_asked_for_its_own_logits",),
     ),

@@ -34,7 +34,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.common import ROOT, code_of
 from grpo.datasets.rows import JSONLinesDataset
-from grpo.fast.abilities import find_head
+from grpo.fast.capabilities import find_head
 from grpo.fast.noise import step_seed
 from grpo.files import read_jsonl
 from grpo.logprobs import completion_states

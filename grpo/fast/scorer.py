@@ -3,7 +3,7 @@
 What is the same is computed once:
   - a completion that occurs several times in its group is scored once
   - completions of one prompt may share a row behind a single copy of it (grpo/fast/layout.py), if the model can do that
-    (grpo/fast/abilities.py) and it saves work
+    (grpo/fast/capabilities.py) and it saves work
   - logits are computed for sampled tokens only, some at a time, so they never exist as a whole (grpo/fast/lm_head.py)
 
 Letters: B completions, L padded prompt length, C padded completion length, V vocabulary, U different pairs of prompt
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grpo.fast.abilities import can_share_prefix, find_head
+from grpo.fast.capabilities import can_share_prefix, find_head
 from grpo.fast.layout import PADDING, completions_per_row, lay_out, trimmed
 from grpo.fast.lm_head import log_probs_and_entropies
 

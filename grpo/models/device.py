@@ -9,7 +9,7 @@ from transformers import (
 )
 
 from grpo.errors import InputError
-from grpo.fast.abilities import find_head
+from grpo.fast.capabilities import find_head
 from grpo.settings.config import Config
 
 

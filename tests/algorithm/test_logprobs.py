@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo.fast import abilities, layout
+from grpo.fast import capabilities, layout
 from grpo.fast.layout import completions_per_row, positions_from_mask
 from grpo.logprobs import SHARED_PREFIX, compute_logprobs, plain_logprobs
 from tests.conftest import make_tiny_model, ragged_batch
@@ -209,7 +209,7 @@ def test_completions_per_row_is_the_cheapest_of_all(counts: list[int]) -> None:
 def widths(prompt_length: int, length: int, **settings: Any) -> set[tuple[int, int]]:
     """The shape of the batch that a model of width 32 is given for 4 completions of one prompt."""
     model = make_tiny_model("llama")
-    abilities.can_share_prefix(model, 1)  # has tried what it wants to try
+    capabilities.can_share_prefix(model, 1)  # has tried what it wants to try
     shapes: list[tuple[int, int]] = []
     model.model.register_forward_pre_hook(
         lambda _, __, given: shapes.append(given["input_ids"].shape), with_kwargs=True

@@ -427,7 +427,7 @@ def nothing(prompts: list[str], completions: list[str], **_: Any) -> list[float 
     [  # of four, and of two rounds
         (
             "constant",
-            "max_resample_rounds: got 2, but in none of 12 groups from the base do the rewards (tests.algorithm.test_res",
+            "max_resample_rounds: got 2, but in none of 12 groups from the base do the rewards (tests.alg",
         ),
         ("nothing", "rewards: none of them applies to any of the first step's 16 completions"),
     ],

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.autograd import gradcheck
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from grpo.fast import abilities, lm_head, scorer
-from grpo.fast.abilities import find_head
+from grpo.fast import capabilities, lm_head, scorer
+from grpo.fast.capabilities import find_head
 from grpo.fast.lm_head import Head, log_probs_and_entropies
 from grpo.logprobs import compute_logprobs
 from tests.conftest import make_tiny_model, ragged_batch
@@ -313,7 +313,7 @@ def llama_config(**settings: Any) -> LlamaConfig:
 def test_a_model_that_does_something_else_is_asked_for_its_own_logits(
     cls: type[PreTrainedModel], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(abilities, "_SAID", set())
+    monkeypatch.setattr(capabilities, "_SAID", set())
     torch.manual_seed(0)
     model = cls(llama_config())
     assert find_head(model) is None

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import grpo.fast.lm_head
-from grpo.fast.abilities import can_share_prefix, find_head
+from grpo.fast.capabilities import can_share_prefix, find_head
 from grpo.logprobs import compute_logprobs
 from grpo.loss import AGGREGATIONS, KL_ESTIMATORS, clipped_surrogate, kl_divergence, loss_weights
 from tests.conftest import later_slow

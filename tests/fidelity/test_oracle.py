@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 import grpo.fast.lm_head
 from grpo.advantages import BASELINES, SCALES, group_advantages, zero_variance_groups
-from grpo.fast.abilities import find_head
+from grpo.fast.capabilities import find_head
 from grpo.logprobs import compute_logprobs
 from grpo.loss import AGGREGATIONS, KL_ESTIMATORS, clipped_surrogate, clipped_tokens, kl_divergence, loss_weights
 from grpo.run.metrics import TokenMeans

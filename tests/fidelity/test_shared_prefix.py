@@ -11,8 +11,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from grpo.fast import abilities, layout, scorer
-from grpo.fast.abilities import find_head
+from grpo.fast import capabilities, layout, scorer
+from grpo.fast.capabilities import find_head
 from grpo.logprobs import compute_logprobs
 
 VOCABULARY = 40
@@ -166,7 +166,7 @@ def assert_shared(shape: tuple[int, int]) -> None:
 
 @pytest.fixture(autouse=True)
 def _nothing_said_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(abilities, "_SAID", set())
+    monkeypatch.setattr(capabilities, "_SAID", set())
 
 
 @pytest.fixture(autouse=True)
@@ -342,8 +342,8 @@ def test_a_wrong_layout_scores_far_away(
 
 def test_a_model_that_misreads_the_mask_is_found_out_by_trying(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("Llama", {})
-    monkeypatch.setattr(abilities, "block_mask", causal_alone)
-    assert not abilities.can_share_prefix(model, PROMPT_LENGTH + LENGTH)
+    monkeypatch.setattr(capabilities, "block_mask", causal_alone)
+    assert not capabilities.can_share_prefix(model, PROMPT_LENGTH + LENGTH)
 
 
 # Found while these tests were written

@@ -14,21 +14,21 @@ from grpo.fast.layout import block_mask
 from grpo.fast.lm_head import Head
 
 
-class _Abilities(NamedTuple):
+class _Capabilities(NamedTuple):
     """What holds for an architecture, found by trying."""
 
     head_is_known: bool  # its logits are Head(...) of its trunk's last hidden state
     takes_block_mask: bool  # and positions that begin anew
 
 
-_ABILITIES: WeakKeyDictionary[nn.Module, _Abilities] = WeakKeyDictionary()
+_CAPABILITIES: WeakKeyDictionary[nn.Module, _Capabilities] = WeakKeyDictionary()
 
 _SAID: set[str] = set()
 
 
 def find_head(model: PreTrainedModel) -> Head | None:
     """The LM head, to be applied where it is needed; None if the model does more with its hidden states than that."""
-    if _abilities(model).head_is_known:
+    if _capabilities(model).head_is_known:
         return _head_of(model)
     _say_once(model, "computes its logits in its own way: those of a whole micro-batch exist at once")
     return None
@@ -36,7 +36,7 @@ def find_head(model: PreTrainedModel) -> Head | None:
 
 def can_share_prefix(model: PreTrainedModel, length: int) -> bool:
     """Whether completions can stand in one row, where a prompt and one of them have up to `length` tokens."""
-    if not _abilities(model).takes_block_mask:
+    if not _capabilities(model).takes_block_mask:
         _say_once(model, "takes no mask of its own for every token: each completion is scored behind its own prompt")
         return False
     config = model.config.get_text_config()
@@ -67,18 +67,18 @@ def _head_of(model: PreTrainedModel) -> Head | None:
 
 
 @torch.no_grad()
-def _abilities(model: PreTrainedModel) -> _Abilities:
+def _capabilities(model: PreTrainedModel) -> _Capabilities:
     """Score two tiny completions of one prompt both ways, once for every model, and compare."""
     if not isinstance(model, PreTrainedModel):
-        return _Abilities(False, False)
-    if model not in _ABILITIES:
+        return _Capabilities(False, False)
+    if model not in _CAPABILITIES:
         in_training = [module for module in model.modules() if module.training]
         model.eval()
         with torch.autocast(model.device.type, enabled=False):
-            _ABILITIES[model] = _Abilities(_try_head(model), _try_block_mask(model))
+            _CAPABILITIES[model] = _Capabilities(_try_head(model), _try_block_mask(model))
         for module in in_training:
             module.training = True
-    return _ABILITIES[model]
+    return _CAPABILITIES[model]
 
 
 @contextmanager
