@@ -152,7 +152,7 @@ def code_of(file: Path) -> str:
 
 def fingerprint(script: Path, data: Sequence[Path] = ()) -> str:
     """Of everything a result depends on: the code, the settings, the script itself, the files it reads."""
-    code = [*ROOT.glob("grpo/*.py"), *ROOT.glob("*.py"), ROOT / "benchmarks" / "common.py"]
+    code = [*ROOT.glob("grpo/**/*.py"), *ROOT.glob("*.py"), ROOT / "benchmarks" / "common.py"]
     texts = [code_of(file) for file in [*sorted(code), script]]
     texts += [file.read_text(encoding="utf-8") for file in [ROOT / "config.yaml", *data]]
     return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
