@@ -65,18 +65,20 @@ def train(setup: Setup, run: Run) -> None:
         batch = Batch(samples, rollout, setup.score_completions(samples, rollout), config)
         if config.max_resample_rounds > 0:  # dynamic sampling (DAPO): [1] to [3] again for groups of equal rewards
             batch = replace_zero_variance_groups(batch, step, setup.sample_groups)
-        rollout, mask = batch.rollout, batch.trained_tokens  # mask: (B, C), the tokens that the loss counts
+        rollout, mask = batch.rollout, batch.trained_tokens  # mask: (B, C), 1 = a token that the loss counts
         metrics.lap("reward_time")
 
         # [4] Fixed terms: log-probs under the frozen reference, and under the policy before its first update. With one
         # update per rollout the latter are simply the current ones, detached: the ratio is exactly 1.
-        plan = batch.micro_batches()  # for each optimizer step of a pass, the row numbers of its micro-batches
+        plan = batch.plan_micro_batches()  # for each optimizer step of a pass, the row numbers of its micro-batches
         ref_logps = setup.ref_logps(rollout, plan) if config.kl_coeff > 0 else None  # (B, C)
         old_logps = setup.old_logps(rollout, plan) if num_updates > 1 or config.kl_in == "reward" else None  # (B, C)
 
         # [5] Advantages: how much better is a completion than its siblings, the other answers to its prompt?
         penalties = None  # (B, C) what each token costs, if the KL is part of the reward (RLOO, REINFORCE++)
-        if config.kl_in == "reward" and old_logps is not None and ref_logps is not None:
+        if config.kl_in == "reward":
+            assert old_logps is not None
+            assert ref_logps is not None
             kl = kl_divergence(old_logps, ref_logps, estimator=config.kl_estimator, completion_mask=mask)
             penalties = config.kl_coeff * kl
             metrics.add_tokens(mask, kl=kl)
@@ -87,7 +89,7 @@ def train(setup: Setup, run: Run) -> None:
         # reference, minus an entropy bonus. Token weights are computed for a whole optimizer step, so the gradients of
         # its micro-batches can simply be summed.
         aggregation, length = config.loss_aggregation, config.max_completion_length
-        parts = mask.chunk(config.num_minibatches)  # one per optimizer step
+        parts = mask.chunk(config.num_minibatches)  # one per optimizer step: num_minibatches divides batch_size
         weights = torch.cat([loss_weights(part, aggregation, max_completion_length=length) for part in parts])  # (B, C)
         first_update = (step - 1) * num_updates  # optimizer steps before this rollout
         for update, micro_batches in enumerate(plan * config.num_iterations, start=first_update):

@@ -46,6 +46,7 @@ RUNS: dict[str, list[str]] = {
     "mask_truncated": [*SMALL, "mask_truncated_completions=true", "max_completion_length=6"],
     "stopped_and_resumed": [*SMALL, "num_train_steps=15", f"save_every={STOP_AT}"],
     "ppo": [*SMALL, "algorithm=ppo"],
+    "ppo_three_passes": [*SMALL, "algorithm=ppo", "num_iterations=3", "num_minibatches=2", "entropy_coeff=0.01"],
     "reference_moves": [*SMALL, "ref_update_every=2", "micro_batch_size=24"],
 }
 
@@ -55,7 +56,7 @@ def hashes_of(name: str) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "run"
         settings = [f"--{setting.replace('=', ' ', 1)}" for setting in RUNS[name]]
-        script = "examples/train_ppo.py" if name == "ppo" else "train_grpo.py"
+        script = "examples/train_ppo.py" if name.startswith("ppo") else "train_grpo.py"
         command = [sys.executable, script, "--output_dir", str(folder), "--device", "cpu", "--dtype", "float32"]
         for setting in settings:
             command += setting.split(" ", 1)

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that grpo/
 from grpo.data import samples_for_step
 from grpo.datasets.rows import JSONLinesDataset
 from grpo.models.loading import load_policy
+from grpo.models.tiny import TRAIN_FILE
 from reward_model import MathRewardModel
 
 NUM_PROMPTS, GROUP_SIZE, MAX_TOKENS = 8, 8, 28  # P, G and the longest completion
@@ -76,7 +77,7 @@ def main(num_steps):
     policy, tokenizer = load_policy("tiny", base_seed=SEED, device=torch.device("cpu"))
     reference = copy.deepcopy(policy).requires_grad_(False)  # the frozen base model
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
-    dataset = JSONLinesDataset("data/math_tasks_train.jsonl")
+    dataset = JSONLinesDataset(TRAIN_FILE)
     for step in range(1, num_steps + 1):
         problems = samples_for_step(dataset, step=step, batch_size=NUM_PROMPTS, seed=SEED)
         rewards, _, loss = train_step(policy, reference, optimizer, tokenizer, problems)

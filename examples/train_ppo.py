@@ -2,7 +2,7 @@
 
     python examples/train_ppo.py --gae_lambda 1 --num_minibatches 2           from the project's root
 
-Read train_grpo.py first; every line here that is not there is one that GRPO does without:
+Read train_grpo.py first. Every line that differs is one that GRPO does not need:
 
   [1] [2]  nothing; but here the completions of a prompt are no group: none is compared with another
   [3]      rewards for single tokens: in GRPO a completion has one reward, here each of its tokens may have one
@@ -104,11 +104,11 @@ def train(setup: Setup, run: Run) -> None:
 
         # [6] Update: passes over the rollout, each shuffled and cut into minibatches. Policy and critic learn from the
         # same micro-batches; they share no weights, so the sum of their losses has the gradients of both.
-        value_loss_sum = torch.zeros((), device=policy.device)
+        value_loss_sum, logp_difference = torch.zeros((), device=policy.device), rollout.sampling_logps - old_logps
         aggregation, length = config.loss_aggregation, config.max_completion_length
         for update, minibatch in enumerate(chain.from_iterable(passes), start=(step - 1) * num_updates):
-            weights, rows = torch.zeros_like(old_logps), torch.cat(minibatch)  # (B, C) and the row numbers of the step
-            weights[rows] = loss_weights(mask[rows], aggregation, max_completion_length=length)
+            weights, step_rows = torch.zeros_like(old_logps), torch.cat(minibatch)  # (B, C), and its row numbers
+            weights[step_rows] = loss_weights(mask[step_rows], aggregation, max_completion_length=length)
             for rows in minibatch:  # (b,) row numbers of one micro-batch
                 logps, entropies = setup.compute_logprobs(policy, rollout, rows)  # (b, C)
                 values = compute_values(setup, rollout, rows)  # (b, C)
@@ -120,13 +120,13 @@ def train(setup: Setup, run: Run) -> None:
                 value_loss = (per_token_value_loss * weights[rows]).sum()
                 (policy_loss + value_loss).backward()
                 value_loss_sum += value_loss.detach()
-                clipped, logp_difference = clipped_tokens(*surrogate_terms, **clip), rollout.sampling_logps - old_logps
+                clipped = clipped_tokens(*surrogate_terms, **clip)
                 metrics.add_micro_batch(policy_loss, mask[rows], entropies, clipped, logp_difference[rows])
                 is_clipped = clipped_values(*value_terms, value_clip_range=value_clip)
                 metrics.add_tokens(mask[rows], **{"value/clip_ratio": is_clipped})
             metrics.grad_norm = clip_grad_norm_(policy.parameters(), config.max_grad_norm)
-            critic_grad_norm = clip_grad_norm_(critic.parameters(), config.max_grad_norm)
-            metrics.more = {"value_loss": value_loss_sum / num_updates, "critic_grad_norm": critic_grad_norm}
+            critic_norm = clip_grad_norm_(critic.parameters(), config.max_grad_norm)
+            metrics.more = {"value_loss": float(value_loss_sum) / num_updates, "critic_grad_norm": float(critic_norm)}
             run.check_finite(metrics, batch, advantages)
             metrics.learning_rate = set_learning_rate(optimizer, config, update)  # the critic's rate, too
             optimizer.step()

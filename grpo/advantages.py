@@ -28,7 +28,7 @@ def group_advantages(rewards: Tensor, *, baseline: str = "group", scale: str = "
                   none           1                                                Dr. GRPO, RLOO
                   (tokens        std over all tokens: `token_advantages`          REINFORCE++)
 
-    Standard deviations are unbiased (n - 1). A group without spread teaches nothing: where all its rewards agree
+    Standard deviations are unbiased (n - 1). A zero-variance group teaches nothing: where all its rewards agree
     (max - min <= 1e-6 * max(1, max|R|)) its advantages are exactly 0, because rounding noise divided by a tiny std is
     not a signal. Rewards that are NaN ("no reward applies") get advantage 0 and count in no mean and no std.
 
@@ -46,7 +46,7 @@ def group_advantages(rewards: Tensor, *, baseline: str = "group", scale: str = "
 
     Paper: "DeepSeekMath" (2402.03300) section 4.1.2; "Understanding R1-Zero-Like Training" (2503.20783) for scale none;
     "Back to Basics" (2402.14740) for leave_one_out; "Lite PPO" (2508.08221) for scale batch.
-    Differs from the paper: a group without spread gives exactly 0 instead of noise / eps; a batch without spread is
+    Differs from the paper: a zero-variance group gives exactly 0 instead of noise / eps; a batch without spread is
     left unscaled.
 
     >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]]))

@@ -75,18 +75,18 @@ class Batch:
             discarded=(*self.discarded, self.rollout.select(replaced)),
         )
 
-    def micro_batches(self) -> list[list[Tensor]]:
-        """The plan of one pass over the batch: for each optimizer step, the row numbers (b,) of its micro-batches.
+    def plan_micro_batches(self) -> list[list[Tensor]]:
+        """For each optimizer step of one pass over the batch, the row numbers (b,) of its micro-batches.
 
         Zero-variance groups are left out if that changes no gradient (`zero_variance_has_no_gradient`).
         """
-        rows = torch.arange(len(self.rollout.completions), device=self.rollout.completion_ids.device)
-        minibatches = rows.view(len(self.samples), -1).chunk(self.config.num_minibatches)  # (p, G) each
+        row_numbers = torch.arange(len(self.rollout.completions), device=self.rollout.completion_ids.device)  # (B,)
+        minibatches = row_numbers.view(len(self.samples), -1).chunk(self.config.num_minibatches)  # (p, G) each
         if zero_variance_has_no_gradient(self.config):
             is_zero_variance = self.zero_variance_groups  # (P,)
-            minibatches = tuple(without_zero_variance(rows, is_zero_variance) for rows in minibatches)
+            minibatches = tuple(without_zero_variance(groups, is_zero_variance) for groups in minibatches)
         limits = {"max_rows": self.config.micro_batch_size, "max_tokens": self.config.micro_batch_tokens}
-        return [micro_batches(self.rollout, rows, **limits) for rows in minibatches]
+        return [micro_batches(self.rollout, groups, **limits) for groups in minibatches]
 
 
 def one_per_row(samples: Sequence[Sample], rollout: Rollout) -> list[Sample]:

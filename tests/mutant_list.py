@@ -133,6 +133,13 @@ MUTANTS = [
         (f"{OF_RESAMPLE}test_groups_that_are_put_in_places_keep_their_rewards_and_prompts",),
     ),
     Mutant(
+        "weights in the middle of an update saved after an error",
+        RUN,
+        "        self.whole_step = None\n\n    def record",
+        "\n    def record",
+        ("tests/run/test_resume.py::test_a_full_disk_costs_only_the_checkpoint_that_did_not_fit",),
+    ),
+    Mutant(
         "the number that ends a run looked for in the loss alone",
         METRICS,
         "terms = [self.loss, self.grad_norm, ",

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from grpo.advantages import zero_variance_groups
+from grpo.batch import one_per_row
 from grpo.data import Sample, prompt_text
 from grpo.errors import InputError
 from grpo.evaluation.greedy import Evaluation, ScoreFn, verdicts_of
@@ -45,7 +46,7 @@ def preflight(samples: Sequence[Sample], rollout: Rollout, score_fn: ScoreFn) ->
         InputError: no reward applies to any completion, so there is nothing to learn.
     """
     group_size = len(rollout.completions) // len(samples)
-    scores = score_fn([sample for sample in samples for _ in range(group_size)], rollout)
+    scores = score_fn(one_per_row(samples, rollout), rollout)
     if scores.combined.isnan().all():
         drawn = f"any of the first step's {len(rollout.completions)} completions"
         raise InputError(f"rewards: none of them applies to {drawn}: nothing to learn")

@@ -55,7 +55,7 @@ def _say_once(model: PreTrainedModel, what: str) -> None:
 
 
 def _head_of(model: PreTrainedModel) -> Head | None:
-    """What the config says of it; `_abilities` has the proof."""
+    """What the config says of it; `_capabilities` has the proof."""
     layer = model.get_output_embeddings()
     if type(layer) is not nn.Linear:
         return None

@@ -46,6 +46,8 @@ class Reward:
             ValueError: an attribute has the wrong type.
         """
         attributes = {key: getattr(fn, key) for key in ATTRIBUTES if hasattr(fn, key)}
+        if hasattr(fn, "is_right_leniently"):  # as it was called until December 2026
+            attributes.setdefault("is_correct_leniently", fn.is_right_leniently)
         for key, value in attributes.items():
             if key in ("full_mark", "lowest"):
                 if not is_number(value) and not (key == "full_mark" and value is None):

@@ -66,7 +66,7 @@ class RunFolder:
     lock: IO[str] | None = None
 
     @property
-    def folder(self) -> Path:
+    def path(self) -> Path:
         """config.output_dir."""
         return Path(self.config.output_dir)
 
@@ -78,31 +78,31 @@ class RunFolder:
     @property
     def holds_nothing(self) -> bool:
         """Whether the run in the folder was stopped before its first step: nobody misses it."""
-        samples = self.folder / "samples.jsonl"
-        return not (self.is_finished or checkpoints(self.folder) or (samples.is_file() and samples.stat().st_size))
+        samples = self.path / "samples.jsonl"
+        return not (self.is_finished or checkpoints(self.path) or (samples.is_file() and samples.stat().st_size))
 
     @property
     def checkpoint(self) -> Path | None:
         """The checkpoint that --resume goes on from; None: the run starts at step 0."""
-        return next(reversed(checkpoints(self.folder)), None) if self.options.resume else None
+        return next(reversed(checkpoints(self.path)), None) if self.options.resume else None
 
     def plan(self, epoch_size: int) -> Config:
         """The settings with num_train_epochs in steps. A resumed run that is as far already ends here."""
         self.config = with_num_steps(self.config, epoch_size)
         step, last_step = step_of(self.checkpoint) if self.checkpoint else 0, self.config.num_train_steps
         if self.options.resume and (step > last_step or (step == last_step and self.is_finished)):
-            print(f"{self.folder} is already at step {step}; --num_train_steps {last_step} asks for no more")
+            print(f"{self.path} is already at step {step}; --num_train_steps {last_step} asks for no more")
             sys.exit(0)
         return self.config
 
     def begin(self, **facts: Any) -> None:
         """Step 0: make room, then write run.json with `facts` beside settings and versions."""
         try:
-            if (self.folder / "run.json").is_file():
+            if (self.path / "run.json").is_file():
                 self._make_room()
-            _remove_unfinished(self.folder)
+            _remove_unfinished(self.path)
         except OSError as error:
-            raise InputError(f"output_dir: {self.folder} cannot be used: {error.strerror}") from error
+            raise InputError(f"output_dir: {self.path} cannot be used: {error.strerror}") from error
         data = {path: sha256(Path(path)) for path in data_files(self.config)}
         self._write_facts(
             {"started": _now(), "finished": None, **origin(), "data_sha256": data, **facts, "resumed": []}
@@ -111,7 +111,7 @@ class RunFolder:
 
     def resume(self, state: dict[str, Any]) -> None:
         """Go on after the checkpoint `state` was saved with: what was written after it is cut off, to be made again."""
-        step, metrics, samples = state["step"], self.folder / "metrics.jsonl", self.folder / "samples.jsonl"
+        step, metrics, samples = state["step"], self.path / "metrics.jsonl", self.path / "samples.jsonl"
         try:
             rows = [row for row in read_jsonl(metrics) if row["step"] <= step]
             if [row["step"] for row in rows] != list(range(step + 1)):
@@ -120,11 +120,11 @@ class RunFolder:
                 raise InputError(f"--resume: {samples} is damaged: it is shorter than it was at step {step}")
             self._write_rows(rows)
             os.truncate(samples, state["samples_size"])
-            high = self.folder / HIGH_SCORING
+            high = self.path / HIGH_SCORING
             if high.is_file():
                 write_atomically(high, to_jsonl([row for row in read_jsonl(high) if row["step"] <= step]))
             self._forget_later_models(step)
-            _remove_unfinished(self.folder)
+            _remove_unfinished(self.path)
         except (OSError, UnicodeDecodeError, KeyError, TypeError) as error:
             raise InputError(f"--resume: {metrics} or {samples} is damaged: {error}") from error
         self._say_where(step, load_config(recorded=self.facts["settings"]))
@@ -138,10 +138,10 @@ class RunFolder:
 
     def append(self, row: dict[str, Any], samples: Sequence[dict[str, Any]] = ()) -> None:
         """One row of metrics.jsonl and the completions it came from."""
-        append_jsonl(self.folder / "samples.jsonl", samples)
+        append_jsonl(self.path / "samples.jsonl", samples)
         if self.config.save_threshold is not None:
-            append_jsonl(self.folder / HIGH_SCORING, high_scoring(samples, self.config.save_threshold))
-        append_jsonl(self.folder / "metrics.jsonl", [row])
+            append_jsonl(self.path / HIGH_SCORING, high_scoring(samples, self.config.save_threshold))
+        append_jsonl(self.path / "metrics.jsonl", [row])
         self.rows.append(row)
 
     def report(
@@ -149,12 +149,12 @@ class RunFolder:
     ) -> None:
         """What an evaluation leaves: a line, a fresh picture, and best/ if none was better: the first of equals."""
         tqdm.write(f"step {step:4d}  {evaluation}")
-        draw_curves(self.rows, self.folder / "training_curves.png")
+        draw_curves(self.rows, self.path / "training_curves.png")
         metric = self.config.eval_metric
         value = evaluation.metrics().get(metric, math.nan)
         if value > (self._best() or {"value": -math.inf})["value"]:
             about = {"step": step, "metric": metric, "value": value}
-            save_model(policy, tokenizer, self.folder / "best", about=about)
+            save_model(policy, tokenizer, self.path / "best", about=about)
 
     def status(self) -> dict[str, str]:
         """The newest numbers, for the progress bar."""
@@ -176,30 +176,30 @@ class RunFolder:
         for example in self.facts.get("examples", []):
             answers = {"base": example["completion"], "trained": evaluation.completions[example["index"]]}
             print(side_by_side(eval_set[example["index"]], answers))
-        names = [path.name + "/" * path.is_dir() for path in sorted(self.folder.iterdir()) if path.name[0] != "."]
-        print(f"{self.folder} holds {', '.join(names)}")
-        models = [shlex.quote(str(name)) for name in (self.folder / "final", self.config.model_name)]
+        names = [path.name + "/" * path.is_dir() for path in sorted(self.path.iterdir()) if path.name[0] != "."]
+        print(f"{self.path} holds {', '.join(names)}")
+        models = [shlex.quote(str(name)) for name in (self.path / "final", self.config.model_name)]
         print(f"Next: python evaluate.py {models[0]} --compare {models[1]}")
 
     def _best(self) -> dict[str, Any] | None:
         """What best/ says of itself; None where there is no best/ that says it."""
         try:
-            about = json.loads((self.folder / "best" / "about.json").read_text())
+            about = json.loads((self.path / "best" / "about.json").read_text())
             return {"step": int(about["step"]), "value": float(about["value"])}
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def _write_rows(self, rows: list[dict[str, Any]]) -> None:
         self.rows = rows
-        write_atomically(self.folder / "metrics.jsonl", to_jsonl(rows))
+        write_atomically(self.path / "metrics.jsonl", to_jsonl(rows))
 
     def _forget_later_models(self, step: int) -> None:
         """best/ and final/ from after `step` are made again, or, with changed settings, others are."""
         best = self._best()
         for name in ("best", "final"):
             is_later = name == "final" or best is None or best["step"] > step
-            if is_later and (self.folder / name).is_dir():
-                remove_folder(self.folder / name)
+            if is_later and (self.path / name).is_dir():
+                remove_folder(self.path / name)
 
     def _newest(self, metric: str) -> float | None:
         return next((row[metric] for row in reversed(self.rows) if metric in row), None)
@@ -209,7 +209,7 @@ class RunFolder:
         self.facts = facts | {
             "settings": {key: ".inf" if value == math.inf else value for key, value in settings.items()}
         }
-        write_atomically(self.folder / "run.json", json.dumps(self.facts, indent=2) + "\n")
+        write_atomically(self.path / "run.json", json.dumps(self.facts, indent=2) + "\n")
 
     def _say_where(self, step: int, earlier: Config) -> None:
         """Where a resumed run goes on, and what a new number of steps does to the learning rate."""
@@ -229,34 +229,32 @@ class RunFolder:
 
     def how_to_go_on(self) -> str:
         """What is saved, and what to type to continue from there."""
-        saved = checkpoints(self.folder)
+        saved = checkpoints(self.path)
         where = f"step {step_of(saved[-1])} is saved; to go on" if saved else "no step is saved yet; to begin again"
         return f"{where}: {self.command('--resume')}"
 
     def command(self, option: str) -> str:
         """What to type to do something with this folder."""
-        is_default = self.folder == Path(documented_defaults()["output_dir"][0])
-        return f"python {self.script} {option}" + (
-            "" if is_default else f" --output_dir {shlex.quote(str(self.folder))}"
-        )
+        is_default = self.path == Path(documented_defaults()["output_dir"][0])
+        return f"python {self.script} {option}" + ("" if is_default else f" --output_dir {shlex.quote(str(self.path))}")
 
     def _make_room(self) -> None:
         """The earlier run in this folder: deleted on request or when nothing was trained yet, else moved aside."""
         if self.options.overwrite or self.options.resume or self.holds_nothing:
             # run.json is replaced later, not deleted: killed here, this still is a run, with its settings.
-            for path in list(self.folder.iterdir()):
+            for path in list(self.path.iterdir()):
                 if RUN_FILES.fullmatch(path.name) and path.name != "run.json":
                     remove_folder(path) if path.is_dir() else path.unlink()
             return
         started = re.sub(r"[^0-9T-]", "-", str(self.facts.get("started")))  # no colons in names
-        folder = self.folder.resolve()  # output_dir may be a link to where there is space
+        folder = self.path.resolve()  # output_dir may be a link to where there is space
         aside = folder.with_name(f"{folder.name}-{started}")
         while aside.exists():  # several runs within a second
             aside = aside.with_name(f"{aside.name}+")
         folder.rename(aside)  # its lock goes with it
-        print(f"The earlier run in {self.folder} now lies in {aside.name} beside it")
+        print(f"The earlier run in {self.path} now lies in {aside.name} beside it")
         folder.mkdir()
-        self.lock = acquire_lock(self.folder)
+        self.lock = acquire_lock(self.path)
 
 
 @contextmanager
@@ -272,24 +270,24 @@ def open_folder(config: Config, options: Options, script: str = "train_grpo.py")
     if options.dry_run or options.preflight:
         yield run
         return
-    if Path.cwd().is_relative_to(run.folder.resolve()):
+    if Path.cwd().is_relative_to(run.path.resolve()):
         raise InputError(
             f"output_dir: got {config.output_dir}, expected a folder that can be moved aside, not this one"
         )
     model = Path(config.model_name).expanduser()
-    if not options.resume and model.is_dir() and model.resolve().is_relative_to(run.folder.resolve()):
+    if not options.resume and model.is_dir() and model.resolve().is_relative_to(run.path.resolve()):
         raise InputError(
             f"model_name: {model} lies in output_dir, which this run needs for itself; choose another output_dir"
         )
-    missing = [path for path in (run.folder, *run.folder.parents) if not path.exists()]
+    missing = [path for path in (run.path, *run.path.parents) if not path.exists()]
     try:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        run.lock = acquire_lock(run.folder)
+        run.path.mkdir(parents=True, exist_ok=True)
+        run.lock = acquire_lock(run.path)
     except OSError as error:
-        raise InputError(f"output_dir: {run.folder} cannot be used: {error.strerror}") from error
+        raise InputError(f"output_dir: {run.path} cannot be used: {error.strerror}") from error
     try:
-        if (run.folder / "run.json").is_file():
-            run.facts = read_run_json(run.folder)
+        if (run.path / "run.json").is_file():
+            run.facts = read_run_json(run.path)
         _check_folder(run)
         with signals_ask(run.request_stop):
             yield run
@@ -300,7 +298,7 @@ def open_folder(config: Config, options: Options, script: str = "train_grpo.py")
         )
         raise RunError(f"the device is out of memory: {advice}") from error
     except NotFiniteError as error:
-        saved = checkpoints(run.folder)
+        saved = checkpoints(run.path)
         start = f", from the base or with --model_name {saved[-1]}" if saved else ""
         raise RunError(
             f"{error}; --resume would lead there again: start anew with a lower learning_rate{start}"
@@ -312,8 +310,8 @@ def open_folder(config: Config, options: Options, script: str = "train_grpo.py")
         raise KeyboardInterrupt(f"stopped; {run.how_to_go_on()}" if can_go_on else "stopped before step 1") from error
     finally:
         with suppress(OSError):  # a folder that another run uses meanwhile stays
-            if not (run.folder / "run.json").exists():
-                (run.folder / ".lock").unlink(missing_ok=True)
+            if not (run.path / "run.json").exists():
+                (run.path / ".lock").unlink(missing_ok=True)
                 for path in missing:
                     path.rmdir()
         if run.lock:
@@ -323,23 +321,23 @@ def open_folder(config: Config, options: Options, script: str = "train_grpo.py")
 def _check_folder(run: RunFolder) -> None:
     """Refuse a folder that holds something else, or an unfinished run that nobody said what to do with."""
     if not run.facts:
-        if any(not path.name.startswith(".") for path in run.folder.iterdir()):
-            raise InputError(f"output_dir: {run.folder} is not empty and holds no run; choose another folder")
+        if any(not path.name.startswith(".") for path in run.path.iterdir()):
+            raise InputError(f"output_dir: {run.path} is not empty and holds no run; choose another folder")
         if run.options.resume:
-            raise InputError(f"--resume: {run.folder} holds no run")
+            raise InputError(f"--resume: {run.path} holds no run")
     elif run.options.resume:
         restart = run.command("--overwrite" if run.is_finished else "--resume")
-        check_integrity(run.folder, run.command("--resume"), restart)
+        check_integrity(run.path, run.command("--resume"), restart)
         if run.is_finished and run.checkpoint is None:
-            raise InputError(f"--resume: {run.folder} holds a finished run, but no step-… folder to go on from")
+            raise InputError(f"--resume: {run.path} holds a finished run, but no step-… folder to go on from")
         if run.checkpoint and not isinstance(run.facts.get("base_sha256"), str):
-            raise InputError(f'--resume: {run.folder / "run.json"} has no "base_sha256": damaged')
+            raise InputError(f'--resume: {run.path / "run.json"} has no "base_sha256": damaged')
         for path, expected in run.facts.get("data_sha256", {}).items():
             if Path(path).is_file() and sha256(Path(path)) != expected:
                 raise InputError(f"--resume: {path} is no longer the file that this run started with")
     elif not (run.is_finished or run.options.overwrite or run.holds_nothing):
         raise InputError(
-            f"output_dir: {run.folder} holds an unfinished run; --resume goes on with it, --overwrite deletes it, "
+            f"output_dir: {run.path} holds an unfinished run; --resume goes on with it, --overwrite deletes it, "
             "another --output_dir leaves it alone"
         )
 

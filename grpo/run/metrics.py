@@ -1,4 +1,4 @@
-"""The metrics of one step: one row of metrics.jsonl. docs and README define every column."""
+"""The metrics of one step: one row of metrics.jsonl. README.md defines every column."""
 
 import time
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ from grpo.rewards.scores import Scores
 class TokenMeans:
     """Means over unmasked tokens, across micro-batches: sums and counts, divided once at the end.
 
-    A mean of micro-batch means would weigh tokens by the company they happen to keep. Everything stays on the device
-    until `metrics()`, so adding waits for nothing.
+    A mean of micro-batch means would make the weight of a token depend on the other tokens of its micro-batch.
+    Everything stays on the device until `metrics()`, so adding waits for nothing.
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
@@ -48,13 +48,13 @@ class StepMetrics:
     loss: Tensor | float = 0.0  # summed over the micro-batches of the step
     grad_norm: Tensor = field(default_factory=lambda: torch.zeros(()))  # before clipping, of the last optimizer step
     learning_rate: float = 0.0  # of the last optimizer step
-    more: dict[str, Tensor | float] = field(default_factory=dict)  # columns of one script: PPO's value loss
+    more: dict[str, float] = field(default_factory=dict)  # columns of one script: PPO's value loss
     means: TokenMeans = field(default_factory=TokenMeans)
     times: dict[str, float] = field(default_factory=dict)  # seconds
     start: float = field(default_factory=time.perf_counter)
 
     def lap(self, name: str) -> None:
-        """Everything since the last lap took this long."""
+        """Record the seconds since the last lap under this name."""
         self.times[name] = time.perf_counter() - self.start - sum(self.times.values())
 
     def add_tokens(self, mask: Tensor, **values: Tensor) -> None:
@@ -64,7 +64,7 @@ class StepMetrics:
     def add_micro_batch(
         self, loss: Tensor, mask: Tensor, entropies: Tensor, clipped: tuple[Tensor, Tensor], logp_difference: Tensor
     ) -> None:
-        """What a forward and backward pass says of its tokens.
+        """Add what one forward and backward pass measured.
 
         Args:
             loss: (), the micro-batch's part of the loss.
@@ -80,13 +80,12 @@ class StepMetrics:
 
     def is_finite(self) -> bool:
         """Whether losses and gradient norms are finite so far; a NaN or inf in one of the terms shows in the sum."""
-        terms = [self.loss, self.grad_norm, *(value for value in self.more.values() if isinstance(value, Tensor))]
+        terms = [self.loss, self.grad_norm, *self.more.values()]
         return bool(torch.as_tensor(sum(terms)).isfinite())
 
     def checked_numbers(self) -> dict[str, float]:
         """The numbers behind `is_finite`, by name."""
-        others = {name: float(value) for name, value in self.more.items() if isinstance(value, Tensor)}
-        return {"loss": float(self.loss), "gradient norm": float(self.grad_norm), **others}
+        return {"loss": float(self.loss), "gradient norm": float(self.grad_norm), **self.more}
 
     def row(self, batch: Batch, counts: dict[str, int]) -> dict[str, float]:
         """The row of metrics.jsonl. `counts`: totals of the run, this step included."""
@@ -94,7 +93,7 @@ class StepMetrics:
         row: dict[str, float] = {
             "step": self.step,
             "loss": float(self.loss) / (config.num_iterations * config.num_minibatches),
-            **{name: float(value) for name, value in self.more.items()},
+            **self.more,
             **scores.metrics(),
             **metrics_by_dataset(batch.row_samples, scores),
         }

@@ -36,7 +36,7 @@ class Run:
     whole_step: int | None = None  # the weights are those after this step; None: an update is under way
 
     def steps(self, setup: Setup) -> Iterator[int]:
-        """The steps that are to be made: from 1, or from the one after the checkpoint that the run resumes from."""
+        """Yield the remaining steps: from 1, or from the one after the checkpoint that the run resumes from."""
         self.setup = setup
         last_step = setup.config.num_train_steps
         first_step = self._begin(setup) if self.folder.checkpoint is None else self._resume(setup)
@@ -51,7 +51,7 @@ class Run:
         """A NaN or inf in loss or gradient ends the run here, before it reaches the weights."""
         if not metrics.is_finite():
             rows = sample_rows(metrics.step, batch.row_samples, batch.rollout, batch.scores, advantages)
-            raise leave_failed_batch(self.folder.folder, rows, batch.rollout, advantages, metrics.checked_numbers())
+            raise leave_failed_batch(self.folder.path, rows, batch.rollout, advantages, metrics.checked_numbers())
         self.whole_step = None
 
     def record(self, batch: Batch, advantages: Tensor, metrics: StepMetrics) -> None:
@@ -82,9 +82,9 @@ class Run:
             raise KeyboardInterrupt
 
     def finish(self) -> None:
-        """final/ and the last words."""
+        """Save final/ and print the result."""
         assert self.setup is not None
-        config, final = self.setup.config, self.folder.folder / "final"
+        config, final = self.setup.config, self.folder.path / "final"
         save_model(self.setup.policy, self.setup.tokenizer, final)
         if config.save_merged:
             save_merged(final, final.with_name("final-merged"))
@@ -132,7 +132,7 @@ class Run:
         assert self.setup is not None
         if step > 0:
             save_checkpoint(
-                self.folder.folder,
+                self.folder.path,
                 step,
                 policy=self.setup.policy,
                 tokenizer=self.setup.tokenizer,

@@ -156,3 +156,9 @@ def test_a_check_that_raises_names_the_row(monkeypatch: pytest.MonkeyPatch) -> N
         check_samples(
             load_rewards([f"{MINE}brief"]), [{"prompt": "p", "level": 1}, {"prompt": "p"}], lambda row: f"row {row + 1}"
         )
+
+
+def test_the_former_name_of_an_attribute_still_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toy_rewards.brief, "is_right_leniently", lambda sample, completion: True, raising=False)
+    (reward,) = load_rewards(["tests.toy_rewards:brief"])
+    assert reward.is_correct_leniently is toy_rewards.brief.is_right_leniently

@@ -646,7 +646,7 @@ CHEATS = {
     "    __hash__ = str.__hash__\ndef f(n): return Yes('x')",
     "patched assert": "import builtins\nclass Never(Exception):\n    def __new__(cls, *a): raise SystemExit(0)\n"
     "builtins.AssertionError = Never\n__builtins__['AssertionError'] = Never\ndef f(n): return 0",
-    "patched judge": "import grpo.rewards.sandbox.host.jail.inside as j, json, socket, os, builtins\nj.run_tests = j.described = "
+    "patched judge": "import grpo.rewards.sandbox.jail.inside as j, json, socket, os, builtins\nj.run_tests = j.described = "
     "lambda *a: ''\njson.dumps = lambda *a: '{\"passed\": true, \"why\": \"\"}'\nbuiltins.exec = lambda *a: None\n"
     "def f(n): return 0",
     "prints the success marker": "import sys\nfor s in (sys.stdout, sys.stderr):\n"

@@ -107,7 +107,7 @@ def check_finite(loss: float, grad_norm: float, rollout: Rollout, folder: Path, 
     samples = [{"prompt": "1+1="}]
     scores = score_completions([reward], samples * 2, rollout.completions, rollout.token_lists())
     metrics = StepMetrics(4, loss=torch.tensor(loss), grad_norm=torch.tensor(grad_norm))
-    metrics.more = {name: torch.tensor(value) for name, value in more.items()}
+    metrics.more = more
     Run(RunFolder(config)).check_finite(metrics, Batch(samples, rollout, scores, config), torch.zeros(2, 1))
 
 
