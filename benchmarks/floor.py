@@ -89,10 +89,10 @@ def recording(training: RecordedTraining, trunk_class: Any) -> Iterator[None]:
             )
         return forward(self, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
-    def noted_log_probs(self: Head, hidden: Tensor, targets: Tensor, temperature: float) -> Any:
+    def noted_log_probs(self: Head, hidden: Tensor, targets: Tensor, temperature: float, **options: bool) -> Any:
         if training.calls:
             training.calls[-1][-1].scored = len(hidden)
-        return log_probs(self, hidden, targets, temperature)
+        return log_probs(self, hidden, targets, temperature, **options)
 
     def noted_sample(*args: Any, **kwargs: Any) -> Rollout:
         rollout = sample(*args, **kwargs)
