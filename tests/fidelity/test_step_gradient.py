@@ -301,8 +301,9 @@ def test_a_group_without_a_signal_may_be_left_out(
     assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
     assert row["grad_norm"] > 0.01
     weights = [AutoModelForCausalLM.from_pretrained(path / "final").state_dict() for path in (folder, expected_folder)]
+    # Two steps of AdamW move a weight by up to 2 * 3e-4. Where its gradient is near 0, rounding decides a part of that.
     for name, weight in weights[1].items():
-        torch.testing.assert_close(weights[0][name], weight, rtol=0, atol=1e-6, msg=partial("{}: {}".format, name))
+        torch.testing.assert_close(weights[0][name], weight, rtol=0, atol=3e-5, msg=partial("{}: {}".format, name))
     # A token that clips is one that is scored: the shares differ by what they are shares of.
     for name in ("clip_ratio/low_mean", "clip_ratio/high_mean"):
         assert row[name] * watched.num_tokens(scored) == pytest.approx(expected[name] * watched.num_tokens(), rel=1e-5)
