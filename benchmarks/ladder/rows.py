@@ -158,7 +158,7 @@ BLOCKS: dict[str, Block] = {
     ),
 }
 
-# The rows that the README shows, in its order.
+# The rows that docs/ALGORITHM.md shows, in its order.
 TOP = (
     "reinforce", "group_baseline", "grpo_lower_rate", "clip", "grpo_two_updates", "sequence", "ppo", "group_size_8",
     "shuffled", "max_for_min",
