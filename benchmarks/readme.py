@@ -154,15 +154,15 @@ def performance(runs: Runs) -> str:
     )
     (_, step_bar, step_ratio, step_met), (_, to_bar, to_ratio, to_met) = vs_trl.bars(trl)
     ours, theirs = (trl["step"][side]["seconds"]["median"] for side in ("ours", "trl"))
-    line("a training step", ms(ours), f"TRL {ms(theirs)}", step_ratio, step_bar, step_met)
+    line("one training step", ms(ours), f"TRL {ms(theirs)}", step_ratio, step_bar, step_met)
     ours, theirs = (vs_trl.median_to_accuracy(trl["to_accuracy"], side) for side in ("ours", "trl"))
     what = f"training until {trl['to_accuracy']['target']} of the held-out problems are correct"
     line(what, f"{ours:.1f} s", f"TRL {theirs:.1f} s", to_ratio, to_bar, to_met)
     ours, theirs = (trl["memory"][side]["peak_memory_gb"] for side in ("ours", "trl"))
     line("peak memory of such a run", gb(ours), f"TRL {gb(theirs)}", ours / theirs, "")
     floors = {
-        "plain": "a step, over bare model calls that share nothing",
-        "made": "a step, over its own bare model calls",
+        "plain": "one step, over bare model calls that share nothing",
+        "made": "one step, over its own bare model calls",
     }
     for (_, bar, ratio, met), (name, what) in zip(floor.bars({"step": step}), floors.items(), strict=True):
         line(what, ms(step["ours"]["median"]), ms(step[name]["median"]), ratio, bar, met)
