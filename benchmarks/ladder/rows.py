@@ -46,7 +46,7 @@ def two(name: str) -> Row:
 def group_of(size: int) -> Row:
     """Another group size; as many completions a step."""
     flags = {"group_size": size, "batch_size": 256 // size}
-    return Row(f"group_size_{size}", f"groups of {size}, {256 // size} prompts a step", flags, after="grpo")
+    return Row(f"group_size_{size}", f"groups of {size}, {256 // size} prompts per step", flags, after="grpo")
 
 
 _ALGORITHMS = {
@@ -71,13 +71,13 @@ _SECOND_UPDATE = {"surrogate": "clipped", "clip_range": ".inf", "num_minibatches
 
 _LADDER = [
     Row("reinforce", "REINFORCE, no baseline", {"algorithm": "reinforce", "loss_aggregation": "token"}),
-    Row("batch_baseline", "less the mean of the batch", {"advantage_baseline": "batch"}, after="reinforce"),
-    Row("group_baseline", "less the mean of the group", {"advantage_baseline": "group"}, after="batch_baseline"),
+    Row("batch_baseline", "minus the mean of the batch", {"advantage_baseline": "batch"}, after="reinforce"),
+    Row("group_baseline", "minus the mean of the group", {"advantage_baseline": "group"}, after="batch_baseline"),
     Row(
-        "leave_one_out", "less the mean of the others", {"advantage_baseline": "leave_one_out"}, after="group_baseline"
+        "leave_one_out", "minus the mean of the others", {"advantage_baseline": "leave_one_out"}, after="group_baseline"
     ),
     Row("group_std", "group mean, divided by its std", {"advantage_scale": "group"}, after="group_baseline"),
-    Row("two_minibatches", "two updates a rollout, ratio not clipped", _SECOND_UPDATE, after="group_std"),
+    Row("two_minibatches", "two updates per rollout, ratio not clipped", _SECOND_UPDATE, after="group_std"),
     Row("clip", "the ratio clipped at 0.2", {"clip_range": 0.2}, after="two_minibatches"),
 ]
 
@@ -143,9 +143,9 @@ BLOCKS: dict[str, Block] = {
     "baselines": Block("From REINFORCE to GRPO", tuple(row.name for row in _LADDER)),
     "kl": Block("KL against the base", ("clip", *(row.name for row in _KL))),
     "aggregation": Block("How tokens are counted", ("clip", "sequence", "constant")),
-    "algorithms": Block("Algorithms, one update a rollout", ("grpo", "grpo_lower_rate", *list(_ALGORITHMS)[1:])),
+    "algorithms": Block("Algorithms, one update per rollout", ("grpo", "grpo_lower_rate", *list(_ALGORITHMS)[1:])),
     "two_updates": Block(
-        "Algorithms, two updates a rollout",
+        "Algorithms, two updates per rollout",
         tuple(f"{name}_two_updates" for name in ("grpo", "dapo", "gspo", "cispo", "ppo")),
     ),
     "group_size": Block(
@@ -158,7 +158,7 @@ BLOCKS: dict[str, Block] = {
     ),
 }
 
-# The rows that the README shows, in its order.
+# The rows that docs/ALGORITHM.md shows, in its order.
 TOP = (
     "reinforce", "group_baseline", "grpo_lower_rate", "clip", "grpo_two_updates", "sequence", "ppo", "group_size_8",
     "shuffled", "max_for_min",

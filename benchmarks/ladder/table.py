@@ -1,6 +1,6 @@
 """The results as Markdown: a table a block, the sentences that say what each row shows, the grid, the comparisons.
 
-`python -m benchmarks.readme` puts them into docs/ABLATIONS.md and the README.
+`python -m benchmarks.readme` puts them into docs/ABLATIONS.md and docs/ALGORITHM.md.
 """
 
 import math
@@ -130,7 +130,7 @@ def twin(parts: Parts, row: Row) -> str:
 
 
 def top(parts: Parts) -> str:
-    """The rows that the README shows."""
+    """The rows that docs/ALGORITHM.md shows, and a sentence for each of them."""
     lines = [
         [
             f"`{row.name}`",
@@ -140,15 +140,15 @@ def top(parts: Parts) -> str:
             over_the_run(runs_of(parts, row)),
             reached(runs_of(parts, row))[0],
             average(runs_of(parts, row), "kl_per_answer", ".2f"),
-            SHOWS.get(row.name, NOTHING),
         ]
         for row in (ROWS[name] for name in TOP)
     ]
     heading = [
         "row", "what", "learning rate", "accuracy [95 %]", "accuracy over the run [95 %]", "1000 completions to 0.95",
-        "KL, nats an answer", "what it shows",
+        "KL, nats per answer",
     ]  # fmt: skip
-    return markdown(heading, lines)
+    sentences = [f"- `{name}`: {SHOWS.get(name, NOTHING)}" for name in TOP]
+    return f"{markdown(heading, lines)}\n\n" + "\n".join(sentences)
 
 
 def grid(parts: Parts) -> str:

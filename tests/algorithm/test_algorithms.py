@@ -93,14 +93,14 @@ def test_config_yaml_leaves_every_key_of_a_row_null() -> None:
     assert defaults["algorithm"] == "grpo"
 
 
-def test_the_table_is_printed_by_help_and_stands_in_the_readme() -> None:
+def test_the_table_is_printed_by_help_and_is_in_the_docs() -> None:
     for flag in ("--help", "--help_all"):
         command = [sys.executable, ROOT / "train_grpo.py", flag]
         shown = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
         assert plain_table() in shown
     assert [line.split()[0] for line in plain_table().splitlines()[1:]] == list(ALGORITHMS)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    between = readme.partition("<!-- algorithms -->")[2].partition("<!-- /algorithms -->")[0]
+    page = (ROOT / "docs" / "ALGORITHM.md").read_text(encoding="utf-8")
+    between = page.partition("<!-- algorithms -->")[2].partition("<!-- /algorithms -->")[0]
     assert between.strip() == markdown_table()
 
 
