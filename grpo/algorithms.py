@@ -138,7 +138,7 @@ def plain_table() -> str:
 
 
 def markdown_table() -> str:
-    """The table for the README, as `python -m grpo.algorithms` prints it."""
+    """The table for docs/ALGORITHM.md, as `python -m grpo.algorithms` prints it."""
     heading, *rows = [f"| {' | '.join(line)} |" for line in table()]
     return "\n".join([heading, "|" + "---|" * len(table()[0]), *rows])
 

@@ -1,4 +1,4 @@
-"""The metrics of one step: one row of metrics.jsonl. README.md defines every column."""
+"""The metrics of one step: one row of metrics.jsonl. docs/METRICS.md defines every column."""
 
 import time
 from collections.abc import Sequence
