@@ -68,7 +68,7 @@ class KeptRollouts:
 
 
 def _rollout(row: dict[str, Any]) -> Rollout:
-    """A rollout with all that scoring needs. Its prompts are empty and its log-probs are 0."""
+    """A rollout with everything that scoring needs. Its prompts are empty and its log-probs are 0."""
     completions = [torch.tensor(ids) for ids in row["ids"]]
     mask = pad_sequence([torch.ones_like(ids, dtype=torch.bool) for ids in completions], batch_first=True)
     nothing = torch.zeros(len(completions), 0, dtype=torch.long)

@@ -1,4 +1,4 @@
-"""Samples and completions -> Scores: call every reward function, check its values and combine them.
+"""Score completions: call every reward function, check its values and combine them into `Scores`.
 
 In a mixture of datasets, each completion is scored only by the rewards of its own dataset.
 """
