@@ -1,11 +1,11 @@
-"""How good is a model? Greedy accuracy and pass@k on held-out problems; two models side by side; one question.
+"""Evaluate a model: greedy accuracy and pass@k on held-out problems. Also compare two models, or ask one question.
 
     python evaluate.py checkpoints/final                         accuracy, pass@8, rewards on the run's eval_file
-    python evaluate.py checkpoints/final --compare tiny          against the base model, with McNemar's test
+    python evaluate.py checkpoints/final --compare tiny          compare with the base model by McNemar's test
     python evaluate.py checkpoints/final --prompt "What is 47 + 38? Answer with an integer."
 
-MODEL is tiny, a folder or a Hub name. Settings (rewards, lengths, base_seed) come from the run.json beside MODEL, else
-from config.yaml; --config and any key as a flag change them.
+MODEL is tiny, a folder or a Hub name. The settings (rewards, lengths, base_seed) come from the run.json in the folder
+that contains MODEL, or from config.yaml if there is none. --config and flags such as --base_seed 1 override them.
 
 Reading order: ... -> train_grpo.py -> [evaluate.py]. The work is done in grpo/evaluation/.
 """

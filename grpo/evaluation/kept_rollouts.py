@@ -1,4 +1,4 @@
-"""Completions kept in a file, so that a long evaluation that was stopped can continue where it was.
+"""Completions kept in a file, so that a long evaluation that was stopped can continue where it stopped.
 
 Each line of the file is one call of `generate_completions`: its completions, and a key. The key is a hash of the
 model's weights and of all arguments of the call. A call with the same key is answered from the file; any other call
