@@ -1,11 +1,11 @@
-"""How good is a model? Greedy accuracy and pass@k on held-out problems; two models side by side; one question.
+"""Evaluate a model: greedy accuracy and pass@k on held-out problems. Also compare two models, or ask one question.
 
     python evaluate.py checkpoints/final                         accuracy, pass@8, rewards on the run's eval_file
-    python evaluate.py checkpoints/final --compare tiny          against the base model, with McNemar's test
+    python evaluate.py checkpoints/final --compare tiny          compare with the base model by McNemar's test
     python evaluate.py checkpoints/final --prompt "What is 47 + 38? Answer with an integer."
 
-MODEL is tiny, a folder or a Hub name. Settings (rewards, lengths, base_seed) come from the run.json beside MODEL, else
-from config.yaml; --config and any key as a flag change them.
+MODEL is tiny, a folder or a Hub name. The settings (rewards, lengths, base_seed) come from the run.json in the folder
+that contains MODEL, or from config.yaml if there is none. --config and flags such as --base_seed 1 override them.
 
 Reading order: ... -> train_grpo.py -> [evaluate.py]. The work is done in grpo/evaluation/.
 """
@@ -23,7 +23,7 @@ from grpo.settings.sources import sources_of
 
 
 def parse_arguments() -> tuple[argparse.Namespace, Config]:
-    """The options of this command, and the settings to evaluate with."""
+    """Parse the command line. Returns the options of this command and the settings to evaluate with."""
     parser = SettingsParser(__doc__, "MODEL [--compare OTHER] [--data FILE] [--k K] [--prompt TEXT] [--output FILE]")
     add = parser.own.add_argument
     add("model", metavar="MODEL", help="tiny, a folder or a Hub name")
@@ -51,9 +51,9 @@ def parse_arguments() -> tuple[argparse.Namespace, Config]:
 
 
 def _with_data_file(config: Config, path: str, *, has_rewards: bool) -> Config:
-    """The settings for the problems in one file. If the run had a mixture, they are those of the file's dataset.
+    """The settings for the problems in one file. For a run on a mixture, they come from the dataset with this file.
 
-    `has_rewards`: the command line sets the rewards, so that the file may belong to no dataset of the mixture.
+    `has_rewards`: whether the command line sets the rewards. If so, the file need not belong to the mixture.
     """
     changes: dict[str, Any] = {"eval_file": path, "datasets": None, "total_rows": None}
     if config.datasets is not None and not has_rewards:
@@ -115,7 +115,7 @@ def main(arguments: argparse.Namespace, config: Config) -> None:
 
 
 def evaluate_model(name: str, config: Config, *, k: int = 8) -> dict[str, Any]:
-    """The report on one model as a dict, for notebooks."""
+    """Evaluate one model and return the report as a dict. For use in notebooks."""
     rewards = load_rewards_of(sources_of(vars(config)), config.combine)
     (dataset,) = load_problems({"MODEL": name}, config, rewards)
     _, report = measure(name, dataset, rewards, config, k)

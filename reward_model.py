@@ -1,10 +1,10 @@
-"""What a completion is worth. Change this file to change what the model learns.
+"""The reward: how good is a completion? Change this file to change what the model learns.
 
 Reading order: ... -> grpo/rollout.py -> [reward_model.py] -> grpo/batch.py -> ...
 
     python -m reward_model --data FILE --completions FILE     try a reward on ready-made completions
 
-What a reward function is: grpo/rewards/base.py. All rewards, and how to write your own: docs/REWARDS.md.
+grpo/rewards/base.py defines what a reward function is. docs/REWARDS.md lists all rewards and shows how to write one.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from grpo.rewards.reading.numerals import expected_integer, last_integer, only_i
 
 
 class MathRewardModel:
-    """The default reward: is the last number of the completion the sample's "answer"?"""
+    """The default reward. It checks whether the last number of the completion is the sample's "answer"."""
 
     def __init__(self, correct_reward: float = 1.0, wrong_reward: float = 0.0) -> None:
         check_rewards(correct_reward=correct_reward, wrong_reward=wrong_reward)
@@ -70,12 +70,12 @@ __all__ = [  # everything about rewards that users import, in one place
     "score_completions", "score_mixture", "text_of",
 ]  # fmt: skip
 
-REWARDS: dict[str, Callable[..., RewardFn]] = {  # name in the config -> factory(**arguments), returns the function
+REWARDS: dict[str, Callable[..., RewardFn]] = {  # name in the config -> factory(**arguments) -> reward function
     "math": math_reward,  # the last number of the text
     "gsm8k": exact.gsm8k_reward,  # the number in <answer> or after ####
     "boxed": exact.boxed_reward,  # the formula in \boxed{}
     "correctness": exact.correctness_reward,  # the text in <answer>
-    "integer": exact.integer_reward,  # only the form, here and in the next four
+    "integer": exact.integer_reward,  # this reward and the next four check only the form
     "xml_count": form.xml_count_reward,
     "soft_format": form.soft_format_reward,
     "strict_format": form.strict_format_reward,
@@ -83,18 +83,18 @@ REWARDS: dict[str, Callable[..., RewardFn]] = {  # name in the config -> factory
     "length": length.length_reward,
     "overlong": length.overlong_reward,
     "repetition": repetition.repetition_reward,
-    "code": code.code_reward,  # a program, which is run against tests
+    "code": code.code_reward,  # runs the program in the completion against tests
     "classifier": classifier.classifier_reward,  # the output of a trained model
 }
 
 
 def load_rewards(specs: Sequence[str | dict[str, Any]], combine: str = "sum") -> list[Reward]:
-    """The functions for the config's `rewards`. An InputError names the entry that is wrong."""
+    """Load the reward functions of the config's `rewards`. If an entry is wrong, an InputError names it."""
     return loading.load_rewards(specs, REWARDS, combine)
 
 
 def load_rewards_of(sources: Sequence[Source], combine: str = "sum") -> RewardsOf:
-    """The rewards of each dataset. An InputError names the dataset and the entry that is wrong."""
+    """Load the rewards of each dataset. If an entry is wrong, an InputError names the dataset and the entry."""
     return loading.load_rewards_of(sources, REWARDS, combine)
 
 

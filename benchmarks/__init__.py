@@ -1,1 +1,1 @@
-"""Scripts that measure learning, speed and memory, and the results they wrote."""
+"""Scripts that measure learning, speed and memory, and the result files that they wrote."""

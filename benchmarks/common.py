@@ -1,8 +1,9 @@
-"""What the measurements share: turns for the clock, a process of its own for the memory, files that remember.
+"""Shared code of the measurements: interleaved timing, peak memory in fresh processes, result files.
 
-Times on a busy machine are noisy, so candidates take turns and their medians are compared. Peak memory only ever grows,
-so each is measured in a fresh process. A result is kept with the commit and the fingerprint of the code it belongs to:
-a script that is started again measures only what is missing or was measured with other code.
+Times on a busy machine are noisy, so the candidates take turns and their medians are compared. The peak memory of a
+process never decreases, so each peak is measured in a fresh process. Each result is stored with the commit and the
+fingerprint of the code. When a script is started again, it measures only what is missing or was measured with other
+code.
 """
 
 import ast
@@ -29,7 +30,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def interleaved(candidates: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every call, the candidates taking turns. One call of each comes first, unmeasured."""
+    """The seconds of every call. The candidates take turns, after one call of each that is not measured."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for candidate in candidates.values():
         candidate()
@@ -44,13 +45,13 @@ def interleaved(candidates: dict[str, Callable[[], Any]], repeats: int) -> dict[
 
 
 def synchronize() -> None:
-    """A GPU works behind the clock's back: wait for it."""
+    """Wait until the GPU has finished, because it works asynchronously."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def spread(seconds: Sequence[float]) -> dict[str, float]:
-    """Median, quartiles and n: what a result file keeps of a list of times."""
+    """Summarise a list of times for a result file: median, quartiles and n."""
     ordered = sorted(seconds)
     quarter = (len(ordered) - 1) // 4
     return {
@@ -62,34 +63,34 @@ def spread(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def run_watched(command: Sequence[str], *, stdout: IO[str], stderr: IO[str]) -> tuple[int, float, float]:
-    """`python *command`: its exit status, its seconds, and its peak memory in GB.
+    """Run `python *command`. Returns its exit status, its seconds and its peak memory in GB.
 
-    The kernel's own account of a finished process, ru_maxrss, starts at its parent's peak: useless here. So the peak is
-    read from /proc (Linux) as long as the process is there.
+    ru_maxrss, the kernel's value for a finished process, cannot be used, because it starts at the peak of the parent
+    process. So the peak is read from /proc (Linux) while the process is running.
     """
     start = time.perf_counter()
     process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=stdout, stderr=stderr)
     peak = 0.0
     while process.poll() is None:
-        with contextlib.suppress(OSError):  # it may be gone by now
+        with contextlib.suppress(OSError):  # the process may have ended
             peak = max(peak, peak_memory_gb(process.pid))
         time.sleep(0.01)
     return process.returncode, time.perf_counter() - start, peak
 
 
 def peak_memory_gb(process: int | str = "self") -> float:
-    """The largest memory a process has held so far, by the kernel's account; Linux alone has it."""
+    """The peak memory of a process so far in GB, as the kernel reports it (only on Linux)."""
     return _kilobytes(f"/proc/{process}/status", "VmHWM") * 1024 / 1e9
 
 
 def forget_peak() -> float:
-    """From now on the peak is that of what comes; what this process holds, in GB."""
+    """Reset the peak memory of this process. Returns the memory that it uses now, in GB."""
     Path("/proc/self/clear_refs").write_text("5")
     return peak_memory_gb()
 
 
 def available_memory_gb() -> float:
-    """What could be had without swapping."""
+    """The memory in GB that is available without swapping."""
     return _kilobytes("/proc/meminfo", "MemAvailable") * 1024 / 1e9
 
 
@@ -99,7 +100,7 @@ def _kilobytes(file: str, name: str) -> int:
 
 
 def in_fresh_process(module: str, *arguments: str) -> dict[str, Any]:
-    """`python -m module *arguments`: the JSON object on its last line, with "peak_memory_gb" and "seconds" added."""
+    """Run `python -m module *arguments`. Returns the JSON object of its last line, with peak_memory_gb and seconds."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         status, seconds, peak = run_watched(["-m", module, *arguments], stdout=out, stderr=err)
         out.seek(0)
@@ -115,7 +116,7 @@ class Results:
     def __init__(
         self, script: str | Path, *, name: str | None = None, folder: Path = RESULTS, data: Sequence[Path] = ()
     ) -> None:
-        """`script`: the __file__ that measures, NAME unless given; `data`: what else a result depends on."""
+        """`script`: the measuring script, whose name is the default `name`; `data`: further files that results need."""
         self.path = folder / f"{name or Path(script).stem}.json"
         self.fingerprint = fingerprint(Path(script), data)
         self.script, self.data = Path(script), data
@@ -126,11 +127,11 @@ class Results:
         return self.content["parts"]
 
     def has(self, part: str) -> bool:
-        """Whether this part was measured with the code as it is now."""
+        """Whether this part was measured with the current code."""
         return part in self.parts and self.parts[part]["fingerprint"] == self.fingerprint
 
     def save(self, part: str, result: dict[str, Any]) -> None:
-        """Keep a part's result. Code that changed meanwhile ends the measurement: nobody could say what it measured."""
+        """Store the result of a part. Exits if the code has changed, because it is then unclear what was measured."""
         if fingerprint(self.script, self.data) != self.fingerprint:
             raise SystemExit("The code changed during the measurement; start again")
         self.content["machine"] = machine()
@@ -142,7 +143,7 @@ class Results:
 
 
 def code_of(file: Path) -> str:
-    """A file without what no result depends on: comments and docstrings."""
+    """The code of a file without comments and docstrings, on which no result depends."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
@@ -151,7 +152,7 @@ def code_of(file: Path) -> str:
 
 
 def fingerprint(script: Path, data: Sequence[Path] = ()) -> str:
-    """Of everything a result depends on: the code, the settings, the script itself, the files it reads."""
+    """A hash of everything that a result depends on: the code, the settings, the script and the files that it reads."""
     code = [*ROOT.glob("grpo/**/*.py"), *ROOT.glob("*.py"), ROOT / "benchmarks" / "common.py"]
     texts = [code_of(file) for file in [*sorted(code), script]]
     texts += [file.read_text(encoding="utf-8") for file in [ROOT / "config.yaml", *data]]
@@ -159,7 +160,7 @@ def fingerprint(script: Path, data: Sequence[Path] = ()) -> str:
 
 
 def commit() -> str:
-    """The commit checked out, and whether tracked files differ from it."""
+    """The current commit, with a suffix if tracked files differ from it."""
     head = git("rev-parse", "HEAD")
     return head + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
 
@@ -169,7 +170,7 @@ def git(*arguments: str) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """The machine and the library versions with which the numbers were measured."""
     return {
         "cores": len(os.sched_getaffinity(0)),
         "processor": platform.machine(),

@@ -1,17 +1,16 @@
-"""A training step against its floor: the time that its bare model calls take, with nothing around them.
+"""Compare the time of a training step with its floor: the time of the model calls alone.
 
     python -m benchmarks.floor      about two minutes on two cores
 
-The default run is trained while every forward pass is noted: its rows, its new and cached tokens, whether a backward
-pass follows. Then the same calls are made again, in the same order, with random tokens and a cache that costs nothing,
-and AdamW after them. What a step takes beyond that is ours: sampling, rewards, advantages, masks, the loss, metrics and
-files.
+The script trains the default run and records every forward pass: its rows, its new and cached tokens, and whether a
+backward pass follows. Then it repeats the same calls in the same order, with random tokens and a cache without cost,
+followed by AdamW. The difference is our overhead: sampling, rewards, advantages, masks, the loss, metrics and files.
 
-    made     the calls as the run makes them: prompts and completions that occur several times are computed once
-    plain    the calls of a run that shares nothing: every completion is a row of its own in every pass, padded to the
-             longest; finished completions leave the batch
+    made     the calls of the run itself: prompts and completions that occur several times are computed once
+    plain    the calls of a run without sharing: every completion has its own row in every pass, padded to the longest;
+             finished completions leave the batch
 
-The bar, at most 1.25 times the floor, is asked of both. Results: benchmarks/results/floor.json.
+The bar for both is at most 1.25 times the floor. Results: benchmarks/results/floor.json.
 """
 
 import argparse
@@ -47,9 +46,9 @@ class Call:
     """One forward pass."""
 
     rows: int
-    new: int  # tokens of each row
-    cached: int  # tokens of each row that are in the cache already
-    scored: int  # tokens of all rows whose logits are needed
+    new: int  # new tokens per row
+    cached: int  # tokens per row that are already in the cache
+    scored: int  # number of tokens in all rows whose logits are needed
     has_block_mask: bool  # a 4-D mask; otherwise one of 0 and 1 for the padding
     has_backward: bool
     is_sampling: bool
@@ -57,20 +56,20 @@ class Call:
 
 @dataclass
 class RecordedTraining(Training):
-    """A training that notes the calls and the rollout of each of its steps."""
+    """A training run that records the model calls and the rollout of each step."""
 
     calls: list[list[Call]] = field(default_factory=list)
     shapes: list[tuple[int, list[int]]] = field(default_factory=list)  # (L, B completion lengths)
 
     def start_clock(self) -> None:
-        """A step begins."""
+        """Called when a step begins."""
         self.calls.append([])
         super().start_clock()
 
 
 @contextlib.contextmanager
 def recording(training: RecordedTraining, trunk_class: Any) -> Iterator[None]:
-    """Every forward pass of a model of this class is noted meanwhile."""
+    """A context in which every forward pass of a model of this class is recorded."""
     forward, log_probs, sample = trunk_class.forward, Head.log_probs, grpo.run.setup.generate_completions
 
     def noted_forward(self: Any, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
@@ -109,7 +108,7 @@ def recording(training: RecordedTraining, trunk_class: Any) -> Iterator[None]:
 
 
 def plain_calls(prompt_length: int, lengths: list[int], group_size: int) -> list[Call]:
-    """The calls of a step in which nothing is shared: prefill, a decode call a token, the reference, the update."""
+    """The calls of a step without sharing: prefill, one decode call per token, the reference, the update."""
     rows, longest = len(lengths), max(lengths)
     calls = [Call(rows // group_size, prompt_length, 0, rows // group_size, False, False, True)]
     for t in range(1, longest):
@@ -121,7 +120,7 @@ def plain_calls(prompt_length: int, lengths: list[int], group_size: int) -> list
 
 
 class FixedLayer(DynamicLayer):
-    """Keys and values that are there already; what comes in is thrown away."""
+    """A cache with fixed keys and values. New keys and values are discarded."""
 
     keys: Tensor
     values: Tensor
@@ -132,7 +131,7 @@ class FixedLayer(DynamicLayer):
         self.keys, self.values = keys, values
 
     def get_seq_length(self) -> int:
-        """Tokens before this call: the place of the new one is the last."""
+        """The number of tokens before this call. The new token has the last position."""
         return self.keys.shape[-2] - 1
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -140,7 +139,7 @@ class FixedLayer(DynamicLayer):
 
 
 class Replay:
-    """The policy and the reference, and how to call them again."""
+    """The policy and the reference model, with a method that repeats recorded calls."""
 
     def __init__(self, config: Config) -> None:
         self.policy, _ = load_policy(config.model_name, base_seed=config.base_seed, device=torch.device("cpu"))
@@ -149,7 +148,7 @@ class Replay:
         self.optimizer = make_optimizer(self.policy, config)
 
     def prepare(self, call: Call) -> Callable[[], None]:
-        """The call with its inputs made beforehand."""
+        """A function that repeats the call, with inputs prepared in advance."""
         model = self.policy if call.is_sampling or call.has_backward else self.reference
         ids = torch.randint(self.policy.config.vocab_size, (call.rows, call.new))
         positions = torch.arange(call.cached, call.cached + call.new).expand(call.rows, -1)
@@ -158,7 +157,7 @@ class Replay:
             inputs["attention_mask"] = torch.zeros(call.rows, 1, call.new, call.new)
         else:
             inputs["attention_mask"] = torch.ones(call.rows, call.cached + call.new, dtype=torch.long)
-            inputs["attention_mask"][0, 0] = 0  # a mask of ones alone would be dropped, and with it its cost
+            inputs["attention_mask"][0, 0] = 0  # transformers would drop a mask of only ones, and with it its cost
         if call.is_sampling:
             return lambda: self._decode(inputs, self._cache(call) if call.cached else None)
         return lambda: self._score(model, inputs, call)
@@ -182,7 +181,7 @@ class Replay:
             logits.backward(torch.ones_like(logits))
 
     def step(self, calls: list[Call]) -> float:
-        """Seconds of the calls of one training step."""
+        """The seconds of the calls of one training step."""
         prepared = [self.prepare(call) for call in calls]
         start = time.perf_counter()
         for call in prepared:
@@ -193,7 +192,7 @@ class Replay:
 
 
 def measure(settings: dict[int, list[str]]) -> dict[str, Any]:
-    """Whole runs and their replays, in turns."""
+    """Measure whole runs and their replays, in turns."""
     seconds: dict[str, list[float]] = {"ours": [], "made": [], "plain": []}
     num_calls: list[int] = []
     for number, changes in enumerate(settings.values()):
@@ -202,7 +201,7 @@ def measure(settings: dict[int, list[str]]) -> dict[str, Any]:
         training = RecordedTraining(config.num_train_steps)
         with recording(training, type(replay.policy.base_model)):
             train("ours", changes, training)
-        steps = range(1, len(training.step_seconds))  # the first one warms up
+        steps = range(1, len(training.step_seconds))  # the first step is a warm-up
         seconds["ours"] += [training.step_seconds[step] for step in steps]
         seconds["made"] += [replay.step(training.calls[step]) for step in steps]
         plain = [plain_calls(*training.shapes[step], config.group_size) for step in steps]
@@ -213,7 +212,7 @@ def measure(settings: dict[int, list[str]]) -> dict[str, Any]:
 
 
 def summary(seconds: dict[str, list[float]], num_calls: list[int]) -> dict[str, Any]:
-    """What the result file keeps of seconds a step of each kind."""
+    """The content of the result file, from the seconds per step of each kind."""
     over = {
         f"over_{name}": spread([ours / bare for ours, bare in zip(seconds["ours"], seconds[name], strict=True)])
         for name in ("made", "plain")
@@ -227,7 +226,7 @@ def summary(seconds: dict[str, list[float]], num_calls: list[int]) -> dict[str, 
 
 
 def bars(parts: dict[str, Any]) -> list[tuple[str, str, float, bool]]:
-    """(what, the bar in words, measured, met)."""
+    """The bars: (name, the bar in words, measured value, whether it is met)."""
     found = []
     for name, calls in (("plain", "what a step needs that shares nothing"), ("made", "the calls it makes")):
         if "step" in parts:
@@ -237,7 +236,7 @@ def bars(parts: dict[str, Any]) -> list[tuple[str, str, float, bool]]:
 
 
 def describe(parts: dict[str, Any]) -> str:
-    """What is measured, a line each."""
+    """The results as text, one line per measurement."""
     part = parts["step"]
     lines = [f"{name:6} {1000 * part[name]['median']:6.1f} ms a step (median)" for name in ("ours", "made", "plain")]
     return "\n".join([*lines, f"{part['calls']:.0f} calls a step"])

@@ -1,23 +1,24 @@
-"""Sampling and update of a real model's shape on a GPU: tokens a second, peak memory, share of the GPU's arithmetic.
+"""Measure sampling and update of a model of realistic shape on a GPU: tokens per second, peak memory, MFU.
 
-    python -m benchmarks.gpu                        on a CUDA device, about eight minutes; goes on where it stopped
-    python -m benchmarks.gpu --device cpu --tiny    the same code on a very small shape: does the script work?
+    python -m benchmarks.gpu                        on a CUDA device, about eight minutes; continues where it stopped
+    python -m benchmarks.gpu --device cpu --tiny    the same code on a very small shape, to test the script
 
-The model has Qwen2.5-0.5B's shape and random weights: float32, with bfloat16 autocast where the device has it. A step
-is 8 prompts of 256 tokens with 8 completions of 256 tokens each; no completion ends early.
+The model has the shape of Qwen2.5-0.5B and random float32 weights, with bfloat16 autocast if the device supports it. A
+step is 8 prompts of 256 tokens with 8 completions of 256 tokens each; no completion ends early.
 
     sampling              grpo.rollout.generate_completions
     sampling-generate     Hugging Face's model.generate
-    update-always         scoring, loss, backward and optimizer step, each prompt once for its group
-    update-never          the same, each prompt once for every completion
-    update-full_logits    the same, with benchmarks.logprobs.full_logits_logprobs
+    update-always         scoring, loss, backward and optimizer step; each prompt is computed once per group
+    update-never          as update-always, but each prompt is computed once per completion
+    update-full_logits    as update-never, but with benchmarks.logprobs.full_logits_logprobs
     train-full, train-lora, train-lora-checkpointing
-                          whole steps: all weights trained, or an adapter of rank 16, or that and less memory
-    trl-step              TRL's GRPOTrainer on the same step: sampling, update and all else; where TRL is installed
+                          whole steps: with all weights trained, with an adapter of rank 16, or with the adapter and
+                          gradient checkpointing
+    trl-step              TRL's GRPOTrainer on the same step: sampling, update and everything else; if TRL is installed
 
-Each part has a fresh process; a GPU that does nothing else is steady enough to be timed there. Results go to
-benchmarks/results/gpu-DEVICE.json after every part. MFU is the arithmetic that the part needs, divided by its time and
-by the data sheet's dense bfloat16 rate; left out for a device that is not in DENSE_BF16_TFLOPS.
+Each part runs in a fresh process, on a GPU that should be otherwise idle. Results go to
+benchmarks/results/gpu-DEVICE.json after every part. MFU is the number of FLOPs that the part needs, divided by its time
+and by the dense bfloat16 rate in the data sheet. It is left out for devices that are not in DENSE_BF16_TFLOPS.
 """
 
 import argparse
@@ -62,12 +63,12 @@ DENSE_BF16_TFLOPS = {
     "NVIDIA GeForce RTX 4090": 165,
 }
 REPEATS = {"sampling": 3, "update": 5, "train": 3, "trl": 3}
-CHECKS = "python -m pytest tests/fidelity/test_bfloat16.py"  # its tests on CUDA are skipped where there is none
+CHECKS = "python -m pytest tests/fidelity/test_bfloat16.py"  # its CUDA tests are skipped on a machine without CUDA
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The model, and the step it takes."""
+    """The sizes of the model and of a step."""
 
     vocab_size: int = 151_936
     hidden_size: int = 896
@@ -86,7 +87,7 @@ class Shape:
         return self.num_prompts * self.group_size
 
     def prompts(self) -> list[list[int]]:
-        """P random prompts."""
+        """P random prompts as token ids."""
         generator = torch.Generator().manual_seed(0)
         return torch.randint(
             2, self.vocab_size, (self.num_prompts, self.prompt_length), generator=generator
@@ -119,17 +120,18 @@ def build_model(shape: Shape, device: torch.device) -> Qwen2ForCausalLM:
 
 
 def make_tokenizer(shape: Shape, eos_token: str | None = None) -> PreTrainedTokenizerFast:
-    """The text of id 7 is "t7"; texts are ids between spaces."""
+    """A tokenizer whose texts are ids separated by spaces: id 7 is "t7"."""
     backend = Tokenizer(models.WordLevel({f"t{i}": i for i in range(shape.vocab_size)}, unk_token="t0"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="t0", eos_token=eos_token)
 
 
 def forward_flops(model: PreTrainedModel, shape: Shape, *, is_shared: bool) -> float:
-    """Of one pass over a step's tokens; a multiplication and an addition are two. Backward takes twice as much again.
+    """FLOPs of one forward pass over the tokens of a step. A backward pass takes twice as many.
 
-    Every token needs 2 a weight, the head's only where a completion token is predicted, and each layer 4 * hidden a
-    pair of tokens of which one attends to the other. `is_shared`: prompts count once for their group.
+    Every token needs 2 FLOPs per weight; the head's weights count only for predicted completion tokens. In addition,
+    each layer needs 4 * hidden FLOPs per pair of a token and a token that it attends to. `is_shared`: whether a prompt
+    counts once per group.
     """
     head = shape.vocab_size * shape.hidden_size
     body = sum(weight.numel() for weight in model.parameters()) - head
@@ -176,7 +178,7 @@ SAMPLERS = ("sampling", "sampling-generate")
 
 
 def measure_sampling(part: str, shape: Shape, device: torch.device) -> dict[str, Any]:
-    """Completion tokens a second of one of SAMPLERS."""
+    """Completion tokens per second of one of SAMPLERS."""
     model = build_model(shape, device)
     work: Callable[[], Tensor] = partial(generate, model, shape, device)
     if part == "sampling":
@@ -188,7 +190,7 @@ def measure_sampling(part: str, shape: Shape, device: torch.device) -> dict[str,
 
 
 def random_rollout(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What a scorer takes: (B, L) and (B, C), all tokens kept, consecutive rows of a group with the same prompt."""
+    """The arguments of a scorer, (B, L) and (B, C). All tokens are kept; the rows of a group are consecutive."""
     generator = torch.Generator().manual_seed(1)
     prompt_ids = torch.tensor(shape.prompts()).repeat_interleave(shape.group_size, dim=0)  # (B, L)
     ids = torch.randint(2, shape.vocab_size, (shape.num_rows, shape.completion_length), generator=generator)  # (B, C)
@@ -197,7 +199,7 @@ def random_rollout(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor, 
 
 
 def scorers(shape: Shape) -> dict[str, Scorer]:
-    """The ways to score, by the parts' names."""
+    """The scorers, by the names of the parts."""
     shared = {
         f"update-{choice}": partial(compute_logprobs, group_size=shape.group_size, shared_prefix=choice)
         for choice in ("always", "never")
@@ -206,7 +208,7 @@ def scorers(shape: Shape) -> dict[str, Scorer]:
 
 
 def accumulate(model: PreTrainedModel, scorer: Scorer, shape: Shape, device: torch.device) -> None:
-    """Step [6] of train_grpo.py up to the optimizer: the gradient of a whole step, in micro-batches of whole groups."""
+    """Step [6] of train_grpo.py without the optimizer: the gradient of a step, in micro-batches of whole groups."""
     rollout = random_rollout(shape, device)
     mask = rollout[3]  # (B, C)
     weights = loss_weights(mask, "token", max_completion_length=shape.completion_length)  # (B, C)
@@ -220,7 +222,7 @@ def accumulate(model: PreTrainedModel, scorer: Scorer, shape: Shape, device: tor
 
 
 def measure_update(part: str, shape: Shape, device: torch.device) -> dict[str, Any]:
-    """Tokens a second, those of the prompts counted for every completion, of one of the scorers."""
+    """Tokens per second of one of the scorers. Prompt tokens are counted once per completion."""
     model, scorer = build_model(shape, device), scorers(shape)[part]
     optimizer = make_optimizer(model, load_config())
 
@@ -244,7 +246,7 @@ TRAINED = {
 
 
 def measure_training(part: str, shape: Shape, device: torch.device) -> dict[str, Any]:
-    """Tokens a second of whole steps, sampling and update, with all weights trained or an adapter."""
+    """Tokens per second of whole steps (sampling and update), training all weights or an adapter."""
     config = load_config(overrides=TRAINED[part])
     model, tokenizer = build_model(shape, device), make_tokenizer(shape)
     make_trainable(model, tokenizer, config)
@@ -260,17 +262,17 @@ def measure_training(part: str, shape: Shape, device: torch.device) -> dict[str,
 
     seconds = interleaved({part: work}, REPEATS["train"])[part]
     num_tokens = shape.num_rows * (shape.prompt_length + shape.completion_length)
-    passes = 5 if config.gradient_checkpointing else 4  # sampling, forward, backward as two, forward once more
+    passes = 5 if config.gradient_checkpointing else 4  # sampling, forward, backward (2), recomputation
     return summary(seconds, num_tokens, passes * forward_flops(model, shape, is_shared=True), device)
 
 
 def measure_trl(part: str, shape: Shape, device: torch.device) -> dict[str, Any]:
-    """Seconds of TRL's steps: what ours are the sum of sampling and update of, plus rewards and records."""
+    """Seconds of TRL's steps. They correspond to our sampling plus our update, plus rewards and logging."""
     from datasets import Dataset  # type: ignore[import-untyped]
     from trl import GRPOConfig, GRPOTrainer
 
     class Clock(TrainerCallback):
-        """The time at every step's end; the first step, which warms up, starts the clock."""
+        """Records the time at the end of every step. The clock starts after the first step, which is a warm-up."""
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             synchronize()
@@ -326,7 +328,7 @@ MEASURES: dict[str, Callable[[str, Shape, torch.device], dict[str, Any]]] = {
 
 
 def summary(seconds: Sequence[float], num_tokens: int, flops: float, device: torch.device) -> dict[str, Any]:
-    """What a part says of its times; memory and MFU only where they are known."""
+    """The result of a part, from its times. Memory and MFU are included if they are known."""
     times = spread(seconds)
     result = {"times": times, "tokens_per_second": num_tokens / times["median"], "teraflop": flops / 1e12}
     if device.type == "cuda":
@@ -341,7 +343,7 @@ def device_name(device: torch.device) -> str:
 
 
 def child(part: str, size: str, device: torch.device) -> dict[str, Any]:
-    """One part, in this process."""
+    """Measure one part, in this process."""
     try:
         return MEASURES[part](part, SHAPES[size], device)
     except torch.OutOfMemoryError:
@@ -349,7 +351,7 @@ def child(part: str, size: str, device: torch.device) -> dict[str, Any]:
 
 
 def bars(parts: dict[str, Any]) -> list[tuple[str, str, float, bool]]:
-    """(what, the bar in words, measured value, met) for every bar whose parts were measured."""
+    """The bars whose parts were measured: (name, the bar in words, measured value, whether it is met)."""
     done = {name: part for name, part in parts.items() if "times" in part}
     comparisons = [
         ("seconds of sampling: ours / generate", ["sampling"], ["sampling-generate"], seconds_of),
@@ -361,7 +363,7 @@ def bars(parts: dict[str, Any]) -> list[tuple[str, str, float, bool]]:
     for what, ours, theirs, measure in comparisons:
         if done.keys() >= {*ours, *theirs}:
             costs = [sum(measure(done[name]) for name in names) for names in (ours, theirs)]
-            if costs[1]:  # memory is known on CUDA alone
+            if costs[1]:  # memory is only known on CUDA
                 ratio = costs[0] / costs[1]
                 found.append((what, "<= 1", ratio, ratio <= 1))
     return found
@@ -376,14 +378,14 @@ def memory_of(part: dict[str, Any]) -> float:
 
 
 def open_results(folder: Path, size: str, device: torch.device) -> Results:
-    """gpu-DEVICE.json: numbers of different devices stand side by side."""
+    """The file gpu-DEVICE.json. Each device has its own file."""
     name = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower().removeprefix("nvidia "))
     name = f"gpu-{name}{'-tiny' if size == 'tiny' else ''}"
-    return Results(__file__, name=name, folder=folder, data=[Path(logprobs.__file__)])  # whose baseline is measured
+    return Results(__file__, name=name, folder=folder, data=[Path(logprobs.__file__)])  # has the baseline
 
 
 def describe(part: str, result: dict[str, Any]) -> str:
-    """A part's line on the screen."""
+    """The line to print for a part."""
     if "times" not in result:
         return f"{part}: out of memory"
     line = f"{part}: {result['times']['median']:.3f} s, {result['tokens_per_second']:,.0f} tokens/s"
@@ -416,7 +418,7 @@ def main(command_line: Sequence[str] | None = None) -> None:
             continue
         if not results.has(part):
             result = in_fresh_process("benchmarks.gpu", *flags, "--child", part)
-            del result["peak_memory_gb"]  # the host's, which is not the question
+            del result["peak_memory_gb"]  # this is the host's memory
             results.save(part, {"device": device_name(device)} | result)
         print(describe(part, results.parts[part]), flush=True)
     for what, bar, value, is_met in bars(results.parts):

@@ -1,16 +1,17 @@
-"""What a real vocabulary costs: time and memory of scoring and backward, in chunks against all logits at once.
+"""Measure time and memory of scoring and backward with a realistic vocabulary: in chunks and with all logits at once.
 
-    python -m benchmarks.logprobs    about six minutes on two cores; goes on where it stopped
+    python -m benchmarks.logprobs    about six minutes on two cores; continues where it stopped
 
-The model is a random Llama with the vocabulary and the width of Qwen2.5-0.5B but one layer: what is measured is the
-head, the softmax, and their gradients, in float32. Every row has 256 completion tokens after a prompt of 16.
+The model is a random Llama with the vocabulary and the width of Qwen2.5-0.5B but only one layer. So the measurement
+covers mostly the head, the softmax and their gradients, in float32. Every row has 256 completion tokens after a prompt
+of 16 tokens.
 
-    chunked        grpo.logprobs.compute_logprobs, whose LM head works on some tokens at a time
-    full_logits    the formula written out on all logits at once, the body of compute_logprobs before it had chunks
+    chunked        grpo.logprobs.compute_logprobs, which applies the LM head to some tokens at a time
+    full_logits    the same formula on all logits at once; compute_logprobs worked like this before it had chunks
 
-Times: both in one process, taking turns. Memory: each in a fresh process, its peak less what it held with the model
-built. What would not fit into the machine is not run but said so, and 16,384 tokens are only computed, on the straight
-line through the two largest measurements. Results go to benchmarks/results/logprobs.json after every part.
+Times: both variants take turns in one process. Memory: the peak of a fresh process minus its memory after the model was
+built. Variants that do not fit into memory are not run, and the output says so. The values for 16,384 tokens are
+extrapolated linearly from the two largest measurements. Results go to benchmarks/results/logprobs.json after each part.
 """
 
 import argparse
@@ -37,11 +38,11 @@ from benchmarks.common import (
 from grpo.fast.layout import positions_from_mask
 from grpo.logprobs import compute_logprobs
 
-MEMORY_TOKENS = (1024, 4096, 8192)  # completion tokens, each a fresh process for each variant
-TIME_REPEATS = {1024: 3, 4096: 2}  # completion tokens -> turns; 8,192 of full logits fit no usual machine
+MEMORY_TOKENS = (1024, 4096, 8192)  # completion tokens; one fresh process for each number and variant
+TIME_REPEATS = {1024: 3, 4096: 2}  # completion tokens -> turns; full logits of 8,192 tokens need too much memory
 COMPUTED_TOKENS = 16_384
-BAR_TOKENS, MEMORY_BAR, TIME_BAR = 4096, 1 / 4, 1.3  # chunked / full_logits, at most
-SHARE_OF_AVAILABLE = 0.9  # of the memory that is free; a swapping machine measures nothing
+BAR_TOKENS, MEMORY_BAR, TIME_BAR = 4096, 1 / 4, 1.3  # maximum of chunked / full_logits
+SHARE_OF_AVAILABLE = 0.9  # fraction of the free memory to use; swapping would make times meaningless
 
 Scorer = Callable[..., tuple[Tensor, Tensor]]
 Rows = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -49,7 +50,7 @@ Rows = tuple[Tensor, Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Sizes:
-    """The model and its rows."""
+    """The sizes of the model and of its rows."""
 
     vocab_size: int = 151_936
     hidden_size: int = 896
@@ -69,7 +70,7 @@ def full_logits_logprobs(
     *,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """The baseline: `compute_logprobs` with the logits of every completion token in memory, several times over."""
+    """The baseline: `compute_logprobs` with several copies of the logits of all completion tokens in memory."""
     length = completion_ids.shape[1]
     input_ids = torch.cat([prompt_ids, completion_ids], dim=1)  # (B, L + C)
     attention_mask = torch.cat([prompt_mask, completion_mask], dim=1).long()  # (B, L + C)
@@ -112,7 +113,7 @@ def build_model(sizes: Sizes) -> LlamaForCausalLM:
 
 
 def random_rows(num_tokens: int, sizes: Sizes) -> Rows:
-    """Rows with `num_tokens` completion tokens in all, every one of them kept: the arguments of a scorer."""
+    """The arguments of a scorer: rows with `num_tokens` completion tokens in total, all of them kept."""
     assert num_tokens % sizes.completion_length == 0, "whole rows"
     num_rows = num_tokens // sizes.completion_length
     generator = torch.Generator().manual_seed(0)
@@ -128,7 +129,7 @@ def random_rows(num_tokens: int, sizes: Sizes) -> Rows:
 
 
 def score_and_backward(scorer: Scorer, model: LlamaForCausalLM, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """The work that is measured. Returns log-probs, entropies and a gradient that depends on all of the head's."""
+    """The measured work. Returns log-probs, entropies and a gradient that depends on the whole head."""
     model.zero_grad()
     logps, entropies = scorer(model, *rows)
     (-logps.mean()).backward()
@@ -151,16 +152,16 @@ def measure_time(num_tokens: int, repeats: int, sizes: Sizes) -> dict[str, Any]:
 
 
 def measure_memory(variant: str, num_tokens: int, sizes: Sizes) -> dict[str, Any]:
-    """Peak memory and seconds of one variant, once, in a process of its own."""
+    """Peak memory and seconds of one call of one variant, in a separate process."""
     request = {"variant": variant, "num_tokens": num_tokens, "sizes": asdict(sizes)}
     result = in_fresh_process("benchmarks.logprobs", "--child", json.dumps(request))
     return {key: result[key] for key in ("model_gb", "peak_gb", "net_gb", "work_seconds")}
 
 
 def child(variant: str, num_tokens: int, sizes: dict[str, int]) -> dict[str, float]:
-    """What the process of `measure_memory` does."""
+    """The code of the separate process of `measure_memory`."""
     model, rows = build_model(Sizes(**sizes)), random_rows(num_tokens, Sizes(**sizes))
-    # Building takes more than the model in the end; hidden under that peak, half a gigabyte of work would look free.
+    # Building needs more memory than the finished model. This peak is reset, because it would hide that of the work.
     model_gb = forget_peak()
     start = time.perf_counter()
     score_and_backward(VARIANTS[variant], model, rows)
@@ -169,13 +170,13 @@ def child(variant: str, num_tokens: int, sizes: dict[str, int]) -> dict[str, flo
 
 
 def measured(parts: dict[str, Any], variant: str) -> dict[int, dict[str, Any]]:
-    """Completion tokens -> the memory part, of those that were run."""
+    """Completion tokens -> memory result, for all parts that were run."""
     found = {tokens: parts.get(f"memory-{variant}-{tokens}", {}) for tokens in MEMORY_TOKENS}
     return {tokens: part for tokens, part in found.items() if "net_gb" in part}
 
 
 def extrapolate(parts: dict[str, Any], variant: str, num_tokens: int) -> dict[str, Any]:
-    """Memory and seconds on the straight line through the variant's two largest measurements."""
+    """Memory and seconds, extrapolated linearly from the variant's two largest measurements."""
     points = measured(parts, variant)
     low, high = sorted(points)[-2:]
 
@@ -187,7 +188,7 @@ def extrapolate(parts: dict[str, Any], variant: str, num_tokens: int) -> dict[st
 
 
 def needed_gb(parts: dict[str, Any], variant: str, num_tokens: int) -> float:
-    """Peak memory to expect, in proportion to the tokens of the largest measurement: a little too much. 0 = unknown."""
+    """The expected peak memory, in proportion to the largest measurement (a slight overestimate); 0 = unknown."""
     points = measured(parts, variant)
     if not points:
         return 0.0
@@ -196,7 +197,7 @@ def needed_gb(parts: dict[str, Any], variant: str, num_tokens: int) -> float:
 
 
 def bars(parts: dict[str, Any]) -> list[tuple[str, str, float, bool]]:
-    """(what, the bar in words, measured value, met) for every bar whose parts were measured."""
+    """The bars whose parts were measured: (name, the bar in words, measured value, whether it is met)."""
     found = []
     memory = {variant: measured(parts, variant).get(BAR_TOKENS) for variant in VARIANTS}
     if memory["chunked"] and memory["full_logits"]:
@@ -211,7 +212,7 @@ def bars(parts: dict[str, Any]) -> list[tuple[str, str, float, bool]]:
 
 
 def run(results: Results, sizes: Sizes) -> None:
-    """Every part that is missing. Memory first: it says what fits."""
+    """Measure every missing part. Memory comes first, because it shows what fits."""
     for num_tokens in MEMORY_TOKENS:
         for variant in VARIANTS:
             part = f"memory-{variant}-{num_tokens}"

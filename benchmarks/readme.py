@@ -1,7 +1,7 @@
 """Write measured numbers from benchmarks/results into README.md and docs/, so that nobody types them.
 
     python -m benchmarks.readme            rewrite the marked blocks
-    python -m benchmarks.readme --check    exit 1 if a block differs from what the results say
+    python -m benchmarks.readme --check    exit 1 if a block differs from the results
 
 A block is the text between `<!-- FILE:NAME -->` and `<!-- /FILE:NAME -->`. FILE is the result file without folder and
 ending. The algorithm table has no FILE: it is rendered from code. docs/SETTINGS.md is generated from config.yaml.
@@ -31,7 +31,7 @@ Runs = dict[str, dict[str, Any]]
 
 
 def collect(runs: Runs, kind: str, seeds: range, *path: str) -> list[float]:
-    """One number a seed, e.g. collect(runs, "grpo", range(5), "final", "accuracy")."""
+    """One number per seed, e.g. collect(runs, "grpo", range(5), "final", "accuracy")."""
     found = []
     for seed in seeds:
         value: Any = runs[f"{kind}-{seed}"]
@@ -64,7 +64,7 @@ def headline(runs: Runs) -> str:
 
 
 def summary(runs: Runs) -> str:
-    """Seeds tuned on and seeds kept back, side by side."""
+    """Tuning seeds and held-back seeds side by side."""
     rows: list[tuple[str, Callable[[range], str]]] = [
         ("base: accuracy", lambda s: spread(collect(runs, "grpo", s, "base", "accuracy"))),
         ("base: pass@16 (temperature 1)", lambda s: spread(collect(runs, "grpo", s, "base", "pass_at_16"))),
@@ -97,7 +97,7 @@ def summary(runs: Runs) -> str:
 
 
 def output(runs: Runs) -> str:
-    """What the default run printed: without its progress bars, and without most of its evaluations."""
+    """The output of the default run, without progress bars and most evaluations."""
     lines: list[str] = []
     for line in runs["grpo-0"]["printed"].strip().splitlines():
         step = re.match(r"step +(\d+)  held-out", line)
@@ -109,7 +109,7 @@ def output(runs: Runs) -> str:
 
 
 def seeds_table(runs: Runs) -> str:
-    """Every seed."""
+    """The table of all seeds."""
     lines = [
         "| seed | base [95 %] | base pass@16 | GRPO [95 %] | worked: base → GRPO | flawless | tokens: base → GRPO "
         "| shuffled | rejection sampling | s: warm-up + rollout + update + evaluation = total | GB |",
@@ -135,7 +135,7 @@ def seeds_table(runs: Runs) -> str:
 
 
 def performance(runs: Runs) -> str:
-    """Every measurement of speed and memory with its bar."""
+    """The table of all measurements of speed and memory, with their bars."""
     trl, step = parts_of("vs_trl"), parts_of("floor")["step"]
     samples, chunks = parts_of("sampler"), parts_of("logprobs")
     lines = [
@@ -191,7 +191,7 @@ def gb(size: float) -> str:
 
 
 def parts_of(name: str) -> Runs:
-    """What results/NAME.json holds."""
+    """The content of results/NAME.json."""
     path = RESULTS / f"{name}.json"
     if not path.is_file():
         sys.exit(f"{path} is missing: run python -m benchmarks.{name}")

@@ -1,12 +1,12 @@
-"""Are runs still the same to the bit? Hashes of short runs, before and after a change that should change no number.
+"""Check that runs are still bit-identical, by hashes of short runs before and after a change of the code.
 
     python -m benchmarks.same_runs store          make the runs and store their hashes in .same_runs.json
     python -m benchmarks.same_runs check          make them again and compare; exit status 1 if a hash differs
     python -m benchmarks.same_runs check dapo     only the runs whose name contains "dapo"
 
-Each run is a command of its own, as a user would type it. Hashed are samples.jsonl, the weights in final/ and
-metrics.jsonl without the columns that a clock fills. The hashes belong to one processor and one version of torch, so
-they are not in git: store them on the commit before your change.
+Each run is a separate command, as a user would type it. The hashes cover samples.jsonl, the weights in final/, and
+metrics.jsonl without its time columns. They are valid only for one processor and one version of torch, so they are not
+in git. Store them on the commit before your change.
 """
 
 import argparse
@@ -52,7 +52,7 @@ RUNS: dict[str, list[str]] = {
 
 
 def hashes_of(name: str) -> dict[str, str]:
-    """Make one run; the name of each thing that is compared -> its sha256."""
+    """Make one run. Returns the sha256 of each compared item, by its name."""
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "run"
         settings = [f"--{setting.replace('=', ' ', 1)}" for setting in RUNS[name]]
@@ -86,7 +86,7 @@ def _sha256(content: bytes) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Store or compare; returns the exit status."""
+    """Store the hashes or compare them. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("store", "check"))
     parser.add_argument("names", nargs="*", help="only runs whose name contains one of these")

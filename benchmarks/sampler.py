@@ -1,24 +1,25 @@
-"""`generate_completions` against Hugging Face's `model.generate`: which samples the completions of a rollout sooner?
+"""Compare the speed of `generate_completions` with Hugging Face's `model.generate` for the completions of a rollout.
 
-    python -m benchmarks.sampler                                       all of it, about five minutes on two cores
-    python -m benchmarks.sampler --cases "tiny equal" "tiny ragged"    a part of it
+    python -m benchmarks.sampler                                       all cases, about five minutes on two cores
+    python -m benchmarks.sampler --cases "tiny equal" "tiny ragged"    some cases
 
-The models are Llamas with random float32 weights, so nothing is downloaded: a tiny one and one of 110 M. Three kinds of
-case:
+The models are Llamas with random float32 weights, so nothing is downloaded: a tiny model and one with 110 M weights.
+There are three kinds of cases:
 
-    equal        no completion ever stops, all run to the maximum
+    equal        no completion stops before the maximum length
     ragged       completions stop by themselves, at a quarter of the maximum on average
-    long prompt  one prompt of 512 tokens, 32 tokens of completion, all run to the maximum
+    long prompt  one prompt of 512 tokens; all completions have 32 tokens, the maximum
 
-`generate` is used as well as it can be without writing a loop of one's own: one batch, left-padded prompts, KV cache,
-num_return_sequences, and neither top-k nor top-p, which would cost it time. It returns ids alone; ours returns their
-log-probs and the texts as well, inside the same clock.
+`generate` is used in its fastest way without a custom loop: one batch, left-padded prompts, KV cache,
+num_return_sequences, and neither top-k nor top-p, which would cost time. It returns only ids. Our sampler also returns
+log-probs and texts, and their cost is part of its time.
 
-How both are made to stop alike: the stop token's logit is a constant, a bias of the head, so that every token is the
-stop token with one and the same probability, whatever was written before. Lengths are then geometric for both samplers.
-Each call has its own seed, so the lengths of no single draw decide; the mean lengths are kept beside the times.
+Both samplers stop with the same probability: a bias of the head makes the stop token's logit constant, so the stop
+token has the same probability at every position, for any text. The lengths then have a geometric distribution for both
+samplers. Each call has its own seed, so the result does not depend on a single draw of lengths. The mean lengths are
+stored with the times.
 
-Results go to benchmarks/results/sampler.json after every case; a case measured with the code as it is now is skipped.
+Results go to benchmarks/results/sampler.json after every case. Cases measured with the current code are skipped.
 """
 
 import argparse
@@ -48,7 +49,7 @@ NEVER = -1e4  # a logit whose probability is exactly 0 in float32
 
 @dataclass(frozen=True)
 class Size:
-    """What a Llama's size is made of."""
+    """The sizes of a Llama."""
 
     hidden_size: int
     intermediate_size: int
@@ -59,7 +60,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison: P prompts, G completions each, and the ratio of seconds that ours is held to."""
+    """One comparison: P prompts with G completions each, and the required ratio of seconds."""
 
     size: Size
     num_prompts: int
@@ -88,7 +89,7 @@ Sampler = Callable[[PreTrainedModel, PreTrainedTokenizerBase, list[list[int]], C
 def sample_ours(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], case: Case, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Ids and mask of the completions, (B, C)."""
+    """Ids and mask of the completions from our sampler, (B, C) each."""
     rollout = generate_completions(
         model,
         tokenizer,
@@ -103,7 +104,7 @@ def sample_ours(
 def sample_generate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], case: Case, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """The same of `model.generate`."""
+    """Ids and mask of the completions from `model.generate`, (B, C) each."""
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     settings = GenerationConfig(
         do_sample=True,
@@ -120,14 +121,14 @@ def sample_generate(
     ids = model.generate(**batch, generation_config=settings)  # type: ignore[operator]
     ids = ids[:, batch["input_ids"].shape[1] :]  # (B, C)
     is_stop = ids == tokenizer.eos_token_id
-    return ids, is_stop.int().cumsum(1) - is_stop.int() == 0  # a random model may write the padding's id: count stops
+    return ids, is_stop.int().cumsum(1) - is_stop.int() == 0  # counts stops, as a random model may sample padding
 
 
 SAMPLERS: dict[str, Sampler] = {"ours": sample_ours, "generate": sample_generate}
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Seconds, lengths and tokens a second of both samplers, who take turns and sample with seed 0, 1, 2, ..."""
+    """Seconds, lengths and tokens per second of both samplers, which take turns with the seeds 0, 1, 2, ..."""
     model = random_llama(case.size)
     set_stop_probability(
         model, stop_probability(case.mean_length, case.max_completion_length) if case.mean_length else 0.0
@@ -169,10 +170,10 @@ def random_llama(size: Size, seed: int = 0) -> LlamaForCausalLM:
 
 @torch.no_grad()
 def set_stop_probability(model: LlamaForCausalLM, probability: float) -> None:
-    """From now on every token is the stop token with this probability; 0 = never.
+    """Make every token the stop token with this probability; 0 = never.
 
     With b the stop token's logit and Z the sum of exp(logit) of all others, p = exp(b) / (exp(b) + Z). With random
-    weights Z hardly depends on what was written, so one constant b = log(p / (1 - p)) + log Z does.
+    weights Z hardly depends on the text, so one constant b = log(p / (1 - p)) + log Z is sufficient.
     """
     head = model.lm_head
     head.weight[EOS_ID] = 0.0
@@ -180,32 +181,32 @@ def set_stop_probability(model: LlamaForCausalLM, probability: float) -> None:
     head.bias[EOS_ID] = NEVER
     if probability > 0:
         ids = torch.tensor(random_prompts(4, (64, 64), head.out_features))
-        log_sums = torch.logsumexp(model(ids).logits, dim=-1)  # (4, 64), the stop token counts for nothing in it
+        log_sums = torch.logsumexp(model(ids).logits, dim=-1)  # (4, 64), without the stop token
         head.bias[EOS_ID] = torch.logit(torch.tensor(probability)) + log_sums.mean()
 
 
 def stop_probability(mean_length: float, max_length: int) -> float:
-    """The p for which geometric lengths, cut off at max_length, have this mean: (1 - (1 - p)^max_length) / p.
+    """The p for which geometric lengths, truncated at max_length, have this mean: (1 - (1 - p)^max_length) / p.
 
     >>> round(stop_probability(1.5, 2), 6)
     0.5
     """
     low, high = 0.0, 1.0
-    for _ in range(60):  # bisection: the mean falls as p grows
+    for _ in range(60):  # bisection, because the mean falls as p grows
         p = (low + high) / 2
         low, high = (p, high) if (1 - (1 - p) ** max_length) / p > mean_length else (low, p)
     return p
 
 
 def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """One word an id: "<pad>", "<eos>", "2", "3", ..."""
+    """A tokenizer with one word per id: "<pad>", "<eos>", "2", "3", ..."""
     words = ["<pad>", "<eos>", *map(str, range(2, vocab_size))]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="2"))
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
 
 
 def random_prompts(num_prompts: int, lengths: tuple[int, int], vocab_size: int) -> list[list[int]]:
-    """Ids from a fixed seed, neither padding nor stop; lengths evenly from the longest down to the shortest."""
+    """Prompts of random ids (no padding or stop token) from a fixed seed, with evenly spaced lengths, longest first."""
     generator = torch.Generator().manual_seed(0)
     shortest, longest = lengths
     counts = torch.linspace(longest, shortest, num_prompts).round().int().tolist()
@@ -213,12 +214,12 @@ def random_prompts(num_prompts: int, lengths: tuple[int, int], vocab_size: int) 
 
 
 def ratio(part: dict[str, Any]) -> float:
-    """How many times sooner ours is: median seconds of generate / median seconds of ours."""
+    """The speedup: median seconds of generate / median seconds of our sampler."""
     return part["samplers"]["generate"]["median"] / part["samplers"]["ours"]["median"]
 
 
 def bars(parts: dict[str, Any]) -> list[tuple[str, str, float, bool]]:
-    """What, the bar in words, the measured value, met; one for every case that was measured."""
+    """The bars of the measured cases: (name, the bar in words, measured value, whether it is met)."""
     rows = []
     for name, case in CASES.items():
         if name in parts:
@@ -228,7 +229,7 @@ def bars(parts: dict[str, Any]) -> list[tuple[str, str, float, bool]]:
 
 
 def report(parts: dict[str, Any], cases: Sequence[str]) -> str:
-    """A row a case and sampler, then the bars."""
+    """A table with one row per case and sampler, followed by the bars."""
     lines = ["case               weights    sampler    median s  quartiles s       mean length  tokens/s"]
     for name in cases:
         for sampler, row in parts[name]["samplers"].items():

@@ -1,23 +1,24 @@
-"""What a rollout and a training pass cost as groups, prompts, completions and the vocabulary grow.
+"""Measure how the cost of a rollout and of a training pass grows with groups, prompts, completions and vocabulary.
 
-    python -m benchmarks.scaling                 all of it, four to five minutes on two cores
-    python -m benchmarks.scaling --parts grid    a part of it
+    python -m benchmarks.scaling                 all parts, four to five minutes on two cores
+    python -m benchmarks.scaling --parts grid    one part
 
 Three kinds of work on a small Llama with random float32 weights:
 
-    rollout         `generate_completions`, every completion run to its maximum
-    score never     `compute_logprobs` and backward, every completion behind a prompt of its own
-    score auto      the same, siblings behind one copy of their prompt where the rule of `shared_prefix: auto` says so
+    rollout         `generate_completions`, in which every completion has the maximum length
+    score never     `compute_logprobs` and backward, with one copy of the prompt per completion
+    score auto      as score never, but with one copy of the prompt per group if the rule of `shared_prefix: auto` is
+                    met
 
-"axes" changes one size at a time around a base point: median seconds of calls that take turns, and the memory of one
-call, each in a process of its own: its peak less what it held with the model built.
+"axes" changes one size at a time around a base point. It measures the median seconds of calls that take turns, and the
+memory of one call in a separate process: its peak minus its memory after the model was built.
 
-"grid" judges the rule of auto: prompt length x completion length x group size with as many completions in every cell,
-scored with never, always and auto in turns. The rule is right in a cell if auto is hardly slower than the better of the
-other two.
+"grid" tests the rule of auto on a grid of prompt length x completion length x group size. All cells have the same
+number of completions, scored with never, always and auto in turns. The rule is correct in a cell if auto is at most
+slightly slower than the better of the other two.
 
-Lengths vary between three quarters of a size and the whole, as in training, so that attention takes its masked path. No
-bars: nothing here is promised. Results go to benchmarks/results/scaling.json.
+Lengths vary between three quarters of a size and the whole size, as in training, so attention uses its masked path.
+This benchmark has no bars. Results go to benchmarks/results/scaling.json.
 """
 
 import argparse
@@ -61,20 +62,20 @@ AXES: dict[str, tuple[int, ...]] = {
 AXES_WORK = {"rollout": "rollout", "never": "score never", "auto": "score auto"}  # work -> its title in the tables
 AXES_REPEATS = 5
 
-GRID_ROWS = 16  # completions in a cell, whatever its group size
+GRID_ROWS = 16  # completions in every cell, for all group sizes
 GRID = [
     Point(GRID_ROWS // group_size, group_size, prompt_length, completion_length, vocab_size=512)
     for prompt_length, completion_length, group_size in product((8, 64, 512), (16, 64, 256), (2, 4, 16))
 ]
 GRID_WORK = ("never", "always", "auto")
-GRID_TOKENS = 20_000  # that each candidate scores in a cell: the smaller the batch, the more turns
-TOLERANCE = 0.1  # auto may take so much longer than the better of never and always
+GRID_TOKENS = 20_000  # tokens that each candidate scores per cell; smaller batches get more turns
+TOLERANCE = 0.1  # auto may be slower by this fraction than the better of never and always
 
 # ---------------------------------------------------------------------------------------------------------- the work
 
 
 def rollout_work(model: LlamaForCausalLM, point: Point) -> Callable[[], Any]:
-    """One rollout, in which nothing stops before its maximum."""
+    """One rollout, in which no completion stops before the maximum length."""
     set_stop_probability(model, 0.0)
     tokenizer = make_tokenizer(point.vocab_size)
     prompts = random_prompts(point.num_prompts, _lengths(point.prompt_length), point.vocab_size)
@@ -84,7 +85,7 @@ def rollout_work(model: LlamaForCausalLM, point: Point) -> Callable[[], Any]:
 
 
 def scoring_work(model: LlamaForCausalLM, point: Point, shared_prefix: str) -> Callable[[], Tensor]:
-    """Scoring and backward of one batch of random tokens; gives the log-probs back."""
+    """Scoring and backward of one batch of random tokens. Returns the log-probs."""
     tokens = random_tokens(point)
 
     def score() -> Tensor:
@@ -97,12 +98,12 @@ def scoring_work(model: LlamaForCausalLM, point: Point, shared_prefix: str) -> C
 
 
 def work(name: str, model: LlamaForCausalLM, point: Point) -> Callable[[], Any]:
-    """`rollout`, or scoring with shared_prefix = name."""
+    """The work of this name: a rollout, or scoring with shared_prefix = name."""
     return rollout_work(model, point) if name == "rollout" else scoring_work(model, point, name)
 
 
 def random_tokens(point: Point) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four arguments of `compute_logprobs`: padded prompts, each for its whole group, and completions."""
+    """The four arguments of `compute_logprobs`: padded prompts, each repeated for its group, and completions."""
     num_rows, vocab_size = point.num_prompts * point.group_size, point.vocab_size
     completions = random_prompts(num_rows, _lengths(point.completion_length), vocab_size)
     prompts = random_prompts(point.num_prompts, _lengths(point.prompt_length), vocab_size)
@@ -121,22 +122,22 @@ def _lengths(longest: int) -> tuple[int, int]:
 
 
 def measure_times(names: Sequence[str], point: Point, repeats: int) -> dict[str, dict[str, float]]:
-    """Medians of works that take turns."""
+    """The median seconds of several kinds of work, which take turns."""
     model = random_llama(replace(MODEL, vocab_size=point.vocab_size))
     times = interleaved({name: work(name, model, point) for name in names}, repeats)
     return {name: spread(times[name]) for name in names}
 
 
 def measure_memory(name: str, point: Point) -> float:
-    """GB that one call takes at its peak, in a process of its own."""
+    """The peak memory of one call in GB, measured in a separate process."""
     result = in_fresh_process("benchmarks.scaling", "--child", json.dumps([name, asdict(point)]))
     return result["work_gb"]
 
 
 def child(name: str, point: Point) -> dict[str, float]:
-    """What the process of `measure_memory` does."""
+    """The code of the separate process of `measure_memory`."""
     call = work(name, random_llama(replace(MODEL, vocab_size=point.vocab_size)), point)
-    # Imports and building may have held more than is held now; work hidden under that peak would look free.
+    # Imports and building may have used more memory than is used now. This peak would hide that of the work.
     before = forget_peak()
     call()
     return {"work_gb": peak_memory_gb() - before}
@@ -153,7 +154,7 @@ def measure_point(point: Point, repeats: int) -> dict[str, Any]:
 
 
 def measure_grid(points: Sequence[Point], num_tokens: int) -> dict[str, Any]:
-    """Seconds of never, always and auto in every cell; as many turns, 3 to 21, as score about `num_tokens`."""
+    """Seconds of never, always and auto in every cell. The number of turns, 3 to 21, scores about `num_tokens`."""
     cells = []
     for point in points:
         batch_tokens = point.num_prompts * point.group_size * (point.prompt_length + point.completion_length)
@@ -167,34 +168,34 @@ def measure_grid(points: Sequence[Point], num_tokens: int) -> dict[str, Any]:
 
 
 def part_name(point: Point) -> str:
-    """The base point stands on every axis and is measured once."""
+    """The name of a point's result. The base point has one name on all axes, so it is measured once."""
     sizes = zip("PGLCV", asdict(point).values(), strict=True)
     return " ".join(f"{letter}{size}" for letter, size in sizes)
 
 
 def points_of(axis: str) -> list[Point]:
-    """The base point with this one size changed."""
+    """The points of one axis: the base point with this size changed."""
     return [replace(BASE, **{axis: value}) for value in AXES[axis]]
 
 
 def slowdown(cell: dict[str, Any]) -> float:
-    """Seconds of auto / seconds of the better of never and always; 1 if the choice was right, but for noise."""
+    """Seconds of auto / seconds of the better of never and always; 1 up to noise if the choice was correct."""
     median = {name: cell["seconds"][name]["median"] for name in GRID_WORK}
     return median["auto"] / min(median["never"], median["always"])
 
 
 def cells_auto_is_right(cells: list[dict[str, Any]], tolerance: float = TOLERANCE) -> tuple[int, int]:
-    """On how many cells auto was within the tolerance of the better of never and always, and of how many."""
+    """The number of cells in which auto is within the tolerance of the better of the two, and the number of cells."""
     return sum(slowdown(cell) <= 1 + tolerance for cell in cells), len(cells)
 
 
 def bars(parts: dict[str, Any]) -> list[tuple[str, str, float, bool]]:
-    """None: these are tables to read."""
+    """The bars: there are none, because the results are tables to read."""
     return []
 
 
 def axis_table(parts: dict[str, Any], axis: str) -> str:
-    """A row a value: seconds and GB of each kind of work."""
+    """A table with one row per value: seconds and GB of each kind of work."""
     fixed = ", ".join(f"{name} {value}" for name, value in asdict(BASE).items() if name != axis)
     lines = [f"{axis} ({fixed})", " " * 17 + "".join(f"{title:>19}" for title in AXES_WORK.values())]
     lines += [f"{axis:>17}" + "         s       GB" * len(AXES_WORK)]
@@ -208,7 +209,7 @@ GRID_HEADER = "  prompt  completion  group    never s  always s    auto s  auto 
 
 
 def grid_row(cell: dict[str, Any]) -> str:
-    """One cell."""
+    """The text of one cell."""
     point, seconds = cell["point"], [cell["seconds"][name]["median"] for name in GRID_WORK]
     never, always, auto = (f"{median:>8.4f}" for median in seconds)
     return (
@@ -218,7 +219,7 @@ def grid_row(cell: dict[str, Any]) -> str:
 
 
 def grid_table(cells: list[dict[str, Any]]) -> str:
-    """A row a cell, and the rule's verdict."""
+    """A table with one row per cell, which shows whether the rule was correct."""
     right, total = cells_auto_is_right(cells)
     verdict = f"auto is within {TOLERANCE:.0%} of the better of never and always on {right} of {total} cells"
     return "\n".join([GRID_HEADER, *map(grid_row, cells), verdict])
@@ -234,7 +235,7 @@ def main() -> None:
         print(json.dumps(child(name, Point(**point))))
         return
 
-    results = Results(__file__, data=[Path(sampler.__file__)])  # whose models and prompts are used here
+    results = Results(__file__, data=[Path(sampler.__file__)])  # has the models and prompts
     if "axes" in arguments.parts:
         for axis in AXES:
             for point in points_of(axis):

@@ -1,17 +1,17 @@
-"""Does the default run learn, and is it GRPO that does it? Ten seeds and two controls on the same base models.
+"""Test whether the default run learns, and whether GRPO is the reason: ten seeds and two controls on the same bases.
 
-    python -m benchmarks.toy                              all of it, a quarter of an hour on two cores
-    python -m benchmarks.toy --seeds 0 1 --kinds grpo     a part of it
+    python -m benchmarks.toy                              all parts, 15 minutes on two cores
+    python -m benchmarks.toy --seeds 0 1 --kinds grpo     some parts
 
-For every seed (seed = base_seed) three things are trained and measured greedily on data/math_tasks_test.jsonl:
+For every seed (seed = base_seed), three models are trained and measured greedily on data/math_tasks_test.jsonl:
 
-    grpo                `python train_grpo.py`, started as a user does, base model built from nothing
-    shuffled            the same, but the rewards of each step are dealt to its completions at random
-    rejection_sampling  supervised fine-tuning on the base's own right answers: as many sampled completions, as many
-                        optimizer steps of as many rows, the same optimizer and schedule as grpo
+    grpo                `python train_grpo.py`, as a user would start it, including building the base model
+    shuffled            the same, but the rewards of each step are randomly permuted among its completions
+    rejection_sampling  supervised fine-tuning on the base model's own correct answers, with the same number of sampled
+                        completions, optimizer steps and rows per step, the same optimizer and the same schedule as grpo
 
-Results go to benchmarks/results/toy.json after every part. A part measured with other code or settings is measured
-again; `python -m benchmarks.readme` carries the numbers into the README.
+Results go to benchmarks/results/toy.json after every part. Parts that were measured with other code or settings are
+repeated. `python -m benchmarks.readme` writes the numbers into the README.
 """
 
 import argparse
@@ -43,18 +43,18 @@ from reward_model import MathRewardModel, math_reward
 TEST_FILE = ROOT / "data" / "math_tasks_test.jsonl"
 PICTURE = ROOT / "docs" / "training_curves.png"
 KINDS = ("grpo", "shuffled", "rejection_sampling")
-NUM_SAMPLES = 16  # completions a problem for pass@16
+NUM_SAMPLES = 16  # completions per problem for pass@16
 
 
 def shuffled_math(prompts: list, completions: list, answer: list, **_: Any) -> list[Any]:
-    """The control's reward function: the true rewards of the batch, each given to a random completion."""
+    """The reward function of the control: the true rewards of the batch, randomly permuted among completions."""
     rewards = list(math_reward()(prompts=prompts, completions=completions, answer=answer))
     random.Random("".join(completions)).shuffle(rewards)
     return rewards
 
 
 def describe(folder: Path, config: Config) -> dict[str, Any]:
-    """Greedy accuracy and style on the test file, and pass@k of samples at temperature 1."""
+    """Measure greedy accuracy and style on the test file, and pass@k of samples at temperature 1."""
     model, tokenizer = load_policy(str(folder), base_seed=0, device=torch.device("cpu"))
     samples = list(JSONLinesDataset(TEST_FILE))
     prompts = [sample["prompt"] for sample in samples]
@@ -104,7 +104,7 @@ def describe(folder: Path, config: Config) -> dict[str, Any]:
 
 
 def run_command(seed: int, output: Path, *flags: str) -> dict[str, Any]:
-    """`python train_grpo.py` in a process of its own: its wall clock, its parts, its peak memory."""
+    """Run `python train_grpo.py` in a separate process. Measures its total time, the time of its parts, its memory."""
     shutil.rmtree(output, ignore_errors=True)
     printed, bars = output.with_suffix(".out"), output.with_suffix(".err")
     command = ["train_grpo.py", f"--seed={seed}", f"--base_seed={seed}", f"--output_dir={output}", *flags]
@@ -118,7 +118,7 @@ def run_command(seed: int, output: Path, *flags: str) -> dict[str, Any]:
         "command": " ".join(["python", *command]).replace(str(output), "…"),
         "seconds": {
             "total": total,
-            "warm_up": float(bar[-1][0]) / float(bar[-1][1]) if bar else 0.0,  # the bar's overall rate
+            "warm_up": float(bar[-1][0]) / float(bar[-1][1]) if bar else 0.0,  # the overall rate of the progress bar
             "rollout": sum(row.get("rollout_time", 0.0) for row in rows),
             "update": sum(row.get("update_time", 0.0) for row in rows),
             "evaluation": sum(row.get("eval/time", 0.0) for row in rows),
@@ -130,9 +130,9 @@ def run_command(seed: int, output: Path, *flags: str) -> dict[str, Any]:
 
 
 def measure_grpo(seed: int, config: Config, work: Path) -> dict[str, Any]:
-    shutil.rmtree(Path(os.environ["GRPO_CACHE"]), ignore_errors=True)  # so that the time includes the base model
+    shutil.rmtree(Path(os.environ["GRPO_CACHE"]), ignore_errors=True)  # so that the time includes building the base
     run = run_command(seed, work / f"grpo-{seed}")
-    if seed == 0:  # the default run: its picture, in 64 colours, is the README's
+    if seed == 0:  # the README shows the picture of this run, in 64 colours
         Image.open(work / "grpo-0/training_curves.png").convert("RGB").quantize(64).save(PICTURE, optimize=True)
     return {
         "base": describe(tiny_base_model(seed), config),
@@ -213,7 +213,7 @@ def main() -> None:
 
     config = load_config()
     results = Results(__file__, data=sorted(ROOT.glob("data/*.jsonl")))
-    for kind in arguments.kinds:  # all of grpo first: its times want a machine that does nothing else
+    for kind in arguments.kinds:  # grpo first, because its times need an otherwise idle machine
         for seed in arguments.seeds:
             if results.has(f"{kind}-{seed}"):
                 continue

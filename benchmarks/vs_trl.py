@@ -1,24 +1,25 @@
-"""The default run against TRL's GRPOTrainer: the same problem, the same machine, the same environment.
+"""Compare the default run with TRL's GRPOTrainer on the same problem, machine and environment.
 
-    python -m benchmarks.vs_trl                    all of it, about five minutes on two cores; goes on where it stopped
-    python -m benchmarks.vs_trl --parts step       a part of it
+    python -m benchmarks.vs_trl                    all parts, five minutes on two cores; continues where it stopped
+    python -m benchmarks.vs_trl --parts step       one part
 
-    step          seconds a step: whole runs of 150 steps, the two taking turns, medians over steps and seeds
-    to_accuracy   seconds of training until 0.95 of the held-out problems are right (greedy, looked at every 5 steps)
-    memory        peak memory of 20 steps, each in a process of its own
+    step          seconds per step: whole runs of 150 steps, which take turns; medians over steps and seeds
+    to_accuracy   seconds of training until 0.95 of the held-out problems are solved (greedy, tested every 5 steps)
+    memory        peak memory of 20 steps, each side in a separate process
 
-A step is counted alike on both sides: the wall clock from the end of one step to the end of the next, whatever either
-does in between, without evaluations. The first step of a run warms up and counts for to_accuracy alone. Both get the
-same model folder, prompts in the same order, reward function and settings (`trl_settings` has them in TRL's words, and
-the script prints them). TRL generates with transformers, as it does where vLLM is not installed, and logs nothing.
+The time of a step is measured in the same way on both sides: the wall clock from the end of one step to the end of the
+next, without evaluations. The first step of a run is a warm-up and counts only for to_accuracy. Both sides get the same
+model folder, prompts in the same order, reward function and settings (`trl_settings` translates them to TRL's names,
+and the script prints them). TRL generates with transformers, as it does without vLLM, and logs nothing.
 
-What still differs:
-  - the sampling noise: torch's global generator there, a stream for every completion here
-  - the first `warmup_steps`: TRL's rate rises from 0, n / w, ours from its first step on, (n + 1) / (w + 1); then equal
-  - TRL scores its 256 completions at once, we do so in the micro-batches of config.yaml
-  - we write every completion and a row of metrics to a file at every step, TRL writes nothing
+Remaining differences:
+  - The sampling noise: TRL uses torch's global generator, we use one stream per completion.
+  - The first `warmup_steps`: TRL's learning rate starts at 0 (n / w), ours above 0 ((n + 1) / (w + 1)). Then both are
+    equal.
+  - TRL scores its 256 completions at once, we use the micro-batches of config.yaml.
+  - We write every completion and a row of metrics to a file in every step, TRL writes nothing.
 
-TRL is no requirement of the project: pip install -r requirements-dev.txt. Results: benchmarks/results/vs_trl.json.
+TRL is not a requirement of the project: pip install -r requirements-dev.txt. Results: benchmarks/results/vs_trl.json.
 """
 
 import argparse
@@ -54,46 +55,46 @@ from reward_model import Scores, load_rewards, math_reward, score_completions
 
 SEEDS = (0, 1, 2)
 TARGET = 0.95  # held-out accuracy to reach
-EVAL_EVERY = 5  # steps between two looks at it
+EVAL_EVERY = 5  # steps between two evaluations
 NEVER = 10**6  # steps
 MEMORY_STEPS = 20
-MAX_RATIO = 0.5  # the bar: at most this share of TRL's seconds,
-MAX_OVER_FLOOR = 1.15  # or at most so many times our own model calls alone (benchmarks/results/floor.json)
+MAX_RATIO = 0.5  # the bar: at most this fraction of TRL's seconds,
+MAX_OVER_FLOOR = 1.15  # or at most this multiple of our model calls alone (benchmarks/results/floor.json)
 
 LOSS_TYPES = {"sequence": "grpo", "token": "dapo", "constant": "dr_grpo"}  # ours -> TRL's name
 
 
 @dataclass
 class Training:
-    """One training under the clock, which is the same for both sides.
+    """One timed training run; the same code measures both sides.
 
-    It is over after `num_steps`, or at the first evaluation that finds `target`.
+    The training ends after `num_steps`, or at the first evaluation with an accuracy of at least `target`.
     """
 
     num_steps: int
     target: float = math.inf
-    step_seconds: list[float] = field(default_factory=list)  # wall clock of whole steps, evaluations left out
-    mean_lengths: list[float] = field(default_factory=list)  # tokens a completion, a number a step
-    step_times: list[float] = field(default_factory=list)  # ours alone: "step_time", which leaves out writing the files
+    step_seconds: list[float] = field(default_factory=list)  # wall clock of whole steps, without evaluations
+    mean_lengths: list[float] = field(default_factory=list)  # tokens per completion, one value per step
+    step_times: list[float] = field(default_factory=list)  # only ours: "step_time", which excludes writing files
     accuracies: list[tuple[int, float]] = field(default_factory=list)  # (step, held-out accuracy)
     started: float = 0.0
 
     def start_clock(self) -> None:
-        """A step begins."""
+        """Called when a step begins."""
         self.started = time.perf_counter()
 
     def stop_clock(self, evaluation_seconds: float = 0.0) -> None:
-        """The step is done; `evaluation_seconds` of it do not count."""
+        """Called when a step has ended. `evaluation_seconds` are subtracted."""
         self.step_seconds.append(time.perf_counter() - self.started - evaluation_seconds)
 
     @property
     def has_reached_target(self) -> bool:
-        """Whether the newest evaluation found the accuracy asked for."""
+        """Whether the latest evaluation reached the target accuracy."""
         return bool(self.accuracies) and self.accuracies[-1][1] >= self.target
 
     @property
     def is_over(self) -> bool:
-        """Whether there is no more to measure."""
+        """Whether the measurement is complete."""
         return self.has_reached_target or len(self.step_seconds) >= self.num_steps
 
 
@@ -101,14 +102,14 @@ class Training:
 
 
 class TimedFolder(RunFolder):
-    """The folder of a run that tells a clock when a step ends. It draws no picture and keeps no best/."""
+    """A run folder that notifies a clock when a step ends. It draws no picture and keeps no best/."""
 
     def __init__(self, config: Config, training: Training) -> None:
         super().__init__(config)
         self.training = training
 
     def append(self, row: dict[str, Any], samples: Sequence[dict[str, Any]] = ()) -> None:
-        """The last thing a step does."""
+        """Called at the end of a step."""
         super().append(row, samples)
         if row["step"] == 0:
             return
@@ -123,18 +124,18 @@ class TimedFolder(RunFolder):
     def report(
         self, step: int, evaluation: Evaluation, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     ) -> None:
-        """What follows an evaluation, the base's at step 0 too: the next step begins."""
+        """Called after an evaluation, including that of the base model at step 0. The next step begins."""
         self.training.start_clock()
 
 
 def train_ours(config: Config, training: Training) -> None:
-    """train_grpo.py's own loop, until the training is over. It evaluates every `eval_every` steps."""
+    """Run the loop of train_grpo.py until the training ends. It evaluates every `eval_every` steps."""
     folder = TimedFolder(config, training)
     setup = set_up(folder)
     assert setup is not None
     try:
         train_grpo.train(setup, Run(folder))
-    except KeyboardInterrupt:  # so the loop ends where a stop was requested
+    except KeyboardInterrupt:  # the loop ends like this after a requested stop
         if not training.is_over:
             raise
 
@@ -143,7 +144,7 @@ def train_ours(config: Config, training: Training) -> None:
 
 
 def import_trl() -> Any:
-    """TRL, or how to get it."""
+    """Import TRL. If it is missing, the error says how to install it."""
     try:
         import trl
     except ImportError as error:
@@ -152,7 +153,7 @@ def import_trl() -> Any:
 
 
 def trl_settings(config: Config) -> dict[str, Any]:
-    """The settings of a run in TRL's words."""
+    """The settings of a run with TRL's names."""
     # What has no counterpart there would make it another problem.
     assert config.advantage_baseline == "group"
     assert config.lr_schedule in ("cosine", "linear")
@@ -201,7 +202,7 @@ def trl_settings(config: Config) -> dict[str, Any]:
 
 
 class ClockCallback(TrainerCallback):
-    """Tells the clock when a step of TRL's ends; evaluates every `eval_every` steps while the clock stands still."""
+    """Notifies the clock when a step of TRL ends. Evaluates every `eval_every` steps while the clock is stopped."""
 
     def __init__(self, training: Training, accuracy_of: Callable[[PreTrainedModel], float], eval_every: int) -> None:
         self.training, self.accuracy_of, self.eval_every = training, accuracy_of, eval_every
@@ -218,7 +219,7 @@ class ClockCallback(TrainerCallback):
 
 
 def train_trl(config: Config, training: Training) -> None:
-    """TRL's loop as its users start it, until the training is over."""
+    """Run TRL's loop, started as its users do, until the training ends."""
     trl = import_trl()
     from datasets import Dataset  # type: ignore[import-untyped]
 
@@ -227,7 +228,7 @@ def train_trl(config: Config, training: Training) -> None:
     rewards, reward_fn = load_rewards(config.rewards), math_reward()
 
     def math_fn(completion_ids: list[list[int]], **columns: Any) -> Sequence[Any]:
-        """Our reward function; in passing the lengths are noted, to show that both do the same work."""
+        """Our reward function. It also records the lengths, to show that both sides do the same work."""
         training.mean_lengths.append(statistics.fmean(map(len, completion_ids)))
         return reward_fn(**columns)
 
@@ -235,7 +236,7 @@ def train_trl(config: Config, training: Training) -> None:
         return score_completions(rewards, samples, rollout.completions, rollout.token_lists())
 
     def accuracy_of(policy: PreTrainedModel) -> float:
-        """Our evaluation of TRL's weights, in a model of our own: TRL's has another forward."""
+        """Evaluate TRL's weights with our code, in a separate model, because TRL changes the model's forward."""
         model.load_state_dict(policy.state_dict())
         length, rows = config.max_completion_length, config.batch_size * config.group_size
         evaluation = evaluate_greedy(model, tokenizer, eval_set, score, max_completion_length=length, batch_rows=rows)
@@ -262,12 +263,12 @@ SIDES: dict[str, Callable[[Config, Training], None]] = {"ours": train_ours, "trl
 
 
 def default_run(seed: int) -> list[str]:
-    """The default run in float32 on the CPU. Its base model lies in the cache before any clock starts."""
+    """The settings of the default run in float32 on the CPU. Its base model is cached before any clock starts."""
     return [f"model_name={tiny_base_model(seed)}", f"seed={seed}", "device=cpu", "dtype=float32"]
 
 
 def train(side: str, settings: Sequence[str], training: Training, *, eval_every: int = NEVER) -> Training:
-    """One training of one side in a temporary folder."""
+    """Train one side once, in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         paces = [f"eval_every={eval_every}", f"save_every={NEVER}", f"output_dir={folder}"]
         SIDES[side](load_config(None, [*settings, *paces]), training)
@@ -276,13 +277,13 @@ def train(side: str, settings: Sequence[str], training: Training, *, eval_every:
 
 
 def turns(settings: dict[int, list[str]]) -> list[tuple[int, str]]:
-    """(seed, side) in the order of measurement: who is first changes from seed to seed."""
+    """(seed, side) in the order of measurement. The first side alternates from seed to seed."""
     orders = [list(SIDES), list(reversed(SIDES))]
     return [(seed, side) for number, seed in enumerate(settings) for side in orders[number % 2]]
 
 
 def measure_step(settings: dict[int, list[str]]) -> dict[str, Any]:
-    """Whole runs, a pair for every seed; the first step of each warms up."""
+    """Measure a pair of whole runs for every seed. The first step of each run is a warm-up."""
     trainings: dict[str, list[Training]] = {side: [] for side in SIDES}
     for seed, side in turns(settings):
         config = load_config(None, settings[seed])
@@ -294,7 +295,7 @@ def measure_step(settings: dict[int, list[str]]) -> dict[str, Any]:
 
 
 def summary_of_steps(runs: Sequence[Training], num_rows: int) -> dict[str, Any]:
-    """What the result file keeps of one side's runs, `num_rows` completions a step."""
+    """The content of the result file for the runs of one side, with `num_rows` completions per step."""
     seconds = [value for run in runs for value in run.step_seconds[1:]]
     step_times = [value for run in runs for value in run.step_times[1:]]
     return {
@@ -310,7 +311,7 @@ def summary_of_steps(runs: Sequence[Training], num_rows: int) -> dict[str, Any]:
 def measure_to_accuracy(
     settings: dict[int, list[str]], *, target: float = TARGET, eval_every: int = EVAL_EVERY
 ) -> dict[str, Any]:
-    """Seconds of training up to the first evaluation that finds `target`; None where no evaluation of the run does."""
+    """Seconds of training up to the first evaluation that reaches `target`; None if no evaluation does."""
     result: dict[str, Any] = {"target": target, "eval_every": eval_every, **{side: [] for side in SIDES}}
     for seed, side in turns(settings):
         config = load_config(None, settings[seed])
@@ -323,15 +324,15 @@ def measure_to_accuracy(
 
 
 def measure_memory(settings: dict[int, list[str]]) -> dict[str, Any]:
-    """Peak memory in GB, of the imports and of all, of the first seed's run."""
+    """Peak memory in GB of the imports and of the whole run, for the first seed."""
     seed = next(iter(settings))
     return {side: in_fresh_process("benchmarks.vs_trl", "--memory_of", side, f"--seed={seed}") for side in SIDES}
 
 
 def train_for_memory(side: str, settings: Sequence[str], num_steps: int = MEMORY_STEPS) -> dict[str, float]:
-    """What the fresh process does; it prints this as its last line."""
+    """The code of the fresh process. It prints its result as its last line."""
     if side == "trl":
-        import_trl().GRPOTrainer  # noqa: B018  TRL imports what it has when it is asked for
+        import_trl().GRPOTrainer  # noqa: B018  TRL imports its parts lazily, on access
     imported = peak_memory_gb()
     training = train(side, settings, Training(num_steps))
     return {"imports_gb": imported, "steps": len(training.step_seconds)}
@@ -344,16 +345,16 @@ MEASURES: dict[str, Callable[[dict[int, list[str]]], dict[str, Any]]] = {
 }
 
 
-# What came out
+# The results
 
 
 def median_to_accuracy(part: dict[str, Any], side: str) -> float:
-    """Seconds, the median of the seeds; a run that never got there took forever."""
+    """Median seconds over the seeds. A run that never reached the target counts as infinite."""
     return statistics.median(math.inf if run["seconds"] is None else run["seconds"] for run in part[side])
 
 
 def allowed_ratio(parts: dict[str, Any], folder: Path = RESULTS) -> tuple[float, str]:
-    """The larger of the two bars on the seconds a step, over TRL's, and how it is called."""
+    """The larger of the two bars on seconds per step, as a fraction of TRL's seconds, and its name."""
     floor_file = folder / "floor.json"
     floor = json.loads(floor_file.read_text())["parts"].get("step") if floor_file.is_file() else None
     of_floor = MAX_OVER_FLOOR * floor["floor_seconds"] / parts["step"]["trl"]["seconds"]["median"] if floor else 0.0
@@ -363,7 +364,7 @@ def allowed_ratio(parts: dict[str, Any], folder: Path = RESULTS) -> tuple[float,
 
 
 def bars(parts: dict[str, Any], folder: Path = RESULTS) -> list[tuple[str, str, float, bool]]:
-    """(what, the bar in words, measured, met) of what is measured."""
+    """The bars of the measured parts: (name, the bar in words, measured value, whether it is met)."""
     found = []
     if "step" in parts:
         allowed, words = allowed_ratio(parts, folder)
@@ -382,7 +383,7 @@ def in_seconds(seconds: float | None) -> str:
 
 
 def describe(parts: dict[str, Any]) -> str:
-    """What is measured, a line each."""
+    """The results as text, one line per measurement."""
     lines = []
     for side in SIDES:
         if "step" in parts:

@@ -1,16 +1,16 @@
-"""Write small Python programming problems, code_tasks_{train,eval}.jsonl, the same bytes every time.
+"""Write small Python programming problems, code_tasks_{train,eval}.jsonl. The output is deterministic.
 
-    python data/make_code_tasks.py            # rewrites the two files beside this script
+    python data/make_code_tasks.py            # rewrites the two files next to this script
 
-Most problems ask for a function, some for a script. A row has
+Most problems ask for a function, some for a script. A row has these columns:
 
-    prompt      what to write, with an example
-    tests       asserts, or what a script reads and must print: {"input": ..., "output": ...}
-    solution    a completion that passes all tests: a fenced block of Python
+    prompt      the problem, with an example
+    tests       asserts, or the input and expected output of a script: {"input": ..., "output": ...}
+    solution    a completion that passes all tests: a fenced Python block
 
-Every fifth problem of each table is held out for evaluation, the others are for training. The tables are ordered by
-kind, so both files have every kind. The first call of a problem is the prompt's example and no test, so there is
-nothing to copy out of the prompt. Expected values are what the solutions return and print.
+Every fifth problem of each table is held out for evaluation; the others are for training. The tables are ordered by
+kind, so both files contain every kind. The first call of a problem is the example in the prompt. It is not a test, so
+copying the example earns nothing. The solutions are run to compute the expected values.
 """
 
 import contextlib
@@ -26,8 +26,8 @@ from unittest import mock
 HOLD_OUT = 5  # every fifth problem
 END = "Answer with one Python block."
 
-Function = tuple[str, str, str, list[tuple]]  # signature, what it returns, body, arguments of some calls
-Script = tuple[str, str, str, list[str]]  # what it reads, what it prints, code, some inputs
+Function = tuple[str, str, str, list[tuple]]  # signature, return value in words, body, arguments of some calls
+Script = tuple[str, str, str, list[str]]  # input in words, output in words, code, some inputs
 Row = dict[str, Any]
 
 # fmt: off
@@ -958,7 +958,7 @@ SCRIPTS: list[Script] = [
 
 
 def literal(value: Any) -> str:
-    """The value as Python text; the items of a set in order, which `repr` does not promise.
+    """The value as Python text. The items of a set are sorted, because `repr` does not guarantee their order.
 
     >>> literal(({"b", "a"},))
     "({'a', 'b'},)"
@@ -981,7 +981,7 @@ def clean(code: str) -> str:
 
 
 def function_row(problem: Function) -> Row:
-    """A problem of FUNCTIONS as a row."""
+    """Turn a problem of FUNCTIONS into a row."""
     signature, returned, body, calls = problem
     name = signature.partition("(")[0]
     code = f"def {signature}:\n{textwrap.indent(clean(body), '    ')}"
@@ -998,7 +998,7 @@ def function_row(problem: Function) -> Row:
 
 
 def script_row(problem: Script) -> Row:
-    """A problem of SCRIPTS as a row."""
+    """Turn a problem of SCRIPTS into a row."""
     read, printed, code, inputs = problem
     code = clean(code)
 

@@ -1,11 +1,11 @@
-"""Write the arithmetic problems of the default run, math_tasks_{train,eval,test}.jsonl, the same bytes every time.
+"""Write the arithmetic problems of the default run, math_tasks_{train,eval,test}.jsonl. The output is deterministic.
 
-    python data/make_math_tasks.py            # rewrites the three files beside this script
+    python data/make_math_tasks.py            # rewrites the three files next to this script
 
-A problem is a sum a + b or a difference a - b >= 0 of numbers 0-99; there are 10,000 + 5,050 = 15,050 of them.
-7 + 5 and 5 + 7 are one fact in two forms. Whole facts are dealt to the three splits first, so that nobody who has
-memorised `train` has seen an evaluation problem in either form; each split is then drawn uniformly from its share.
-What is not drawn stands in no file.
+A problem is a sum a + b or a difference a - b >= 0 of numbers 0-99; there are 10,000 + 5,050 = 15,050 problems.
+7 + 5 and 5 + 7 are one fact in two forms. Whole facts are first assigned to the three splits, so a model that has
+memorised `train` has seen no evaluation problem in either form. The problems of each split are then drawn uniformly
+from its facts. Problems that are not drawn are in no file.
 """
 
 import json
@@ -13,14 +13,14 @@ import random
 from pathlib import Path
 
 SEED = 0
-SHARES = {"train": 0.88, "eval": 0.06, "test": 0.06}  # of the facts
+SHARES = {"train": 0.88, "eval": 0.06, "test": 0.06}  # fractions of the facts
 SIZES = {"train": 8000, "eval": 500, "test": 500}  # problems drawn from each share
 
 Problem = tuple[int, str, int]
 
 
 def all_facts() -> list[list[Problem]]:
-    """Every problem once, together with its commuted form where it has one."""
+    """All facts: every problem once, together with its commuted form if it has one."""
     sums = [[(a, "+", b), (b, "+", a)] if a != b else [(a, "+", a)] for a in range(100) for b in range(a, 100)]
     differences = [[(a, "-", b)] for a in range(100) for b in range(a + 1)]
     return sums + differences
@@ -34,7 +34,7 @@ def as_sample(problem: Problem) -> dict[str, str]:
 
 
 def draw_splits(seed: int = SEED) -> dict[str, list[dict[str, str]]]:
-    """The three lists of samples. Only random.random() is drawn: its sequence is the one Python promises to keep."""
+    """The samples of the three splits. Only random.random() is used, because Python guarantees its sequence."""
     rng = random.Random(seed)
 
     def shuffled(items: list) -> list:

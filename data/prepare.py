@@ -1,4 +1,4 @@
-"""What the prepare_*.py scripts share: a table of questions and worked solutions -> JSON lines in our columns."""
+"""Shared code of the prepare_*.py scripts: convert questions with worked solutions to JSON lines in our columns."""
 
 import argparse
 import json
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Python itself looks beside this file only
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `grpo` can be imported
 
 from grpo.datasets.formats import Columns, load_dataset
 from grpo.errors import InputError, errors_explained
@@ -18,17 +18,17 @@ FOLDER = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Task:
-    """A published data set."""
+    """A published dataset."""
 
     name: str
-    sources: dict[str, str]  # split -> where it is: a file or a Hub name
+    sources: dict[str, str]  # split -> file or Hub name
     question: str  # the column that becomes "prompt"
     solution: str  # the column that ends with the answer
-    find_answer: Callable[[str], str | None]  # the answer in the solution; None: the row is left out
+    find_answer: Callable[[str], str | None]  # solution -> answer; None: the row is left out
 
 
 def main(task: Task, description: str | None) -> None:
-    """The command line: write each split, and say how many rows it has."""
+    """The command line: write each split and print how many rows it has."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for split, source in task.sources.items():
         parser.add_argument(
@@ -42,7 +42,7 @@ def main(task: Task, description: str | None) -> None:
             raise InputError(f"--out: there is no folder {out}")
         texts = {
             split: prepared(task, getattr(arguments, split)) for split in task.sources
-        }  # all before any is written
+        }  # all splits are prepared before the first one is written
         for split, text in texts.items():
             path = out / f"{task.name}_{split}.jsonl"
             write_atomically(path, text)
@@ -50,7 +50,7 @@ def main(task: Task, description: str | None) -> None:
 
 
 def prepared(task: Task, source: str) -> str:
-    """The rows of `source`, one JSON object a line: prompt, answer, solution, and its other columns."""
+    """The rows of `source`, one JSON object per line, with prompt, answer, solution and the other columns."""
     dataset = load_dataset(source, Columns(prompt=task.question))
     lines = []
     for index, sample in enumerate(dataset):

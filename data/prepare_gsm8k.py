@@ -1,11 +1,11 @@
-"""GSM8K (grade-school word problems, 7,473 + 1,319) in our columns: data/gsm8k_train.jsonl and data/gsm8k_test.jsonl.
+"""Write GSM8K (7,473 + 1,319 grade-school word problems) as data/gsm8k_train.jsonl and data/gsm8k_test.jsonl.
 
     pip install datasets
     python data/prepare_gsm8k.py                                  from the Hugging Face Hub
     python data/prepare_gsm8k.py --train a.parquet --test b.jsonl  from files with the same columns
 
-A row has "question" and "answer", a worked solution that ends with "#### 72". Here the question is the "prompt", 72 the
-"answer", and the solution stays beside them.
+A row of GSM8K has a "question" and an "answer", which is a worked solution that ends with "#### 72". In our files the
+question is the "prompt", 72 is the "answer", and the worked solution is the "solution".
 
 Source: "Training Verifiers to Solve Math Word Problems" (2110.14168), https://huggingface.co/datasets/openai/gsm8k
 """

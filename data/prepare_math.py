@@ -1,12 +1,12 @@
-"""MATH (competition problems, 7,500 + 5,000) in our columns: data/math_train.jsonl and data/math_test.jsonl.
+"""Write MATH (7,500 + 5,000 competition problems) as data/math_train.jsonl and data/math_test.jsonl.
 
     pip install datasets
     python data/prepare_math.py                                  from the Hugging Face Hub
     python data/prepare_math.py --train a.parquet --test b.jsonl  from files with the same columns
 
-A row has "problem" and "solution", whose last \\boxed{...} holds the answer. Here the problem is the "prompt", what the
-box holds the "answer", and all other columns (level, type) stay. Numbers are judged as numbers; for formulas the reward
-`boxed` uses math-verify where it is installed, and compares texts where it is not.
+A row of MATH has a "problem" and a "solution", whose last \\boxed{...} contains the answer. In our files the problem is
+the "prompt" and the content of the box is the "answer". All other columns (level, type) are kept. The reward `boxed`
+compares numbers as numbers. It compares formulas with math-verify if that is installed, and as text otherwise.
 
 Source: "Measuring Mathematical Problem Solving With the MATH Dataset" (2103.03874)
 """
@@ -18,7 +18,7 @@ from grpo.rewards.reading.numerals import only_integer
 
 
 def answer_of(solution: str) -> str | None:
-    """What the last box holds; 1,000 as 1000."""
+    """The content of the last box. An integer is returned in canonical digits: 1,000 as 1000."""
     answer = boxed(solution)
     return answer and (only_integer(answer) or answer)
 

@@ -1,14 +1,15 @@
-"""One idea at a time, measured: every row of benchmarks/ladder/rows.py on the same bases with the same completions.
+"""Measure every row of benchmarks/ladder/rows.py, on the same base models and with the same number of completions.
 
-    python -m benchmarks.ladder                              all of it, about an hour and a half on two cores
-    python -m benchmarks.ladder --rows grpo dapo --seeds 0   a part of it
-    python -m benchmarks.ladder --list                       the rows and their flags
-    python -m benchmarks.ladder --smoke                      does every row run? Two steps each, results beside the runs
+    python -m benchmarks.ladder                              all rows, about an hour and a half on two cores
+    python -m benchmarks.ladder --rows grpo dapo --seeds 0   some rows and seeds
+    python -m benchmarks.ladder --list                       print the rows and their flags
+    python -m benchmarks.ladder --smoke                      test that every row runs: two steps each, own results
 
-Every row trains at three learning rates on the seeds 100 and 101, then on seeds 0 to 4 at the best of them; seed =
-base_seed. Two runs at a time, one thread each. A ladder that was stopped goes on; what was measured with other code or
-flags, and what failed, is run again. Results go to benchmarks/results/ladder.json and ladder_metrics.json.xz; then
-`python -m benchmarks.ladder.picture` and `python -m benchmarks.readme` show them.
+Every row trains at three learning rates on the seeds 100 and 101, then on seeds 0 to 4 at the best rate; seed =
+base_seed. Two runs are active at a time, with one thread each. If you stop a ladder, the same command continues it.
+Runs that failed, or that were measured with other code or flags, are repeated. Results go to
+benchmarks/results/ladder.json and ladder_metrics.json.xz. `python -m benchmarks.ladder.picture` and
+`python -m benchmarks.readme` then show them.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from benchmarks.ladder.schedule import SMOKE, Ladder, Plan, results_in
 
 
 def listing() -> str:
-    """Every row and the command that it is, but for the learning rate and the seed."""
+    """Every row with its command, without the learning rate and the seed."""
     lines = []
     for row in ROWS.values():
         flags = " ".join(f"--{key} {_quoted(value)}" for key, value in all_flags(row).items())

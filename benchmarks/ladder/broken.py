@@ -1,4 +1,4 @@
-"""A copy of the project with one well-known bug in it, from tests/mutant_list.py: no switch in the code itself."""
+"""Copies of the project with one well-known bug, from tests/mutant_list.py. The code itself has no switch for bugs."""
 
 import shutil
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from tests.mutants import check, copied
 
 
 def mutant_named(name: str, mutants: Sequence[Mutant] = MUTANTS, root: Path = ROOT) -> Mutant:
-    """The mutant of that name, its pattern standing exactly once in the code as it is now."""
+    """The mutant of this name. Its pattern must occur exactly once in the current code."""
     found = [mutant for mutant in mutants if mutant.name == name]
     if len(found) != 1:
         raise SystemExit(f"tests/mutant_list.py has {len(found)} mutants named {name!r}, expected 1")
@@ -20,7 +20,7 @@ def mutant_named(name: str, mutants: Sequence[Mutant] = MUTANTS, root: Path = RO
 
 
 def broken_project(mutant: Mutant, folder: Path, root: Path = ROOT) -> Path:
-    """The project with the mutant's bug, copied anew into `folder`."""
+    """Copy the project to `folder`, which is replaced, and insert the mutant's bug."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     copy = copied(root, folder)

@@ -1,15 +1,15 @@
-"""One run of a training script, in a process of its own, and what became of it.
+"""Run a training script once, in a separate process, and measure the result.
 
-Everything after the run is measured the same way for every row, by the code as it is, the project's copies with a bug
-in them included:
+The current code measures every run in the same way, including runs in a copy of the project with a bug:
 
-    accuracy, mean_length   greedy answers to data/math_tasks_test.jsonl, which no run and no choice has seen
+    accuracy, mean_length   greedy answers to data/math_tasks_test.jsonl, which is used for no training and no choice
     kl_per_answer           KL(final || base) in nats: the sum over the tokens of an answer of the exact KL between the
                             two models' distributions over the vocabulary, averaged over answers that the final model
                             samples at temperature 1 to the prompts of data/math_tasks_eval.jsonl
-    kl_per_token            the same sum over all answers, divided by their tokens
-    held_out_mean           accuracy on data/math_tasks_eval.jsonl averaged over the run, the area under its curve
-                            against completions divided by them; it tells runs apart that all end near 1
+    kl_per_token            the same sum over all answers, divided by the number of their tokens
+    held_out_mean           accuracy on data/math_tasks_eval.jsonl averaged over the run: the area under the curve of
+                            accuracy against completions, divided by the number of completions. It distinguishes runs
+                            that all end near 1.
     reached                 the first evaluation on data/math_tasks_eval.jsonl with an accuracy of at least 0.95: its
                             step, the completions sampled and the seconds of training steps up to it
 """
@@ -44,9 +44,9 @@ from grpo.rollout import generate_completions
 from reward_model import MathRewardModel
 
 TARGET = 0.95  # held-out accuracy
-TIMEOUT = 900  # seconds a run
+TIMEOUT = 900  # seconds per run
 ANSWERS_PER_PROMPT = 4  # sampled for the KL
-ANSWERS_AT_ONCE = 250  # of the two models' distributions over the vocabulary
+ANSWERS_AT_ONCE = 250  # answers per batch; two distributions over the vocabulary are computed for each token
 LENGTH = 28  # tokens, max_completion_length of config.yaml
 
 TEST_FILE, EVAL_FILE = ROOT / "data" / "math_tasks_test.jsonl", ROOT / "data" / "math_tasks_eval.jsonl"
@@ -54,14 +54,14 @@ TEST_FILE, EVAL_FILE = ROOT / "data" / "math_tasks_test.jsonl", ROOT / "data" / 
 
 @dataclass(frozen=True)
 class Job:
-    """One run. `name` is that of its result, `flags` are KEY=VALUE, `project` the copy of the code it runs in."""
+    """One run. `name`: of its result; `flags`: KEY=VALUE; `project`: the folder of the code that it runs."""
 
     name: str
     script: str
     flags: tuple[str, ...]
     seed: int
     base_steps: int
-    mutant: dict[str, str] | None = None  # what is broken in it
+    mutant: dict[str, str] | None = None  # the bug in the copy of the project
     project: Path = ROOT
 
     @property
@@ -74,7 +74,7 @@ class Job:
         return [self.script, *flags, f"--seed={self.seed}", f"--base_seed={self.seed}"]
 
     def request(self) -> dict[str, Any]:
-        """What was asked for: a result of another request is none of this job's."""
+        """The request, which is stored with the result. A result of another request does not belong to this job."""
         return {
             "command": self.command,
             "mutant": self.mutant,
@@ -83,7 +83,7 @@ class Job:
 
 
 def perform(job: Job, work: Path) -> dict[str, Any]:
-    """Run it and measure what it left in `work`; a failure is a result too: {"error": its last line}."""
+    """Run the job and measure its output in `work`. The result of a failed run is {"error": its last line}."""
     folder = work / job.folder
     shutil.rmtree(folder, ignore_errors=True)
     printed = work / f"{job.folder}.err"
@@ -106,17 +106,17 @@ def perform(job: Job, work: Path) -> dict[str, Any]:
         rows = read_jsonl(folder / "metrics.jsonl")
         base = tiny_base_model(job.seed, job.base_steps)
         result = {"seconds": seconds} | describe(folder / "final", base) | progress(rows)
-    except Exception as error:  # the measuring itself failed; the other runs shall go on
+    except Exception as error:  # a failed measurement must not stop the other runs
         return job.request() | {"error": f"{type(error).__name__}: {error}"[:300], "status": 0, "seconds": seconds}
     printed.unlink()
-    for leftover in folder.iterdir():  # the models weigh megabytes
+    for leftover in folder.iterdir():  # delete the models, which take megabytes
         if leftover.name != "metrics.jsonl":
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     return job.request() | result
 
 
 def progress(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What metrics.jsonl says of the way there.
+    """The learning progress of a run, from its metrics.jsonl.
 
     >>> curve = [{"step": 0, "eval/accuracy": 0.2}, {"step": 1, "num_completions": 8, "step_time": 2.0},
     ...          {"step": 2, "num_completions": 16, "step_time": 3.0, "eval/accuracy": 0.96}]
@@ -156,13 +156,13 @@ def mean_over_run(evaluations: Sequence[dict[str, Any]]) -> float:
 
 
 def fingerprint_of(rows: Sequence[dict[str, Any]]) -> str:
-    """Of every number of a run but its times: equal where two runs are the same, bit for bit."""
+    """A hash of all numbers of a run except times. It is equal for two runs that are bit-identical."""
     timeless = [{key: value for key, value in row.items() if "time" not in key} for row in rows]
     return hashlib.sha256(json.dumps(timeless).encode()).hexdigest()[:16]
 
 
 def describe(final: Path, base: Path) -> dict[str, Any]:
-    """The trained model: its greedy answers, and how far it is from its base."""
+    """Measure the trained model: its greedy answers, and its KL from the base model."""
     model, tokenizer = load_policy(str(final), base_seed=0, device=torch.device("cpu"))
     samples = list(JSONLinesDataset(TEST_FILE))
     prompts = [sample["prompt"] for sample in samples]
@@ -191,8 +191,8 @@ def kl_to_base(
 ) -> tuple[float, float]:
     """KL(model || base) in nats, per answer and per token, on answers sampled from the model at temperature 1.
 
-    sum_t sum_v p(v | s_t) (log p(v | s_t) - log q(v | s_t)) is exact for every text s_t met on the way, so that only
-    the choice of the answers is random: its mean over answers is unbiased for the KL of whole answers.
+    sum_t sum_v p(v | s_t) (log p(v | s_t) - log q(v | s_t)) is exact for every prefix s_t of an answer, so only the
+    choice of the answers is random. The mean over answers is an unbiased estimate of the KL of whole answers.
     """
     rollout = generate_completions(
         model,
@@ -219,6 +219,6 @@ def kl_to_base(
 
 
 def build_base(seed: int, base_steps: int) -> None:
-    """The tiny base model of a seed, before the runs that share it."""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # two progress bars in one terminal
+    """Build the tiny base model of a seed, before the runs that share it start."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # hides progress bars
         tiny_base_model(seed, base_steps)

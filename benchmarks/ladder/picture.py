@@ -1,4 +1,4 @@
-"""docs/ladder.png: held-out accuracy against completions, a panel a block, each curve named where it ends.
+"""Draw docs/ladder.png: held-out accuracy against completions, one panel per block, with a label at each curve's end.
 
 python -m benchmarks.ladder.picture            from the results, after python -m benchmarks.ladder
 """
@@ -20,9 +20,9 @@ from benchmarks.ladder.schedule import Plan, seed_part
 from grpo.run.plots import CYCLE, STYLES
 
 PICTURE = ROOT / "docs" / "ladder.png"
-COLUMNS = 2  # of panels
-LOWEST = 0.7  # accuracy, where the axis begins if every curve ends above it
-APART = 0.072  # of the panel's height: the distance of two labels
+COLUMNS = 2  # number of panels per row
+LOWEST = 0.7  # accuracy at which the axis begins, if every curve ends above it
+APART = 0.072  # minimum distance of two labels, as a fraction of the panel's height
 
 Curve = list[tuple[float, float]]  # thousands of completions, held-out accuracy
 
@@ -49,7 +49,7 @@ def mean_and_band(curves: Sequence[Curve]) -> list[tuple[float, float, float, fl
 
 
 def spread_out(heights: Sequence[float], apart: float) -> list[float]:
-    """Heights for labels, in the same order: where they belong, or lower, `apart` from the next one above.
+    """Heights for labels, in the same order. A label is moved down if it is closer than `apart` to the one above.
 
     >>> [round(height, 2) for height in spread_out([0.5, 0.98, 0.99], 0.1)]
     [0.5, 0.89, 0.99]
@@ -78,7 +78,7 @@ def draw(raw: dict[str, Columns], path: Path) -> None:
 
 
 def draw_block(axis: Axes, block: Block, raw: dict[str, Columns]) -> None:
-    """Mean over the seeds, and the band from the lowest to the highest of them."""
+    """Draw the mean over the seeds, and the band from the lowest to the highest seed."""
     axis.set_title(block.title, fontsize=11)
     axis.set_ylabel("held-out accuracy", labelpad=2)
     axis.set_xlabel("thousand completions", labelpad=1)
@@ -97,7 +97,7 @@ def draw_block(axis: Axes, block: Block, raw: dict[str, Columns]) -> None:
         axis.plot(completions, middle, color=colour, linestyle=style, linewidth=1.4)
         ends.append((name, colour, style, completions[-1], middle[-1]))
     axis.margins(x=0)
-    bottom = LOWEST if all(end[-1] > LOWEST for end in ends) else 0.0  # what matters is near the top
+    bottom = LOWEST if all(end[-1] > LOWEST for end in ends) else 0.0  # the curves differ mostly near the top
     axis.set_ylim(bottom, 1 + 0.02 * (1 - bottom))
     apart = APART * (1 - bottom)
     right = max((last for *_, last, _ in ends), default=1.0)
@@ -119,7 +119,7 @@ def draw_block(axis: Axes, block: Block, raw: dict[str, Columns]) -> None:
                 "linewidth": 1.0,
                 "shrinkA": 0,
                 "shrinkB": 0,
-                "relpos": (0, 0.5),  # to where the name begins
+                "relpos": (0, 0.5),  # the line ends where the name begins
             },
         )
 

@@ -1,4 +1,4 @@
-"""The runs' own metrics, compressed into one file: the columns that matter, four digits each.
+"""Compress the metrics of all runs into one file: selected columns, four significant digits.
 
     {"grpo seed 0": {"step": [0, 1, ...], "eval/accuracy": [0.2, null, ...], ...}, ...}
 
@@ -25,7 +25,7 @@ Columns = dict[str, list[float | None]]
 
 
 def columns_of(rows: Sequence[dict[str, Any]]) -> Columns:
-    """Rows of metrics.jsonl -> columns; null where a row has no such number.
+    """Convert rows of metrics.jsonl to columns, with null if a row lacks a number.
 
     >>> columns_of([{"step": 0, "eval/accuracy": 0.2}, {"step": 1, "reward": 0.123456}])
     {'step': [0, 1], 'reward': [None, 0.1235], 'eval/accuracy': [0.2, None]}
@@ -39,15 +39,15 @@ def _rounded(value: float | None) -> float | None:
 
 
 def read_raw(path: Path = RAW) -> dict[str, Columns]:
-    """Part -> columns."""
+    """The columns of each part."""
     return json.loads(lzma.decompress(path.read_bytes())) if path.is_file() else {}
 
 
 def pack(parts: Mapping[str, Any], work: Path, path: Path = RAW) -> None:
-    """Put the metrics that these results come from into the file.
+    """Write the metrics of the runs of these results to the file.
 
-    What lies in `work` counts only if it is the run of the result: a run that is being made again is not. Otherwise the
-    file keeps what it has. Of a run that failed nothing is kept.
+    A run in `work` is used only if it is the run of the result. (It is not if the run is being repeated.) Otherwise the
+    file keeps the metrics that it has. Metrics of failed runs are not kept.
     """
     before = read_raw(path)
     packed = {}

@@ -1,6 +1,6 @@
-"""The rows of the ladder, as data: each is another row and one idea more, as flags of a training script.
+"""The rows of the ladder as data. Each row adds one idea to another row, as flags of a training script.
 
-A row's flags are those of the row it comes `after` and its own. Rows that come to the same settings are measured once.
+The flags of a row are those of the row that it comes `after`, plus its own. Rows with equal settings are measured once.
 """
 
 import dataclasses
@@ -12,26 +12,26 @@ from grpo.settings.config import load_config
 
 GRPO, PPO = "train_grpo.py", "examples/train_ppo.py"
 SHUFFLED = "[{name: math, weight: 0}, {name: 'benchmarks.toy:shuffled_math'}]"
-KL = 0.005  # kl_coeff, the default run's
+KL = 0.005  # kl_coeff of the default run
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table. `flags` and `mutant` are what it changes, `idea` says so in words."""
+    """One row of the table. `flags` and `mutant` are its changes; `idea` describes them in words."""
 
     name: str
     idea: str
     flags: dict[str, Any] = field(default_factory=dict)
-    after: str | None = None  # the row that this one is one idea more than
+    after: str | None = None  # the row to which this one adds one idea
     script: str = GRPO
-    mutant: str | None = None  # a name of tests/mutant_list.py: the run is made in a copy of the project, so broken
-    rate_of: str | None = None  # learns at the learning rate of this row; None = at the best of its own grid
-    equals: str | None = None  # the metrics of this row must be those of that one, bit for bit
-    fits_budget: bool = False  # samples more completions a step than others: each run gets fewer steps
+    mutant: str | None = None  # a name in tests/mutant_list.py: the run uses a copy of the project with this bug
+    rate_of: str | None = None  # uses the learning rate of this row; None = the best rate of its own grid
+    equals: str | None = None  # the metrics of this row must be bit-identical to those of that row
+    fits_budget: bool = False  # samples more completions per step than other rows, so each run gets fewer steps
 
 
 def two(name: str) -> Row:
-    """An algorithm with two optimizer steps a rollout, so that the second one meets ratios other than 1."""
+    """An algorithm with two optimizer steps per rollout. In the second step, ratios differ from 1."""
     row = _ALGORITHMS[name]
     return Row(
         f"{name}_two_updates",
@@ -44,7 +44,7 @@ def two(name: str) -> Row:
 
 
 def group_of(size: int) -> Row:
-    """Another group size; as many completions a step."""
+    """Another group size, with the same number of completions per step."""
     flags = {"group_size": size, "batch_size": 256 // size}
     return Row(f"group_size_{size}", f"groups of {size}, {256 // size} prompts per step", flags, after="grpo")
 
@@ -65,8 +65,8 @@ _ALGORITHMS = {
     ]
 }
 
-# With one update a rollout the ratio is 1 and `clipped` has the gradient of `reinforce`: the surrogate is changed where
-# the second update arrives.
+# With one update per rollout the ratio is 1, and `clipped` has the gradient of `reinforce`. So the surrogate changes in
+# the row that adds the second update.
 _SECOND_UPDATE = {"surrogate": "clipped", "clip_range": ".inf", "num_minibatches": 2}
 
 _LADDER = [
@@ -86,7 +86,7 @@ _KL = [
     Row("kl_k2", "k2", {"kl_coeff": KL, "kl_estimator": "k2"}, after="clip"),
     Row("kl_k3", "k3", {"kl_coeff": KL, "kl_estimator": "k3"}, after="clip"),
     Row("kl_k3_corrected", "k3_corrected", {"kl_coeff": KL, "kl_estimator": "k3_corrected"}, after="clip"),
-    # In the reward: where siblings earn the same, the KL is all they differ in, and scale group makes it large.
+    # KL in the reward: if all rewards of a group are equal, only the KL differs, and advantage_scale group enlarges it.
     Row("unscaled", "no KL, not divided by the std", {"advantage_scale": "none"}, after="clip"),
     Row("kl_reward", "k1 in the reward", {"kl_coeff": KL, "kl_in": "reward"}, after="unscaled"),
     Row(
@@ -120,7 +120,8 @@ ROWS: dict[str, Row] = {
         *_KL,
         *_AGGREGATIONS,
         *_ALGORITHMS.values(),
-        # Which of two rates is better for one update is within noise: so that no comparison hangs on it, both.
+        # With one update per rollout, two rates are equally good up to noise. Both are measured, so no comparison
+        # depends on the choice.
         Row("grpo_lower_rate", "grpo at the rate of two updates", after="grpo", rate_of="grpo_two_updates"),
         *[two(name) for name in ("grpo", "dapo", "gspo", "cispo", "ppo")],
         *[group_of(size) for size in (2, 4, 8, 32)],
@@ -133,7 +134,7 @@ ROWS: dict[str, Row] = {
 
 @dataclass(frozen=True)
 class Block:
-    """Rows that are shown together: a table of docs/ABLATIONS.md and a panel of the picture."""
+    """Rows that are shown together, in one table of docs/ABLATIONS.md and one panel of the picture."""
 
     title: str
     rows: tuple[str, ...]
@@ -164,7 +165,7 @@ TOP = (
     "shuffled", "max_for_min",
 )  # fmt: skip
 
-# What is claimed of two rows: differences over the same seeds, first minus second.
+# Comparisons of two rows: paired differences over the same seeds, first minus second.
 COMPARISONS = (
     ("batch_baseline", "reinforce"),
     ("group_baseline", "batch_baseline"),
@@ -199,12 +200,12 @@ COMPARISONS = (
 
 
 def all_flags(row: Row) -> dict[str, Any]:
-    """The flags of the rows before it, and its own."""
+    """The flags of the row: those of the row it comes after, plus its own."""
     return (all_flags(ROWS[row.after]) if row.after else {}) | row.flags
 
 
 def settings(row: Row) -> dict[str, Any]:
-    """Every setting of the row's runs, whatever the algorithm is called that fills them."""
+    """All settings of the row's runs, including those that `algorithm` sets."""
     return _resolved(tuple(f"{key}={value}" for key, value in all_flags(row).items()))
 
 
@@ -216,7 +217,7 @@ def _resolved(overrides: tuple[str, ...]) -> dict[str, Any]:
 
 
 def measured_as(row: Row) -> Row:
-    """The first row whose runs are the same: the one that is run and whose name the results carry."""
+    """The first row with the same runs. Only this row is run, and the results have its name."""
 
     def runs(row: Row) -> tuple[Any, ...]:
         return settings(row), row.script, row.mutant, row.rate_of, row.fits_budget

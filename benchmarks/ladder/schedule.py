@@ -1,7 +1,7 @@
-"""Which runs are made, in what order: the bases, a learning-rate grid for every row, then its seeds at the best rate.
+"""The runs and their order: base models, a learning-rate grid for every row, then its seeds at the best rate.
 
-Two runs at a time, one thread each. Whatever is in the results already, measured with this code, is not run again; a
-run that failed is.
+Two runs are active at a time, with one thread each. Results that were measured with this code are kept. Failed runs are
+repeated.
 """
 
 import multiprocessing
@@ -23,13 +23,13 @@ from benchmarks.ladder.broken import broken_project, mutant_named
 from benchmarks.ladder.measure import Job, build_base, perform
 from benchmarks.ladder.rows import ROWS, Row, all_flags, measured_as
 
-NUM_COMPLETIONS = 38_400  # of every run: 150 steps of 256
+NUM_COMPLETIONS = 38_400  # in every run: 150 steps of 256 completions
 Parts = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What the rows have in common. The defaults are the experiment; others are for trying it out."""
+    """The settings that all rows share. The defaults are those of the experiment; other values are for trials."""
 
     rates: tuple[float, ...] = (1.5e-4, 5e-4, 1.5e-3)
     tuning_seeds: tuple[int, ...] = (100, 101)
@@ -45,7 +45,7 @@ class Plan:
 
 SMOKE = Plan(
     rates=(5e-4,), tuning_seeds=(0,), seeds=(1,), num_train_steps=2, num_completions=512, base_steps=20
-)  # does every row run at all?
+)  # a test that every row runs
 
 
 def seed_part(row: Row, seed: int) -> str:
@@ -57,7 +57,7 @@ def grid_part(row: Row, rate: float, seed: int) -> str:
 
 
 def grid_score(parts: Parts, row: Row, rate: float, plan: Plan) -> float | None:
-    """Held-out accuracy averaged over the run (`held_out_mean`) and over the tuning seeds; None where one failed."""
+    """Held-out accuracy averaged over the run (`held_out_mean`) and the tuning seeds; None if one of them failed."""
     scores = [parts.get(grid_part(row, rate, seed), {}).get("held_out_mean") for seed in plan.tuning_seeds]
     return None if None in scores else mean(scores)
 
@@ -65,7 +65,7 @@ def grid_score(parts: Parts, row: Row, rate: float, plan: Plan) -> float | None:
 def chosen_rate(parts: Parts, row: Row, plan: Plan = Plan()) -> float | None:
     """The rate of the grid with the best score.
 
-    Of equals the one nearest the middle of the grid, then the lower. None: every run of the grid failed.
+    Among equal scores, the rate nearest the middle of the grid wins, then the lower one. None: every rate failed.
     """
     if row.rate_of is not None:
         return chosen_rate(parts, ROWS[row.rate_of], plan)
@@ -76,10 +76,11 @@ def chosen_rate(parts: Parts, row: Row, plan: Plan = Plan()) -> float | None:
 
 
 def perform_within(budget: int, job: Job, work: Path) -> dict[str, Any]:
-    """The run whose completions come closest to the budget from below, for a row that samples more in some steps.
+    """Find the number of steps that best uses the budget of completions, for a row that samples more in some steps.
 
-    How many a run samples is known when it is over, so it is made again, for as many more or fewer steps as it was off,
-    its learning rate falling to 0 at the last of them: until it is at most 5 % below, or six times.
+    The number of completions is only known after a run. So the run is repeated with a corrected number of steps (its
+    learning rate falls to 0 at the last step), until it is at most 5 % below the budget, or up to six times. The result
+    is the run that comes closest to the budget from below.
     """
     num_steps = num_steps_of(job)
     tried: dict[int, int] = {}  # steps -> completions
@@ -94,7 +95,7 @@ def perform_within(budget: int, job: Job, work: Path) -> dict[str, Any]:
         if num_steps in tried:
             break
     fitting = [steps for steps, completions in tried.items() if completions <= budget] or [min(tried)]
-    if list(tried)[-1] != max(fitting):  # the last run is not the one to keep
+    if list(tried)[-1] != max(fitting):  # the last run is not the best one
         result = perform(with_steps(job, max(fitting)), work)
     return result | {"asked_for": job.command, "tried": [list(run) for run in tried.items()]}
 
@@ -104,7 +105,7 @@ def num_steps_of(job: Job) -> int:
 
 
 def with_steps(job: Job, num_steps: int) -> Job:
-    """The same run, shorter or longer; it saves at its end."""
+    """The same run with another number of steps. It saves a checkpoint at its end."""
     counts = {"num_train_steps": num_steps, "save_every": num_steps}
     flags = (flag.partition("=")[0] for flag in job.flags)
     return replace(
@@ -116,7 +117,7 @@ def with_steps(job: Job, num_steps: int) -> Job:
 
 
 class Ladder:
-    """The runs of some rows and seeds, made with `plan`; results go to `results`, the runs themselves to `work`."""
+    """The runs of some rows and seeds with the settings `plan`. Results go to `results`, run folders to `work`."""
 
     def __init__(self, plan: Plan, results: Results, work: Path) -> None:
         self.plan, self.results, self.work = plan, results, work
@@ -124,7 +125,7 @@ class Ladder:
         self.num_done, self.num_planned, self.start = 0, 0, 0.0
 
     def job(self, row: Row, part: str, rate: float, seed: int, *, eval_every: int) -> Job:
-        """A run of this row."""
+        """The job for one run of this row."""
         row, num_steps = measured_as(row), self.plan.num_train_steps
         flags = all_flags(row) | {
             "learning_rate": f"{rate:g}",
@@ -144,28 +145,28 @@ class Ladder:
         return replace(job, mutant=what, project=self.projects[mutant.name])
 
     def grid_jobs(self, row: Row) -> list[Job]:
-        """Of the tuning seeds, evaluated half as often as the runs that are reported."""
+        """The runs of the tuning seeds. They are evaluated half as often as the reported runs."""
         if row.rate_of is not None:
             return []
         runs = [(rate, seed) for rate in self.plan.rates for seed in self.plan.tuning_seeds]
         return [self.job(row, grid_part(row, rate, seed), rate, seed, eval_every=10) for rate, seed in runs]
 
     def seed_jobs(self, row: Row, seeds: Sequence[int]) -> list[Job]:
-        """At the rate that was best; none where the whole grid failed."""
+        """The runs at the best rate; none if the whole grid failed."""
         rate = chosen_rate(self.results.parts, row, self.plan)
         if rate is None:
             return []
         return [self.job(row, seed_part(row, seed), rate, seed, eval_every=5) for seed in seeds]
 
     def is_measured(self, job: Job) -> bool:
-        """By this code, with this request, and without failing."""
+        """Whether the job was measured with this code and this request, without an error."""
         part = self.results.parts.get(job.name, {})
         part = part | {"command": part.get("asked_for", part.get("command"))}
         asked = all(part.get(key) == value for key, value in job.request().items())
         return self.results.has(job.name) and asked and "error" not in part
 
     def run(self, rows: Sequence[Row], seeds: Sequence[int]) -> None:
-        """All of it, in order."""
+        """Make all runs, in order."""
         rows = list({measured_as(row).name: measured_as(row) for row in self.with_rates_of(rows)}.values())
         grid = len(self.plan.rates) * len(self.plan.tuning_seeds)
         self.num_planned = sum((grid if row.rate_of is None else 0) + len(seeds) for row in rows)
@@ -185,11 +186,11 @@ class Ladder:
 
     @staticmethod
     def with_rates_of(rows: Sequence[Row]) -> list[Row]:
-        """These rows, and those whose learning rate they take."""
+        """These rows, and the rows whose learning rate they use."""
         return [*(ROWS[row.rate_of] for row in rows if row.rate_of is not None), *rows]
 
     def perform_all(self, jobs: Sequence[tuple[Row, Job]], pool: ProcessPoolExecutor) -> None:
-        """Two at a time, each result kept as soon as it is there."""
+        """Run two jobs at a time, and store each result at once."""
         missing = [(row, job) for row, job in jobs if not self.is_measured(job)]
         self.num_planned -= len(jobs) - len(missing)
         within = partial(perform_within, self.plan.num_completions)
@@ -209,6 +210,6 @@ class Ladder:
 
 
 def results_in(folder: Path) -> Results:
-    """ladder.json in that folder, kept for the code that makes a run and measures it."""
-    data = [*sorted((measure.ROOT / "data").glob("*.jsonl")), Path(toy.__file__)]  # whose reward is dealt at random
+    """The file ladder.json in this folder. Its results depend on the code that makes and measures a run."""
+    data = [*sorted((measure.ROOT / "data").glob("*.jsonl")), Path(toy.__file__)]  # has the shuffled reward
     return Results(measure.__file__, name="ladder", folder=folder, data=data)

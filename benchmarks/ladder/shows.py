@@ -1,6 +1,6 @@
-"""What each row of the ladder shows: one sentence, written by hand after measuring.
+"""What each row of the ladder shows: one sentence per row, written by hand after measuring.
 
-A test holds the sentences against the results: every row measured has one.
+A test checks that every measured row has a sentence.
 """
 
 SHOWS: dict[str, str] = {

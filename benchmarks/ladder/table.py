@@ -1,4 +1,4 @@
-"""The results as Markdown: a table a block, the sentences that say what each row shows, the grid, the comparisons.
+"""The results as Markdown: one table per block, a sentence for each row, the learning-rate grid and the comparisons.
 
 `python -m benchmarks.readme` puts them into docs/ABLATIONS.md and docs/ALGORITHM.md.
 """
@@ -14,11 +14,11 @@ from benchmarks.ladder.schedule import Parts, Plan, chosen_rate, grid_part, grid
 from benchmarks.ladder.shows import SHOWS
 
 NOTHING = "–"
-Runs = dict[int, dict[str, Any]]  # seed -> what was measured
+Runs = dict[int, dict[str, Any]]  # seed -> result
 
 
 def runs_of(parts: Parts, row: Row) -> Runs:
-    """The row's runs at the rate that the grid says is best, those that did not fail."""
+    """The row's runs at the best rate of the grid, without those that failed."""
     rate = chosen_rate(parts, row)
     if rate is None:
         return {}
@@ -28,7 +28,7 @@ def runs_of(parts: Parts, row: Row) -> Runs:
 
 
 def errors_of(parts: Parts, row: Row) -> list[str]:
-    """What the failed ones died of: of the seeds, or of the grid where none of it survived."""
+    """The errors of the failed runs: of the seeds, or of the grid if all of its runs failed."""
     failed = [parts[seed_part(row, seed)] for seed in Plan.seeds if "error" in parts.get(seed_part(row, seed), {})]
     if not failed and not runs_of(parts, row):
         before = [grid_part(row, rate, seed) for rate in Plan.rates for seed in Plan.tuning_seeds]
@@ -37,7 +37,7 @@ def errors_of(parts: Parts, row: Row) -> list[str]:
 
 
 def accuracy(parts: Parts, row: Row) -> str:
-    """Mean and 95 % interval over the seeds, within [0, 1]; what failed is said, not left out in silence."""
+    """Mean and 95 % interval over the seeds, within [0, 1]. Failed runs are listed."""
     runs, errors = runs_of(parts, row), errors_of(parts, row)
     cells = []
     if runs:
@@ -59,7 +59,7 @@ def over_the_run(runs: Runs) -> str:
 
 
 def reached(runs: Runs) -> tuple[str, str]:
-    """To 0.95 on the held-out problems: completions in thousands, seconds. Medians over the seeds that got there."""
+    """Thousands of completions and seconds up to 0.95 held-out accuracy: medians over the seeds that reached it."""
     arrived = [run["reached"] for run in runs.values() if run["reached"] is not None]
     if not arrived:
         return (f"0 of {len(runs)}", NOTHING) if runs else (NOTHING, NOTHING)
@@ -78,7 +78,7 @@ def rate_of(parts: Parts, row: Row) -> str:
 
 
 def scientific(rate: float) -> str:
-    """1.5e-4, as people write it.
+    """A number in short scientific notation.
 
     >>> scientific(0.00015)
     '1.5e-4'
@@ -92,7 +92,7 @@ def markdown(heading: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def block(parts: Parts, name: str) -> str:
-    """The table of one block, and a sentence for each of its rows."""
+    """The table of one block, followed by a sentence for each row."""
     heading = [
         "row", "one idea more", "than", "rate", "accuracy [95 %]", "over the run [95 %]", "1000 completions to 0.95",
         "seconds to 0.95", "tokens", "KL", "1000 completions in all", "seconds in all",
@@ -120,7 +120,7 @@ def block(parts: Parts, name: str) -> str:
 
 
 def twin(parts: Parts, row: Row) -> str:
-    """Whether a row that must equal another one does."""
+    """Text on whether a row that must equal another row does so."""
     if row.equals is None:
         return ""
     ours, theirs = runs_of(parts, row), runs_of(parts, ROWS[row.equals])
@@ -152,7 +152,7 @@ def top(parts: Parts) -> str:
 
 
 def grid(parts: Parts) -> str:
-    """Every row's learning rates on the tuning seeds, the chosen one in bold."""
+    """The scores of all learning rates of every row on the tuning seeds, with the chosen rate in bold."""
     lines = []
     for row in ROWS.values():
         chosen = chosen_rate(parts, row)
@@ -166,7 +166,7 @@ def grid(parts: Parts) -> str:
 
 
 def comparisons(parts: Parts) -> str:
-    """Differences over the same seeds: of the final accuracy, and of the accuracy over the run."""
+    """Paired differences over the same seeds, in final accuracy and in accuracy over the run."""
     lines = []
     for first, second in COMPARISONS:
         ours, theirs = runs_of(parts, ROWS[first]), runs_of(parts, ROWS[second])
@@ -177,7 +177,7 @@ def comparisons(parts: Parts) -> str:
 
 
 def difference(ours: Runs, theirs: Runs, seeds: Sequence[int], key: str) -> str:
-    """Mean of the paired differences and its interval, in bold where that leaves out 0."""
+    """Mean of the paired differences with its interval, in bold if the interval excludes 0."""
     middle, low, high = paired_interval(*([runs[seed][key] for seed in seeds] for runs in (ours, theirs)))
     if not math.isfinite(low):
         return f"{middle:+.3f}"
@@ -186,13 +186,13 @@ def difference(ours: Runs, theirs: Runs, seeds: Sequence[int], key: str) -> str:
 
 
 def provenance(parts: Parts) -> str:
-    """What the numbers were measured with."""
+    """The machine and the versions with which the numbers were measured."""
     commits = sorted({part["commit"][:7] + "+changes" * part["commit"].endswith("+changes") for part in parts.values()})
     hours = sum(part.get("seconds", 0.0) for part in parts.values()) / 3600
     return f"{len(parts)} measurements, {hours:.1f} hours of one thread, at commit {', '.join(commits)}."
 
 
-RENDER: dict[str, Callable[[Parts], str]] = {  # of docs/ABLATIONS.md
+RENDER: dict[str, Callable[[Parts], str]] = {  # the blocks of docs/ABLATIONS.md
     **{f"ladder:{name}": lambda parts, name=name: block(parts, name) for name in BLOCKS},  # type: ignore[misc]
     "ladder:comparisons": comparisons,
     "ladder:grid": grid,

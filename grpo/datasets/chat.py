@@ -1,9 +1,10 @@
-"""Prompts -> token ids: through the chat template of the tokenizer, or as they are. Tokenised here, once, for all uses.
+"""Turn prompts into token ids, with or without a chat template. Each prompt is tokenised once, in this file.
 
-chat_template: auto     a tokenizer with a template gets messages: a text becomes the user's one message, behind
-                        system_prompt; what opens the assistant's turn (the generation prompt) is added
-chat_template: none     texts are tokenised as they stand; messages are refused
-chat_template: TEXT     the template itself, or the name of its file, which is read at once; saved with the model
+chat_template: auto     use the tokenizer's template, if it has one. A text becomes one user message, after the
+                        system_prompt. The generation prompt, which opens the assistant's turn, is added.
+chat_template: none     texts are tokenised unchanged; messages are refused
+chat_template: TEXT     the template itself, or the name of a file with it, which is read when the config is loaded;
+                        the template is saved with the model
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from grpo.errors import InputError
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> None:
-    """Give the tokenizer the template that the setting is; auto and none leave it alone."""
+    """Give the tokenizer the template of the setting. auto and none do not change the tokenizer."""
     if chat_template not in ("auto", "none"):
         tokenizer.chat_template = chat_template
 
@@ -27,7 +28,7 @@ class PromptFormat:
     """How prompts become token ids."""
 
     tokenizer: PreTrainedTokenizerBase
-    chat_template: str = "none"  # the setting
+    chat_template: str = "none"  # the setting `chat_template`
 
     @property
     def has_template(self) -> bool:
@@ -35,17 +36,17 @@ class PromptFormat:
         return self.chat_template != "none" and self.tokenizer.chat_template is not None
 
     def messages(self, prompt: Prompt, system_prompt: str | None) -> list[dict[str, str]]:
-        """A text as the user's one message; the system prompt first, where the prompt has none of its own."""
+        """The prompt as messages. A text becomes one user message. `system_prompt` is added if the prompt has none."""
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if system_prompt is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": system_prompt})
         return messages
 
     def text(self, prompt: Prompt, system_prompt: str | None = None, *, place: str = "the prompt") -> str:
-        """What the model is asked, before it is tokenised.
+        """The prompt as the text that will be tokenised.
 
         Raises:
-            InputError: there is no template and the prompt needs one, or the template fails or leaves a message out.
+            InputError: the prompt needs a template but there is none, or the template fails or leaves out a message.
         """
         if not self.has_template:
             why = "none" if self.chat_template == "none" else "auto, and the tokenizer has no template"
@@ -62,35 +63,36 @@ class PromptFormat:
                 f"{place}: chat_template: cannot be applied: {' '.join(str(error).split())[:200]}"
             ) from error
         for message in messages:
-            if message["role"] != "assistant" and message["content"].strip() not in text:  # thoughts may well be cut
+            # A template may remove the thoughts of earlier assistant messages, so these are not checked.
+            if message["role"] != "assistant" and message["content"].strip() not in text:
                 raise InputError(f"{place}: chat_template: the template leaves out what the {message['role']} says")
         return text
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Rendered texts -> token ids. A template writes its own special tokens, so none are added to its text."""
+        """Tokenise rendered texts. A template writes its own special tokens, so none are added to its texts."""
         rows: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=not self.has_template)["input_ids"]
         return [self._with_one_bos(ids) for ids in rows]
 
     def _with_one_bos(self, ids: list[int]) -> list[int]:
-        """Two are one too many: the tokenizer's own, and one that template or text brought along."""
+        """Remove a duplicate BOS: the tokenizer may add one to a text that already begins with one."""
         while len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_token_id:
             ids = ids[1:]
         return ids
 
 
 def unused_template(tokenizer: PreTrainedTokenizerBase, chat_template: str, prompt: Prompt) -> bool:
-    """Whether the tokenizer's template, which `chat_template` leaves aside, would make something else of the prompt."""
+    """Whether `chat_template: none` ignores a template of the tokenizer that would change the prompt."""
     if chat_template != "none" or tokenizer.chat_template is None or not isinstance(prompt, str):
         return False
     return PromptFormat(tokenizer, "auto").text(prompt) != prompt
 
 
 def tokenized(dataset: Dataset, form: PromptFormat, *, max_prompt_length: int, drop_long: bool = False) -> Dataset:
-    """The same samples with "prompt_ids", each at most `max_prompt_length` tokens.
+    """The samples with "prompt_ids", each with at most `max_prompt_length` tokens.
 
     Args:
-        drop_long: leave longer prompts out, and say how many; else they are an error. None is ever cut: that would ask
-            another question.
+        drop_long: leave out longer prompts and print how many; if false, a longer prompt is an error. Prompts are never
+            truncated, because a truncated prompt asks another question.
     """
     texts = [
         form.text(sample["prompt"], sample.get("system_prompt"), place=dataset.place(index))

@@ -1,12 +1,12 @@
-"""Files and Hub names -> samples: JSON lines, JSON, CSV, Parquet; columns of other names; whole conversations.
+"""Load datasets from files and from the Hugging Face Hub. Columns may have other names; prompts may be conversations.
 
-    data/train.jsonl            one object a line        data/train.csv        a header, then rows
+    data/train.jsonl            one object per line      data/train.csv        a header, then rows
     data/train.json             a list of objects        data/train.parquet
-    openai/gsm8k:main:train     a data set of the Hugging Face Hub: NAME[:SUBSET]:SPLIT
+    openai/gsm8k:main:train     a dataset of the Hugging Face Hub: NAME[:SUBSET]:SPLIT
 
-What a sample needs is "prompt"; `prompt_column` may name another column, whose value is a text, a list of messages, or
-a conversation as ShareGPT writes it, {"from": "human" | "gpt" | "system", "value": ...}. If a conversation has a last
-turn of the assistant, that turn is the "answer", and what comes before it the prompt.
+A row needs a "prompt"; the setting `prompt_column` may name another column. A prompt is a text, a list of messages, or
+a conversation in the ShareGPT format, {"from": "human" | "gpt" | "system", "value": ...}. In a conversation, the last
+turn of the assistant becomes the "answer", and the messages before it become the prompt.
 """
 
 import csv
@@ -22,9 +22,9 @@ from grpo.data import Dataset, Sample
 from grpo.datasets.rows import as_sample, json_lines, parse_json, with_prompt
 from grpo.errors import InputError, missing_package, unreadable
 
-Rows = Iterator[tuple[str, Sample]]  # (place, what stands there)
+Rows = Iterator[tuple[str, Sample]]  # (place, row); a place is a file and a line, for error messages
 
-SPEAKERS = {  # ShareGPT's "from", and the roles of messages
+SPEAKERS = {  # a value of ShareGPT's "from", or the role of a message -> the role of a message
     "system": "system",
     "human": "user",
     "user": "user",
@@ -36,19 +36,20 @@ SPEAKERS = {  # ShareGPT's "from", and the roles of messages
 
 @dataclass(frozen=True)
 class Columns:
-    """How a row becomes a sample."""
+    """How to turn a row into a sample."""
 
     prompt: str = "prompt"
     answer: str = "answer"
-    single_turn_ratio: float = 0.0  # share of the conversations of which only the last question is asked
-    seed: int = 0  # decides which
+    single_turn_ratio: float = 0.0  # fraction of conversations reduced to their last question
+    seed: int = 0  # determines which conversations are reduced
 
 
 def load_dataset(path: str, columns: Columns = Columns()) -> Dataset:
-    """The data set at `path`, a file or a Hub name.
+    """Load the dataset at `path`, a file or a Hub name.
 
     Raises:
-        InputError: it cannot be read; a row lacks a column, or holds something that is no prompt: file and row named.
+        InputError: the dataset cannot be read, a row lacks a column, or a prompt is invalid. The message names file
+            and row.
     """
     suffix = Path(path).suffix
     if suffix in READERS:
@@ -95,7 +96,7 @@ def _parquet_rows(path: str) -> Rows:
             rows = parquet.read_table(file).to_pylist()
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise unreadable(path, error) from error
-    except Exception as error:  # foreign code on a foreign file
+    except Exception as error:  # pyarrow may raise any error for a file of the user
         raise InputError(f"{path}: cannot be read as Parquet: {' '.join(str(error).split())[:200]}") from error
     for number, row in enumerate(rows, start=1):
         yield f"{path}, row {number}", row
@@ -114,7 +115,7 @@ def _hub_rows(path: str) -> Rows:
     *subset, split = rest
     try:
         rows = datasets.load_dataset(name, *subset, split=split)
-    except Exception as error:  # no network, no such set, no such split: the library of the day says which
+    except Exception as error:  # no network, dataset or split; the type of the error depends on the library's version
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path}: cannot be had from the Hugging Face Hub: {reason}") from error
     for number, row in enumerate(rows, start=1):
@@ -140,10 +141,10 @@ def _read(path: str) -> str:
 
 
 def _to_sample(row: Sample, number: int, place: str, columns: Columns) -> Sample:
-    """ "prompt" and "answer" from the columns that hold them; all others stay."""
+    """Turn a row into a sample: rename the prompt and answer columns, and keep all other columns."""
     for name, key in (("prompt", "prompt_column"), ("answer", "answer_column")):
         column = getattr(columns, name)
-        if column not in row and not (name == column == "answer"):  # whether an answer is needed is up to the rewards
+        if column not in row and not (name == column == "answer"):  # only some rewards need an "answer"
             raise InputError(f'{place}: has no "{column}" ({key}); it has {", ".join(map(str, row)) or "nothing"}')
     sample = {key: value for key, value in row.items() if key not in (columns.prompt, columns.answer)}
     sample["prompt"] = row[columns.prompt]
@@ -159,9 +160,9 @@ def _to_sample(row: Sample, number: int, place: str, columns: Columns) -> Sample
 
 
 def _split(turns: list[Any], place: str) -> tuple[list[dict[str, str]], str | None]:
-    """A conversation -> the messages before the assistant's last turn, and that turn.
+    """Split a conversation into the messages before the assistant's last turn, and that turn.
 
-    Messages that end with the user's are a prompt as they stand: nobody has written the answer.
+    Messages that end with a message of the user are returned unchanged, without an answer (None).
     """
     is_sharegpt = any(isinstance(turn, dict) and "from" in turn for turn in turns)
     who, what = ("from", "value") if is_sharegpt else ("role", "content")
@@ -182,5 +183,5 @@ def _split(turns: list[Any], place: str) -> tuple[list[dict[str, str]], str | No
 
 
 def _last_question(messages: list[dict[str, str]]) -> list[dict[str, str]]:
-    """What the system says, and the last message: the question without what led to it."""
+    """The system message and the last message: the last question without the earlier turns."""
     return [message for message in messages[:-1] if message["role"] == "system"] + messages[-1:]

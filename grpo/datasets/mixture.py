@@ -1,8 +1,8 @@
-"""The data of a run, ready to be sampled from: one data set, or several mixed by weight, deterministically.
+"""Load the tokenised data of a run: one dataset, or a deterministic mixture of several datasets by weight.
 
-An epoch of a mixture has a fixed number of places, divided among the data sets by weight. They are drawn in an order of
-their own for every epoch (grpo/data.py), and the places of a data set go on through its own epochs: so the shares are
-exact, every row of a data set comes as often as any other of it, and sample n is a function of (seed, n).
+An epoch of a mixture has a fixed number of places, divided among the datasets by weight. Each epoch draws the places in
+a new random order (grpo/data.py). A dataset fills its places with its own rows, in its own epochs. Three properties
+follow: the shares are exact, the rows of a dataset occur equally often, and sample n is a function of (seed, n).
 """
 
 import math
@@ -22,10 +22,10 @@ from grpo.settings.sources import Source, sources_of
 
 
 class Mixture(Dataset):
-    """Several data sets: as a sequence one after another, drawn by their shares."""
+    """Several datasets. As a sequence they are concatenated; samples are drawn by their shares."""
 
     def __init__(self, parts: Sequence[Dataset], sizes: Sequence[int]) -> None:
-        """`sizes`: how many samples of an epoch each part gives; they may be more than it has."""
+        """`sizes`: how many samples each part contributes to an epoch; may be more than the part has."""
         super().__init__(
             " + ".join(part.path for part in parts),
             [(part.place(index), part[index]) for part in parts for index in range(len(part))],
@@ -41,13 +41,13 @@ class Mixture(Dataset):
         number = next(number for number, end in enumerate(self.starts[1:]) if place < end)
         own_seed = int(
             np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0]
-        )  # not in step with others
+        )  # a different seed for each dataset, so their orders are independent
         n = epoch * self.sizes[number] + place - self.starts[number]
         return self.parts[number].draw(n, own_seed)
 
 
 def divide(total: int, weights: Sequence[float]) -> list[int]:
-    """`total` places by weight, in whole numbers: what rounding leaves over goes to the largest remainders.
+    """Divide `total` places by weight into whole numbers. Places left by rounding down go to the largest remainders.
 
     >>> divide(10, [1.0, 1.0, 1.0])
     [4, 3, 3]
@@ -61,12 +61,12 @@ def divide(total: int, weights: Sequence[float]) -> list[int]:
 
 
 def load_datasets(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset]:
-    """What to train on and what to evaluate on, with "prompt_ids"; in a mixture each sample also has its SOURCE."""
+    """The training set and the evaluation set, with "prompt_ids". In a mixture, each sample also has its SOURCE."""
     return load_train_set(config, tokenizer), load_eval_set(config, tokenizer)
 
 
 def load_train_set(config: Config, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """The data set to train on, or the mixture of them."""
+    """The dataset or mixture to train on."""
     sources = sources_of(vars(config))
     parts = [_load(source.path, source, config, tokenizer) for source in sources]
     if unused_template(tokenizer, config.chat_template, parts[0][0]["prompt"]):
@@ -83,14 +83,14 @@ def load_train_set(config: Config, tokenizer: PreTrainedTokenizerBase) -> Datase
 
 
 def load_eval_set(config: Config, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """What is held out: of a mixture, all of every data set that has an eval_path."""
+    """The held-out data. For a mixture, the complete held-out files of all datasets that have an eval_path."""
     sources = sources_of(vars(config))
     parts = [_load(source.eval_path, source, config, tokenizer) for source in sources if source.eval_path is not None]
     return parts[0] if config.datasets is None else Mixture(parts, [len(part) for part in parts])
 
 
 def _of(source: Source, sample: Sample, place: str) -> Sample:
-    """The sample with the name of its data set, and its system prompt unless it has one of its own."""
+    """The sample with the name of its dataset, and with the dataset's system prompt if the sample has none."""
     own = sample.get("system_prompt")
     if own is not None and not isinstance(own, str):
         raise InputError(f"{place}: system_prompt: got {own!r}, expected a text")

@@ -1,6 +1,6 @@
-"""Files of JSON lines -> samples, and what a sample must have: a prompt that a model can be asked.
+"""Read JSON lines files, and check that every sample has a valid prompt.
 
-Wrong input is an InputError that names the file and the line.
+Invalid input raises an InputError that names the file and the line.
 """
 
 import json
@@ -14,10 +14,10 @@ from grpo.errors import InputError, unreadable
 
 
 class JSONLinesDataset(Dataset):
-    """A file with one JSON object a line.
+    """A file with one JSON object per line.
 
-    Only "prompt" is required, a text or a list of messages; what else a line must have is up to the rewards, which name
-    the columns they need. Blank lines are passed over. Wrong input is an InputError that names the file and the line.
+    Only "prompt" is required, a text or a list of messages. The rewards may need further columns. Blank lines are
+    skipped. Invalid input raises an InputError that names the file and the line.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -25,9 +25,9 @@ class JSONLinesDataset(Dataset):
 
 
 def json_lines(path: str | Path) -> Iterator[tuple[str, Sample]]:
-    """(place, sample) of every line that is not blank."""
+    """Yield (place, sample) for every line that is not blank."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")  # editors of Windows put a byte order mark first
+        text = Path(path).read_text(encoding="utf-8-sig")  # Windows editors may write a byte order mark first
     except (OSError, UnicodeDecodeError) as error:
         raise unreadable(path, error) from error
     for number, line in enumerate(text.split("\n"), start=1):
@@ -37,25 +37,25 @@ def json_lines(path: str | Path) -> Iterator[tuple[str, Sample]]:
 
 
 def parse_json(text: str, place: str) -> Any:
-    """What a JSON text says; an InputError that names the place if it is none."""
+    """Parse a JSON text. Raises an InputError that names the place if the text is not valid JSON."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
         raise InputError(f"{place}: not JSON: {error.msg} ({where})") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+    except (ValueError, RecursionError) as error:  # a number with thousands of digits, or thousands of brackets
         raise InputError(f"{place}: not JSON: {error}") from error
 
 
 def as_sample(value: Any, place: str) -> Sample:
-    """A JSON value that must be an object."""
+    """Check that a JSON value is an object, and return it."""
     if not isinstance(value, dict):
         raise InputError(f"{place}: got {type(value).__name__}, expected a JSON object")
     return value
 
 
 def with_prompt(sample: Sample, place: str) -> Sample:
-    """The sample, which must have a "prompt" that a model can be asked."""
+    """Check that the sample has a valid "prompt", and return the sample."""
     if "prompt" not in sample:
         raise InputError(f'{place}: has no "prompt"; it has {", ".join(sample) or "nothing"}')
     prompt = sample["prompt"]
@@ -74,7 +74,7 @@ ROLES = ("system", "user", "assistant")
 
 
 def check_messages(messages: list[Any], place: str) -> None:
-    """[{"role": ..., "content": ...}, ...], a user's message last: what is to be written is the answer to it."""
+    """Check that the messages are [{"role": ..., "content": ...}, ...] and that the last one is the user's."""
     for message in messages:
         if not isinstance(message, dict) or not {"role", "content"} <= set(message):
             raise InputError(f'{place}: "prompt": got {message!r}, expected {{"role": …, "content": …}}')

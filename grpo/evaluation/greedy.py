@@ -22,7 +22,7 @@ ScoreFn = Callable[[Sequence[Sample], Rollout], Scores]  # B samples and their B
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One greedy completion for each sample of a dataset. Samples to which no reward applies are in no metric."""
+    """One greedy completion per sample of a dataset. Samples to which no reward applies are excluded from metrics."""
 
     completions: list[str]
     is_correct: list[bool | None]  # None: the first reward does not apply to this sample

@@ -1,4 +1,4 @@
-"""Completions kept in a file, so that a long evaluation that was stopped can continue where it was.
+"""Completions kept in a file, so that a long evaluation that was stopped can continue where it stopped.
 
 Each line of the file is one call of `generate_completions`: its completions, and a key. The key is a hash of the
 model's weights and of all arguments of the call. A call with the same key is answered from the file; any other call
@@ -68,7 +68,7 @@ class KeptRollouts:
 
 
 def _rollout(row: dict[str, Any]) -> Rollout:
-    """A rollout with all that scoring needs. Its prompts are empty and its log-probs are 0."""
+    """A rollout with everything that scoring needs. Its prompts are empty and its log-probs are 0."""
     completions = [torch.tensor(ids) for ids in row["ids"]]
     mask = pad_sequence([torch.ones_like(ids, dtype=torch.bool) for ids in completions], batch_first=True)
     nothing = torch.zeros(len(completions), 0, dtype=torch.long)

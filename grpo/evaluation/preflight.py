@@ -1,4 +1,4 @@
-"""The pre-flight check of a run: is there anything to learn from? Also: answers of several models side by side."""
+"""The pre-flight check, which shows whether a run can learn anything, and answers of several models side by side."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -35,12 +35,12 @@ def outcome_shares(scores: Scores, is_truncated: Tensor) -> dict[str, float]:
 
 
 def preflight(samples: Sequence[Sample], rollout: Rollout, score_fn: ScoreFn) -> str:
-    """A text that says what there is to learn from. Only groups with correct and wrong completions teach the answer.
+    """A text that shows how much a run can learn. Only groups with correct and wrong completions teach the answer.
 
     Args:
         samples: the P prompts of the first step.
         rollout: P * G completions of the base model; row p * G + g belongs to prompt p.
-        score_fn: that of the run.
+        score_fn: the score function of the run.
 
     Raises:
         InputError: no reward applies to any completion, so there is nothing to learn.

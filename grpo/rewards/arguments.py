@@ -14,7 +14,7 @@ def check_numbers(**arguments: Any) -> None:
 
 
 def check_rewards(*, correct_reward: Any, wrong_reward: Any) -> None:
-    """Check that both are numbers, and that correct answers earn more than wrong ones."""
+    """Check that both are numbers, and that a correct answer earns more than a wrong one."""
     check_numbers(correct_reward=correct_reward, wrong_reward=wrong_reward)
     if correct_reward <= wrong_reward:
         raise ValueError(f"correct_reward: got {correct_reward!r}, expected more than wrong_reward ({wrong_reward!r})")

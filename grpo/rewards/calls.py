@@ -1,4 +1,4 @@
-"""Calls of reward functions. They may be anybody's code, so errors and wrong values are caught and named."""
+"""Calls of reward functions. They may be a user's code, so errors name the function, the sample and the value."""
 
 import traceback
 from collections.abc import Callable, Sequence
@@ -33,7 +33,7 @@ def call(
     """
     prompts = given["prompts"]
     try:
-        values = fn(**{key: list(column) for key, column in given.items()})  # copies, which `fn` may change
+        values = fn(**{key: list(column) for key, column in given.items()})  # copies, because `fn` may change its lists
     except (Exception, SystemExit) as error:  # a user's function may raise anything; the message must name it
         place = traceback.extract_tb(error.__traceback__)[-1]
         message = f"{describe(error)} ({Path(place.filename).name}, line {place.lineno})"
@@ -68,7 +68,7 @@ def short(value: Any, limit: int = 300) -> str:
 
 
 def _first_failing_row(fn: RewardFn, given: dict[str, Sequence[Any]]) -> int | None:
-    """The first row on which `fn`, which raised an error on the batch, also raises one alone; None if there is none."""
+    """Call `fn` on each row alone. Returns the first row on which it raises an error; None if there is none."""
     for row in range(len(given["prompts"])):
         try:
             fn(**{name: values[row : row + 1] for name, values in given.items()})
@@ -91,7 +91,7 @@ def check_values(name: str, values: Any, prompts: Sequence[Any], lengths: Sequen
 
 
 def _problem(value: Any, length: int | None, prompt: str) -> str | None:
-    """What is wrong with the value of one completion; None: nothing. `length`: its tokens, if it may be a list."""
+    """What is wrong with one value; None if it is valid. `length`: the completion's tokens; None: lists are invalid."""
     if not isinstance(value, list):
         is_reward = value is None or is_number(value)
         return None if is_reward else f"{short(value)} for {prompt}, expected a finite number or None"

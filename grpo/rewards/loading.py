@@ -1,4 +1,4 @@
-"""The config's `rewards` -> a list of `Reward`: functions with their weights and attributes.
+"""Load the config's `rewards` as a list of `Reward`: functions with their weights and attributes.
 
     rewards: [math, {name: length, weight: 0.5, target: 10, slope: 0.1}, {name: "my_module:my_fn", as: mine, n: 3}]
 
@@ -46,7 +46,7 @@ class Reward:
             ValueError: an attribute has the wrong type.
         """
         attributes = {key: getattr(fn, key) for key in ATTRIBUTES if hasattr(fn, key)}
-        if hasattr(fn, "is_right_leniently"):  # as it was called until December 2026
+        if hasattr(fn, "is_right_leniently"):  # the name of this attribute until December 2026
             attributes.setdefault("is_correct_leniently", fn.is_right_leniently)
         for key, value in attributes.items():
             if key in ("full_mark", "lowest"):
@@ -61,7 +61,7 @@ RewardsOf = Mapping[str | None, Sequence[Reward]]  # the rewards of each dataset
 
 
 def _with_arguments(fn: RewardFn, arguments: dict[str, Any]) -> RewardFn:
-    """`fn` with its arguments fixed; they win over columns of the same name.
+    """`fn` with its arguments fixed. An argument takes precedence over a column of the same name.
 
     If `fn` has no **columns, it is called with the parameters that it names, and no others.
     """
@@ -135,7 +135,7 @@ def _load_reward(spec: str | dict[str, Any], table: Mapping[str, Callable[..., R
     try:
         if name in table:
             _check_arguments(table[name], arguments)
-            return Reward.of(logged_as, table[name](**arguments), weight, {})  # the factory has used them
+            return Reward.of(logged_as, table[name](**arguments), weight, {})  # the factory has used the arguments
         if ":" in name:
             fn = _import_function(name)
             _check_arguments(fn, arguments, is_factory=False)
@@ -150,8 +150,8 @@ def _load_reward(spec: str | dict[str, Any], table: Mapping[str, Callable[..., R
 def _check_arguments(fn: Callable[..., Any], arguments: Mapping[str, Any], *, is_factory: bool = True) -> None:
     """Check that `fn` takes these arguments.
 
-    All parameters of a factory are arguments. Of a reward function only those with a default are, the others are
-    columns of the data.
+    All parameters of a factory are arguments. For a reward function, only the parameters with a default are arguments;
+    the others are columns of the data.
     """
     needed = named_parameters(fn, without_default=True)
     own = named_parameters(fn) if is_factory else named_parameters(fn) - needed - GIVEN

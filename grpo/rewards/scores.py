@@ -32,7 +32,7 @@ class Scores:
     is_correct: Tensor  # (B,) 1.0 if the first reward gives its full mark, else 0.0
     has_answer: Tensor  # (B,) bool: according to the first reward there is an answer to judge
     is_correct_leniently: Tensor  # (B,) 1.0 or 0.0; NaN if the first reward has no `is_correct_leniently`
-    token_rewards: Tensor | None = None  # (B, C), only if requested; rows add up to `combined`, or to 0 where it is NaN
+    token_rewards: Tensor | None = None  # (B, C), only if requested; rows add up to `combined`, or to 0 if it is NaN
 
     def select(self, rows: Tensor) -> Self:
         """The scores of some completions. `rows`: (b,) row numbers."""

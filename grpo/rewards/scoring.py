@@ -1,4 +1,4 @@
-"""Samples and completions -> Scores: call every reward function, check its values and combine them.
+"""Score completions: call every reward function, check its values and combine them into `Scores`.
 
 In a mixture of datasets, each completion is scored only by the rewards of its own dataset.
 """
@@ -108,7 +108,7 @@ def _check_factors(rewards: Sequence[Reward], by_name: dict[str, Tensor], prompt
 
 
 def _are_correct(reward: Reward, values: Tensor) -> Tensor:
-    """(B,) 1.0 where the reward gives its full mark, else 0.0; NaN where it gives no verdict."""
+    """(B,) 1.0 if the reward gives its full mark, else 0.0; NaN if it gives no verdict."""
     if reward.full_mark is None:
         return torch.full_like(values, torch.nan)
     is_correct = ((values - reward.full_mark).abs() <= 1e-6).to(values.dtype)

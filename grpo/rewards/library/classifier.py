@@ -1,6 +1,6 @@
 """A learned reward: any sequence classifier or reward model of Hugging Face, with its own tokenizer and chat template.
 
-It says what it was trained to like, which a policy will find out: watch samples, and keep a KL.
+A policy learns to exploit the weaknesses of a learned reward. So read samples during the run, and use a KL penalty.
 """
 
 from functools import lru_cache
@@ -41,22 +41,22 @@ def classifier_reward(
     device: str = "auto",
     dtype: str = "float32",
 ) -> RewardFn:
-    """What a classifier says of a completion.
+    """The output of a sequence classifier for each completion.
 
     Args:
         model: folder or Hub name of an AutoModelForSequenceClassification with its tokenizer.
-        label: which of its labels is rewarded, by name or number; needed where there are several.
-        output: logit, the default where there is one label (reward models are trained so), or probability, the default
-            where there are several: softmax over them, sigmoid where there is one.
-        reads: conversation = prompt and completion, in the classifier's chat template where it has one, else one behind
-            the other; completion = the completion alone.
-        batch_size: texts a forward pass.
-        max_length: tokens of a text; of a longer one the end is cut off (its beginning, where the tokenizer says so).
-            None: 1024, or as many as the classifier can read where those are fewer.
-        device, dtype: the classifier's own. auto = where a GPU is, there.
+        label: the label to reward, by name or number; required if the classifier has several labels.
+        output: logit or probability. The default is logit with one label (as reward models are trained) and
+            probability with several labels. A probability is a softmax over several labels, or a sigmoid of one.
+        reads: conversation = prompt and completion, in the classifier's chat template if it has one, otherwise
+            concatenated; completion = only the completion.
+        batch_size: texts per forward pass.
+        max_length: maximum tokens per text. A longer text is truncated on the tokenizer's truncation side, which is
+            usually its end. None: 1024, or the classifier's maximum if that is smaller.
+        device, dtype: of the classifier. auto = a GPU if there is one.
 
     Raises:
-        ValueError: there is no such model or label, or an argument is not among what is allowed.
+        ValueError: there is no such model or label, or the value of an argument is not allowed.
     """
     check_choice("reads", reads, READS)
     if output is not None:
@@ -82,7 +82,7 @@ def classifier_reward(
         has_template = reads == "conversation" and tokenizer.chat_template is not None  # with its own special tokens
         pairs = zip(prompts, completions, strict=True)
         texts = [_text(tokenizer, prompt, completion, reads) for prompt, completion in pairs]
-        order = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # those of like length together
+        order = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # texts of similar length share a batch
         values: list[RewardValue] = [None] * len(texts)
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
@@ -92,7 +92,7 @@ def classifier_reward(
                 truncation=True,
                 max_length=max_length,
                 padding=True,
-                padding_side="right",  # harmless for models with learned positions, too
+                padding_side="right",  # left padding would shift the positions of models with learned positions
                 return_tensors="pt",
             )
             logits = _logits(classifier, inputs)  # (b, labels)
@@ -106,7 +106,7 @@ def classifier_reward(
 
 
 def _find(model: str) -> tuple[str | Path, Any, PreTrainedTokenizerBase]:
-    """Where the classifier is, with its settings and tokenizer but not yet its weights."""
+    """The classifier's location, config and tokenizer. The weights are not loaded yet."""
     if not isinstance(model, str):
         raise ValueError(f"model: got {model!r}, expected a folder or a name on the Hub")
     try:
@@ -116,7 +116,7 @@ def _find(model: str) -> tuple[str | Path, Any, PreTrainedTokenizerBase]:
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # foreign files are read by foreign code
+    except Exception as error:  # transformers may raise any error for a file of the user
         raise ValueError(f"model: {model!r} cannot be loaded: {' '.join(str(error).split())[:200]}") from error
     if not any("ForSequenceClassification" in name for name in config.architectures or ()):
         found = ", ".join(config.architectures or ["nothing"])
@@ -125,7 +125,7 @@ def _find(model: str) -> tuple[str | Path, Any, PreTrainedTokenizerBase]:
 
 
 def _num_readable(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens of the longest text that the classifier takes: a RoBERTa has more positions than it can use."""
+    """The maximum number of tokens per text. The tokenizer's limit counts too: RoBERTa has unusable positions."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     return min(positions or tokenizer.model_max_length, tokenizer.model_max_length)
 
@@ -142,19 +142,19 @@ def _label_number(label: str | int | None, names: dict[int, str]) -> int:
     raise ValueError(f"label: got {label!r}, allowed: {allowed}")
 
 
-@lru_cache(maxsize=4)  # two data sets of a mixture may ask the same one
+@lru_cache(maxsize=4)  # two datasets of a mixture may use the same classifier
 def _load(source: str | Path, device: torch.device, dtype: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     model = AutoModelForSequenceClassification.from_pretrained(source, dtype=DTYPES[dtype], trust_remote_code=False)
     disable_dropout(model)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    # The text is judged at its last token, which the model finds by its pad token: unset, it would judge the padding.
+    # The model scores a text at its last token, which it finds by the pad token. Without one it scores the padding.
     model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
     return model.to(device).eval().requires_grad_(False)
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, prompt: Any, completion: Any, reads: str) -> str:
-    written = text_of(completion).encode(errors="replace").decode()  # no tokenizer takes half a surrogate pair
+    written = text_of(completion).encode(errors="replace").decode()  # tokenizers refuse half a surrogate pair
     if reads == "completion":
         return written
     messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
@@ -166,5 +166,5 @@ def _text(tokenizer: PreTrainedTokenizerBase, prompt: Any, completion: Any, read
 
 @torch.no_grad()
 def _logits(model: PreTrainedModel, inputs: BatchEncoding) -> Tensor:
-    """(b, labels) float32."""
+    """The logits of b texts: (b, labels), float32."""
     return model(**inputs.to(model.device)).logits.float()

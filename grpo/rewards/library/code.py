@@ -1,13 +1,13 @@
-"""Does the program work? The completion's Python block against the row's tests, in the sandbox.
+"""The `code` reward: run the Python program in the completion against the row's tests, in the sandbox.
 
-A row's "tests" is a list; each entry is one test, and each is worth the same:
+A row's "tests" is a list. Each entry is one test, and all tests have equal weight:
 
-    "assert add(2, 3) == 5"                     Python with an assert, which calls what the program must define
-    {"input": "2 3\\n", "output": "5\\n"}         the program as a script: what it reads, what it must print
+    "assert add(2, 3) == 5"                     Python code with an assert that calls what the program must define
+    {"input": "2 3\\n", "output": "5\\n"}         run the program as a script: its input and its expected output
 
-One text alone stands for a list of one. A test may be of several lines and import what it needs; the program's
-functions take and return plain data (None, numbers, texts, bytes, lists, tuples, sets, dicts), copies of it. What a
-script prints is compared line by line, but for white space at the end of lines and of the text.
+A single text is treated as a list with one entry. A test may have several lines and may import modules. The program's
+functions take and return copies of plain data (None, numbers, texts, bytes, lists, tuples, sets, dicts). The output of
+a script is compared line by line; white space at the end of a line or of the whole text is ignored.
 """
 
 import ast
@@ -25,13 +25,13 @@ from grpo.rewards.sandbox.jail.inside import names_of_program
 Test = str | dict[str, str]
 FENCE = "```"
 MODES = ("fraction", "all")
-LONGEST = 3600  # seconds that a timeout may be
+LONGEST = 3600  # the maximum timeout in seconds
 
 
 def code_block(text: str, *, bare: bool = False) -> str | None:
-    """What the last fenced block of Python holds, or None where there is none, or it does not close.
+    """The content of the last fenced Python block; None if there is no such block or it is not closed.
 
-    With `bare`, a text without any fence is code as it is.
+    With `bare`, a text without any fence is returned unchanged.
 
     >>> code_block("So:\\n```python\\nx = 1\\n```\\nDone.")
     'x = 1\\n'
@@ -48,12 +48,12 @@ def code_block(text: str, *, bare: bool = False) -> str | None:
         elif start is not None and mark == FENCE:
             found = (start, number) if is_python else found
             start = None
-    is_cut_off = start is not None and is_python  # the last one decides, and it has no end
+    is_cut_off = start is not None and is_python  # the last block counts, and it is not closed
     return "".join(lines[slice(*found)]) if found and not is_cut_off else None
 
 
 def tests_of(value: Any) -> list[Test]:
-    """A row's "tests" as a list; a ValueError if they are none."""
+    """A row's "tests" as a list. Raises a ValueError if one of them is not a valid test."""
     tests = [value] if isinstance(value, str) else value
     if not isinstance(tests, list) or not tests:
         raise ValueError(f'"tests": got {short(value)}, expected a list of tests that is not empty')
@@ -69,9 +69,9 @@ def tests_of(value: Any) -> list[Test]:
     return tests
 
 
-@lru_cache(maxsize=65536)  # a row's tests are asked for with each of its completions
+@lru_cache(maxsize=65536)  # called once per completion with the same tests
 def _check_python(number: int, test: str) -> None:
-    """A test must be able to fail: it asserts something, about something of the program's."""
+    """Check that a test can fail: it must have an assert, and use a name that the program defines."""
     try:
         has_assert = any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(test)))
     except (SyntaxError, ValueError) as error:
@@ -89,14 +89,14 @@ def code_reward(
     parallel: int | None = None,
     bare: bool = False,
 ) -> RewardFn:
-    """How many of the row's "tests" the completion's program passes.
+    """The fraction of the row's "tests" that the completion's program passes.
 
     Args:
-        mode: fraction = the share of tests that pass; all = 1 if all of them do, else 0.
-        timeout: seconds for all asserts of a row together, and for each script.
-        memory_mb: address space of a program, Python's own included.
-        parallel: programs at a time; None: as many as there are cores.
-        bare: a completion without any fenced block is a program as it stands.
+        mode: fraction = the fraction of tests that pass; all = 1 if all tests pass, else 0.
+        timeout: in seconds; one limit for all asserts of a row together, and one for each script.
+        memory_mb: address space of a program in MB, including what Python itself needs.
+        parallel: programs that run at the same time; None: the number of cores.
+        bare: whether a completion without any fenced block is taken as the program.
     """
     check_choice("mode", mode, MODES)
     check_numbers(timeout=timeout)
@@ -110,9 +110,9 @@ def code_reward(
     limits = Limits(seconds=float(timeout), memory_mb=memory_mb)
 
     def judged(completions: Sequence[str], tests: Sequence[Any]) -> list[list[tuple[Verdict, str | None]]]:
-        """What became of each completion's program in each of its runs, and what that run must print."""
-        jobs: dict[Job, int] = {}  # what is the same is run once
-        rows: list[list[tuple[int, str | None]]] = []  # of each completion: number of the job, what it must print
+        """Run the programs. Returns the verdict and the expected output of each run of each completion."""
+        jobs: dict[Job, int] = {}  # job -> its number; equal jobs are run once
+        rows: list[list[tuple[int, str | None]]] = []  # for each completion: number and expected output of its jobs
         for completion, own in zip(completions, tests, strict=True):
             planned = _jobs(code_block(completion, bare=bare), tests_of(own))
             rows.append([(jobs.setdefault(job, len(jobs)), output) for job, output in planned])
@@ -141,7 +141,7 @@ def code_reward(
 
 
 def _jobs(program: str | None, tests: Sequence[Test]) -> list[tuple[Job, str | None]]:
-    """What to run for one completion: all its asserts together, each script by itself with what it must print."""
+    """The jobs of one completion, each with its expected output: one job for all asserts, and one for each script."""
     if program is None:
         return []
     asserts = tuple(test for test in tests if isinstance(test, str))
@@ -151,14 +151,14 @@ def _jobs(program: str | None, tests: Sequence[Test]) -> list[tuple[Job, str | N
 
 
 def _passed(verdict: Verdict, output: str | None) -> tuple[bool, ...]:
-    """Of asserts one each; of a script, which must print `output`, one."""
+    """Which tests of one run passed: one value per assert, or one value for a script, which must print `output`."""
     if output is None:
         return verdict.passed
     return (verdict.passed == (True,) and _same_output(verdict.output, output),)
 
 
 def _problem(verdict: Verdict, output: str | None) -> str:
-    """Why a run did not pass, in words; empty where it did."""
+    """Why a run failed, in words; empty if it passed."""
     passed = _passed(verdict, output)
     if all(passed):
         return ""

@@ -1,7 +1,7 @@
-"""Right or wrong where the answer has a place: after ####, in <answer>, in a box. What stands there is all of it.
+"""Rewards for an answer in a fixed place: after ####, in <answer> or in a box. Everything in this place is compared.
 
-The row's "answer" is compared as a number where it is one, so that 72.0, 72 and \\frac{144}{2} are the same, and as a
-text otherwise. Leniently, for evaluations, it may stand anywhere.
+If the row's "answer" is a number, it is compared as a number, so 72.0, 72 and \\frac{144}{2} are equal. Otherwise it is
+compared as text. The lenient verdict, which evaluations report as well, also accepts an integer answer elsewhere.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ Find = Callable[[str], str | None]
 
 
 def expected_text(sample: dict[str, Any]) -> str:
-    """What the sample's "answer" holds: all of it, or what stands behind its #### or in its box.
+    """The expected answer: the content of the box in the sample's "answer", or the text after its ####, or all of it.
 
     >>> [expected_text({"answer": answer}) for answer in ["5 * 3 = 15\\n#### 15", "so \\\\boxed{x+1}.", 72.0, "7"]]
     ['15', 'x+1', '72', '7']
@@ -27,15 +27,15 @@ def expected_text(sample: dict[str, Any]) -> str:
     answer = sample["answer"]
     if isinstance(answer, float) and abs(answer) < float("inf"):
         answer = format(Decimal(repr(answer)), "f").removesuffix(".0")  # not 1e-05
-    text = str(answer) if type(answer) in (str, int) else ""  # a bool is an int, too
+    text = str(answer) if type(answer) in (str, int) else ""  # not isinstance, because bool is a subclass of int
     found = boxed(text) or after_mark(text) or text.strip()
-    if not plain_latex(found):  # "$" is nothing, too: the empty answer would be right
+    if not plain_latex(found):  # for example "$"; an empty completion would count as correct
         raise ValueError(f'"answer" of {sample.get("prompt")!r} must be a text or a number, got {sample["answer"]!r}')
     return found
 
 
 def expected_number(sample: dict[str, Any]) -> str:
-    """The same, where it must be a number."""
+    """The expected answer as in `expected_text`, which must be a number."""
     text = expected_text(sample)
     if number(text) is None:
         raise ValueError(f'"answer" of {sample.get("prompt")!r} must be a number, got {sample["answer"]!r}')
@@ -49,7 +49,7 @@ def _judge(
     correct_reward: float,
     wrong_reward: float,
 ) -> RewardFn:
-    """`correct_reward` where what `find` finds is the expected answer, else `wrong_reward`."""
+    """A reward function: `correct_reward` if `find` returns the expected answer, else `wrong_reward`."""
     check_rewards(correct_reward=correct_reward, wrong_reward=wrong_reward)
 
     def judge_fn(prompts: list, completions: list, answer: list, **_: Any) -> list[RewardValue]:
@@ -78,37 +78,38 @@ def _judge(
 
 
 def same_number(expected: str, found: str, prompt: str = "") -> bool:
-    """Both are numbers, and the same one."""
+    """Whether both texts are numbers and the numbers are equal."""
     value = number(found)
     return value is not None and value == number(expected)
 
 
 def same_text(expected: str, found: str, prompt: str = "") -> bool:
-    """The same number where a number is expected, else the same text but for what makes no difference in LaTeX."""
+    """Whether the numbers are equal if a number is expected, otherwise whether the texts are equal as plain LaTeX."""
     if number(expected) is not None:
         return same_number(expected, found)
     return plain_latex(expected) == plain_latex(found)
 
 
 def gsm8k_reward(correct_reward: float = 1.0, wrong_reward: float = 0.0, lenient: bool = False) -> RewardFn:
-    """The number in <answer> ... </answer>, or else after ####, against "answer", whose own text may have a ####.
+    """Compare the number in <answer> ... </answer>, or otherwise after ####, with "answer", which may contain a ####.
 
-    `lenient`: where neither is there, the last number of the text counts. Of GSM8K's problems all answers are integers.
+    `lenient`: if the completion has neither, its last number counts if it is an integer. All answers of GSM8K are.
     """
     check_flag("lenient", lenient)
     places: list[Find] = [between_tags, after_mark, *([last_integer] if lenient else [])]
 
-    def find(text: str) -> str | None:  # an empty element is an answer that is wrong, not a place to look elsewhere
+    def find(text: str) -> str | None:  # an empty element is a wrong answer; the other places are then not searched
         return next((found for place in places if (found := place(text)) is not None), None)
 
     return _judge(find, same_number, expected_number, correct_reward, wrong_reward)
 
 
 def boxed_reward(correct_reward: float = 1.0, wrong_reward: float = 0.0, symbolic: bool | None = None) -> RewardFn:
-    """What the last \\boxed{...} holds against "answer".
+    """Compare the content of the last \\boxed{...} with "answer".
 
-    Numbers as numbers, anything else as text, or with `symbolic` as mathematics (math-verify): \\sqrt{8} is 2\\sqrt{2}.
-    None: where math-verify is installed. A number is never compared symbolically: 47+38 is no answer to "47+38".
+    Numbers are compared as numbers, and anything else as text. With `symbolic`, math-verify also accepts equivalent
+    formulas: \\sqrt{8} equals 2\\sqrt{2}. None: symbolic if math-verify is installed. If a number is expected, symbolic
+    comparison is never used, because 47+38 is not an answer to "47+38".
     """
     is_same = symbolic_equality(symbolic)
 
@@ -121,13 +122,13 @@ def boxed_reward(correct_reward: float = 1.0, wrong_reward: float = 0.0, symboli
 
 
 def correctness_reward(correct_reward: float = 2.0, wrong_reward: float = 0.0, tag: str = "answer") -> RewardFn:
-    """What the last <answer> ... </answer> holds against "answer": the recipe's main reward."""
+    """Compare the content of the last <answer> ... </answer> with "answer". form.py describes the recipe."""
     check_tag("tag", tag)
     return _judge(lambda text: between_tags(text, tag), same_text, expected_text, correct_reward, wrong_reward)
 
 
 def integer_reward(reward: float = 0.5, tag: str = "answer") -> RewardFn:
-    """`reward` where the last <answer> ... </answer> holds an integer, right or wrong."""
+    """`reward` if the last <answer> ... </answer> contains an integer, correct or not."""
     check_numbers(reward=reward)
     check_tag("tag", tag)
 

@@ -1,7 +1,8 @@
-"""The form of a text: tags in their places, a pattern. It calls nothing right: a second reward, and a small one.
+"""Rewards for the form of a text: tags in their places, or a pattern. Use them with a small weight, beside a main one.
 
-Four of the five rewards of a widely used recipe for small models are of this kind (xml_count, soft_format,
-strict_format here, integer in exact.py; correctness is the fifth). They earn at most 0.5 each, and the right answer 2.
+They do not judge correctness. A widely used recipe for small models has five rewards, and four of them reward the form:
+xml_count, soft_format and strict_format in this file, and integer in exact.py. Each of these gives at most 0.5. The
+fifth reward is correctness, which gives 2 for a correct answer.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,20 +26,20 @@ def _paid_where(has_form: Callable[[str], bool], reward: float) -> RewardFn:
 
 
 def format_reward(reward: float = 0.5, tags: Sequence[str] | None = None, pattern: str | None = None) -> RewardFn:
-    """`reward` for a completion that is these elements in this order and nothing else, or that fits a pattern.
+    """`reward` if the completion consists of these elements in this order, or if it matches a pattern; else 0.
 
     Args:
-        reward: what is paid.
-        tags: names of the elements; reasoning and answer where neither they nor a pattern are given.
-        pattern: a regular expression instead of tags, for the whole text. It has 20 ms, so one that backtracks without
-            end pays nothing, and cannot hold up the run.
+        reward: the value for a completion that has the form.
+        tags: names of the elements; reasoning and answer if neither tags nor a pattern are given.
+        pattern: a regular expression that must match the whole text; instead of tags. The match may take 20 ms. If it
+            takes longer, the value is 0, so a pattern that backtracks exponentially cannot delay the run.
     """
     if pattern is None:
         names = check_tags("tags", TAGS if tags is None else tags)
         return _paid_where(lambda text: in_tags(text, names), reward)
     if tags is not None:
         raise ValueError("pattern: got together with tags, allowed: one of them")
-    import regex  # type: ignore[import-untyped]  # comes with transformers; unlike re it can be told to stop
+    import regex  # type: ignore[import-untyped]  # a dependency of transformers; unlike re it has a timeout
 
     try:
         compiled = regex.compile(pattern)
@@ -55,22 +56,22 @@ def format_reward(reward: float = 0.5, tags: Sequence[str] | None = None, patter
 
 
 def soft_format_reward(reward: float = 0.5, tags: Sequence[str] = TAGS) -> RewardFn:
-    """`reward` for <reasoning> ... </reasoning> <answer> ... </answer> and whatever follows; each tag once."""
+    """`reward` if the text begins with <reasoning> ... </reasoning> <answer> ... </answer> and has each tag once."""
     names = check_tags("tags", tags)
     return _paid_where(lambda text: elements_at_start(text, names) is not None, reward)
 
 
 def strict_format_reward(reward: float = 0.5, tags: Sequence[str] = TAGS) -> RewardFn:
-    """`reward` for the same with every tag on a line of its own, and nothing before, between or behind."""
+    """`reward` if every tag is alone on its line, and no text is before, between or after the elements."""
     names = check_tags("tags", tags)
     return _paid_where(lambda text: in_tag_lines(text, names), reward)
 
 
 def xml_count_reward(reward: float = 0.125, tags: Sequence[str] = TAGS) -> RewardFn:
-    """`reward` for every tag in place: a partial credit that leads to the whole form.
+    """`reward` for every tag in place: partial credit that guides the policy towards the complete form.
 
-    In place is a tag that the text has once, on a line of its own, behind those before it; and the last one only with
-    nothing behind it.
+    A tag is in place if it occurs once, alone on its line, after the tags that precede it. The last tag is in place
+    only if nothing follows it.
     """
     check_numbers(reward=reward)
     names = check_tags("tags", tags)

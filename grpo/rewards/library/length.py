@@ -1,4 +1,4 @@
-"""How long a completion is, in tokens, the stop token included. Both call nothing right or wrong: a second reward."""
+"""Rewards for the length of a completion in tokens, including the stop token. They do not judge correctness."""
 
 from typing import Any
 
@@ -7,15 +7,15 @@ from grpo.rewards.base import RewardFn, RewardValue, declare
 
 
 def length_reward(target: int, slope: float, plateau: int = 0) -> RewardFn:
-    """1 near a length that is wanted, falling on both sides of it, never below 0.
+    """1 near the target length, falling linearly on both sides, never below 0.
 
         n = tokens of the completion
         reward = max(0, 1 - slope * max(0, |n - target| - plateau))
 
     Args:
-        target: in tokens, >= 1.
-        slope: what a token more or less costs, > 0.
-        plateau: how many tokens more or less cost nothing.
+        target: the target length in tokens, >= 1.
+        slope: how much the reward falls per token, > 0.
+        plateau: how many tokens the length may differ from the target without a lower reward.
 
     >>> length_reward(target=10, slope=0.25, plateau=2)(completion_ids=[[7] * n for n in (1, 6, 8, 12, 13)])
     [0.0, 0.5, 1.0, 1.0, 0.75]
@@ -33,7 +33,7 @@ def length_reward(target: int, slope: float, plateau: int = 0) -> RewardFn:
 
 
 def overlong_reward(max_length: int, cache: int) -> RewardFn:
-    """DAPO's soft punishment of completions that are too long: 0, then falling linearly, then -1.
+    """DAPO's soft penalty for overlong completions: 0, then falling linearly, then -1.
 
         n = tokens of the completion
         n <= max_length - cache               0
@@ -41,11 +41,11 @@ def overlong_reward(max_length: int, cache: int) -> RewardFn:
         n > max_length                        -1
 
     Args:
-        max_length: in tokens; max_completion_length, or less.
-        cache: the tokens over which it falls, 1 ... max_length.
+        max_length: in tokens; at most max_completion_length.
+        cache: the number of tokens over which the reward falls from 0 to -1, 1 ... max_length.
 
     Raises:
-        ValueError: an argument is no whole number, or out of range.
+        ValueError: an argument is not a whole number, or is out of range.
 
     Paper: "DAPO" (2503.14476) eq. 13.
 

@@ -1,4 +1,4 @@
-"""A text that repeats itself: the share of its n-grams of tokens that it has written before, as a penalty."""
+"""A penalty for repetition: the fraction of a completion's token n-grams that occurred before in it."""
 
 from array import array
 from collections.abc import Sequence
@@ -9,13 +9,13 @@ from grpo.rewards.base import RewardFn, RewardValue, declare
 
 
 def repetition_reward(ngram_size: int = 3, max_penalty: float = -1.0) -> RewardFn:
-    """0 where no n-gram of tokens comes twice, down to almost `max_penalty` where one thing is said over and over.
+    """0 if no token n-gram occurs twice, down to almost `max_penalty` if the text repeats one n-gram throughout.
 
         reward = max_penalty * (1 - different n-grams / all n-grams)
 
     Args:
-        ngram_size: tokens, 1 ... 40. A completion of fewer tokens repeats nothing.
-        max_penalty: <= 0.
+        ngram_size: in tokens, 1 ... 40. A completion with fewer tokens gets no penalty.
+        max_penalty: the lower bound of the reward, <= 0.
 
     Paper: "Demystifying Long Chain-of-Thought Reasoning in LLMs" (2502.03373) appendix C.2; as in TRL.
 
@@ -39,7 +39,7 @@ def repetition_reward(ngram_size: int = 3, max_penalty: float = -1.0) -> RewardF
 
 
 def num_different(ids: Sequence[int], ngram_size: int) -> int:
-    """How many different n-grams there are; as slices of bytes they are compared far faster than as tuples.
+    """The number of distinct n-grams. They are compared as slices of bytes, which is much faster than as tuples.
 
     >>> num_different([1, 2, 1, 2, 1], ngram_size=2)
     2

@@ -1,10 +1,10 @@
-"""Where in a text the answer stands: in tags, after a mark, in a box. Text in, text out; every search is linear."""
+"""Find the answer in a text: in tags, after a mark or in a box. Every search takes linear time."""
 
 from collections.abc import Sequence
 
 
 def between_tags(text: str, tag: str = "answer") -> str | None:
-    """What the last <tag> ... </tag> holds, or None.
+    """The content of the last <tag> ... </tag>; None if there is none.
 
     >>> between_tags("<reasoning>2 + 3</reasoning><answer> 5 </answer>")
     '5'
@@ -15,7 +15,7 @@ def between_tags(text: str, tag: str = "answer") -> str | None:
 
 
 def after_mark(text: str, mark: str = "####") -> str | None:
-    """What follows the last mark on its line, or None: how GSM8K's solutions end.
+    """The rest of the line after the last mark; None if there is no mark. GSM8K's solutions end like this.
 
     >>> after_mark("5 * 3 = 15\\n#### 15")
     '15'
@@ -24,11 +24,11 @@ def after_mark(text: str, mark: str = "####") -> str | None:
     return rest.split("\n")[0].strip() if found else None
 
 
-LONGEST_BOX = 10_000  # characters: what is longer is no answer
+LONGEST_BOX = 10_000  # characters; a longer box is not read
 
 
 def boxed(text: str) -> str | None:
-    """What the last \\boxed{...} holds, braces within it balanced, or None.
+    """The content of the last \\boxed{...}, with balanced braces; None if there is no box or it is not closed.
 
     >>> boxed("so \\\\boxed{\\\\frac{1}{2}}.")
     '\\\\frac{1}{2}'
@@ -45,7 +45,7 @@ def boxed(text: str) -> str | None:
 
 
 def elements_at_start(text: str, tags: Sequence[str]) -> str | None:
-    """What follows these elements, where the text begins with them, one after another, each tag of them once; or None.
+    """The text after these elements, if the text begins with them in order and contains each tag once; else None.
 
     >>> elements_at_start("<reasoning>a</reasoning> <answer>b</answer> c", ("reasoning", "answer"))
     ' c'
@@ -56,13 +56,13 @@ def elements_at_start(text: str, tags: Sequence[str]) -> str | None:
         if text.count(opening) != 1 or text.count(closing) != 1 or not rest.lstrip().startswith(opening):
             return None
         _, is_closed, rest = rest.partition(closing)
-        if not is_closed:  # its closing tag stood before
+        if not is_closed:  # the closing tag is before the opening tag
             return None
     return rest
 
 
 def in_tags(text: str, tags: Sequence[str]) -> bool:
-    """Whether the text is these elements one after another, each once, and nothing else but white space.
+    """Whether the text consists of these elements in order, each once, and of white space.
 
     >>> in_tags("<reasoning>a</reasoning> <answer>b</answer>", ("reasoning", "answer"))
     True
@@ -72,7 +72,7 @@ def in_tags(text: str, tags: Sequence[str]) -> bool:
 
 
 def in_tag_lines(text: str, tags: Sequence[str]) -> bool:
-    """The same with every tag alone on its line, no other line between the elements, and at least one within each.
+    """`in_tags`, with every tag alone on its line, no line between the elements, and at least one line in each element.
 
     >>> in_tag_lines("<reasoning>\\na\\n</reasoning>\\n<answer>\\nb\\n</answer>\\n", ("reasoning", "answer"))
     True
@@ -81,14 +81,14 @@ def in_tag_lines(text: str, tags: Sequence[str]) -> bool:
     for tag in tags:
         if next(lines, None) != f"<{tag}>" or next(lines, None) in (None, f"</{tag}>"):
             return False
-        if not any(line == f"</{tag}>" for line in lines):  # reads on to it
+        if not any(line == f"</{tag}>" for line in lines):  # advances the iterator past the closing tag
             return False
     return next(lines, None) is None and in_tags(text, tags)
 
 
 def tags_in_place(text: str, tags: Sequence[str]) -> int:
-    """How many of the opening and closing tags the text has once, alone on a line, behind those of them before it; and
-    behind the last one, nothing.
+    """The number of tags in place. A tag is in place if it occurs once, alone on its line, after the tags that precede
+    it. The last tag is in place only if nothing follows it.
 
     >>> tags_in_place("<reasoning>\\na\\n</reasoning>\\nso <answer>b</answer>", ("reasoning", "answer"))
     2

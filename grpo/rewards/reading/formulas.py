@@ -1,4 +1,4 @@
-"""Formulas as LaTeX has them: the same but for dialects, those of a prompt, those of one kind. None is calculated."""
+"""LaTeX formulas as text: compare them, find them in a prompt, tell their kind. No formula is evaluated."""
 
 import re
 from collections.abc import Callable
@@ -6,9 +6,10 @@ from typing import Any
 
 from grpo.rewards.reading.numerals import SPACE, TEXT
 
-LONGEST = 200  # characters of a formula that is looked at
+LONGEST = 200  # characters; longer formulas are ignored
 
-_DIALECTS = [  # what is written in several ways, and the one that is kept; spaces go when they end no command any more
+# Pairs of (a variant, its plain form). Spaces are removed only after the commands that a space may end.
+_DIALECTS = [
     (re.compile(pattern), plain)
     for pattern, plain in (
         (r"\\[dtc]frac", r"\\frac"),
@@ -28,7 +29,7 @@ _DIALECTS = [  # what is written in several ways, and the one that is kept; spac
 
 
 def plain_latex(text: str) -> str:
-    """Without what makes no difference: spaces, \\left and \\right, \\dfrac for \\frac, \\text around a word.
+    """The formula in a plain form: without spaces, \\left, \\right and \\text, with \\frac for \\dfrac, and so on.
 
     >>> plain_latex("\\\\left( \\\\dfrac{1}{2},\\\\, 2 \\\\cdot \\\\sqrt3, \\\\text{red} \\\\right)")
     '(\\\\frac{1}{2},2\\\\sqrt{3},red)'
@@ -39,7 +40,7 @@ def plain_latex(text: str) -> str:
 
 
 def same_latex(expected: str, found: str) -> bool:
-    """The same text but for dialects, the order of terms or of factors, and in a word the case of letters.
+    """Whether two formulas are the same text, up to LaTeX variants, the order of terms or factors, and a word's case.
 
     >>> [same_latex("(x+1)(x-2)", found) for found in ["(x-2)(1+x)", "(x-2)(x-1)"]]
     [True, False]
@@ -51,7 +52,7 @@ def same_latex(expected: str, found: str) -> bool:
 
 
 def _ordered(text: str) -> str:
-    """Its factors in parentheses, or its terms, in alphabetical order."""
+    """The formula with its factors in parentheses, or its terms, in alphabetical order."""
     if re.fullmatch(r"(?:\([^()]+\))+", text):
         return "".join(sorted(f"({_ordered(factor)})" for factor in re.findall(r"\(([^()]+)\)", text)))
     if re.search(r"[a-zA-Z]", text) and re.fullmatch(r"[^(){}\\,=<>]+", text):
@@ -67,7 +68,7 @@ _FORMULA = re.compile(
 
 
 def formulas(prompt: str) -> list[str]:
-    """What stands between dollars, \\( and \\), \\[ and \\], or in align, where it is not too long to be looked at.
+    """The formulas of a prompt: between dollars, \\( and \\), \\[ and \\], or in align. Long ones are left out.
 
     >>> formulas("It costs \\\\$5. Simplify $\\\\sqrt{8}.$, or \\\\(x+x = ?\\\\)")
     ['\\\\sqrt{8}', 'x+x']
@@ -82,12 +83,12 @@ _NAME = re.compile(r"(^|,)\s*[a-zA-Z](?:_\w)?(?:\([a-z]\))?\s*=(?=[^=]*(?:,|$))"
 
 
 def without_names(formula: str) -> str:
-    """Without names: x = 3, f(x) = \\sqrt{2} is 3, \\sqrt{2}."""
+    """The formula without names: "x = 3, f(x) = \\sqrt{2}" becomes "3, \\sqrt{2}"."""
     return _NAME.sub(r"\1", formula.strip().strip("$").removesuffix(".")).strip()
 
 
-NEVER_ADDED = {  # what a formula does not have unless the expected one has it, too
-    "work": re.compile(  # left to sympy
+NEVER_ADDED = {  # a completion's formula may contain these only if the expected formula does, too
+    "work": re.compile(  # something that sympy would have to evaluate
         r"\\(?:int|sum|prod|lim|max|min|cup|cap|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|binom)(?![a-zA-Z])"
         r"|\\frac\s*\{\s*(?:d|\\partial)[^{}]*\}\s*\{\s*(?:d|\\partial)\s*[a-zA-Z]|[0-9a-zA-Z)]\s*!"
     ),
@@ -104,13 +105,13 @@ _COMMAND = re.compile(r"\\[a-zA-Z]+")
 
 
 def is_comparable(expected: str, found: str) -> bool:
-    """Are these two formulas of one kind, so that math-verify may be asked? It takes (1,2) for {2,1}, and 5 for 5_7.
+    """Whether two formulas are of one kind, so math-verify may compare them. It confuses (1,2) with {2,1}, 5 with 5_7.
 
     >>> [is_comparable("6\\\\sqrt{2}", found) for found in ["\\\\sqrt{72}", "7=6\\\\sqrt{2}", "8.485"]]
     [True, False, False]
     """
     if re.fullmatch(r"[a-zA-Z]{2,}", plain_latex(expected)) or not plain_latex(found):
-        return False  # a word is not the product of its letters: "der" is not "red"
+        return False  # math-verify reads a word as the product of its letters, so it takes "der" for "red"
     kinds: tuple[Callable[[str], object], ...] = (texts_in, _letters, _brackets, _bases)
     if any(kind(expected) != kind(found) for kind in kinds):
         return False
@@ -118,7 +119,7 @@ def is_comparable(expected: str, found: str) -> bool:
 
 
 def texts_in(formula: str) -> list[str]:
-    """The words of its \\text{...}, without spaces and capitals."""
+    """The contents of all \\text{...}, without spaces and in lower case."""
     return ["".join(text.split()).casefold() for text in _TEXT.findall(formula)]
 
 
@@ -127,7 +128,7 @@ def _letters(formula: str) -> set[str]:
 
 
 def _brackets(formula: str) -> tuple[Any, ...]:
-    """Of what lists something: how it opens and closes, and how many there are."""
+    """For a formula that is a list: its opening and closing bracket, and the number of commas; else ()."""
     plain = plain_latex(formula)
     ends = re.match(r"(\\?[\[({])?.*?(\\?[\])}])?$", plain, re.DOTALL)
     return (*ends.groups(), plain.count(",")) if ends and "," in plain else ()

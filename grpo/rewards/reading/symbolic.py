@@ -1,9 +1,11 @@
-"""Are two formulas the same? Answered by math-verify (sympy), in a process of its own with limits on time and memory.
+"""Whether two formulas are equivalent, by math-verify (sympy), in a separate process with limits on time and memory.
 
-What a model writes in a box may take sympy forever, or more memory than there is: 9^{9^{9}}. That process is started
-when first asked, answers one question after another, is killed where it takes too long, and ends with this one.
+A formula that a model writes may take sympy unlimited time or memory, for example 9^{9^{9}}. The process is started for
+the first question and then answers one question after another. It is killed if an answer takes too long, and it ends
+together with this process.
 
-    python -m grpo.rewards.reading.symbolic     the other side: a pair of formulas a line, as JSON; true or false a line
+    python -m grpo.rewards.reading.symbolic     the separate process: reads a pair of formulas per line, as JSON, and
+                                                writes true or false per line
 """
 
 import atexit
@@ -31,18 +33,20 @@ from grpo.rewards.reading.numerals import without_unit
 
 Equality = Callable[[str, str, str], bool]  # expected, found, prompt
 
-SECONDS = 2.0  # for one question
-STARTING = 60.0  # for the first: sympy is large
-MEMORY = 2 << 30  # bytes
+SECONDS = 2.0  # time limit for one question
+STARTING = 60.0  # time limit in seconds for the start of the process, because importing sympy is slow
+MEMORY = 2 << 30  # memory limit in bytes
 PACKAGE = "math_verify"
 
 
 def symbolic_equality(wanted: bool | None) -> Equality:
-    """How `boxed` compares formulas: as mathematics if `wanted`, or if None and math-verify is there; else never.
+    """The function with which `boxed` compares formulas that differ as text.
 
-    What merely repeats the question is no answer, be it equal to it. Where a formula of the prompt is equal to the
-    expected one ("Simplify ...", "Expand ...") the form is what was asked for, so no other formula is right; whoever
-    asks has compared the texts before.
+    If `wanted` is true, or None with math-verify installed, it accepts equivalent formulas. Otherwise it accepts none.
+
+    It does not accept a formula that only repeats the question. If a formula of the prompt is equivalent to the
+    expected one ("Simplify ...", "Expand ..."), the task asks for a certain form, so no other form is correct. The
+    caller has already compared the texts.
     """
     if wanted is not None:
         check_flag("symbolic", wanted)
@@ -63,7 +67,7 @@ def symbolic_equality(wanted: bool | None) -> Equality:
         asked_about, work = formulas(prompt), NEVER_ADDED["work"]
         if not asked_about:
             return plain_latex(found) not in plain_latex(prompt)
-        if not work.search(expected):  # then an integral of the prompt is no answer in any form
+        if not work.search(expected):  # an unevaluated integral of the prompt cannot be the expected form
             asked_about = [formula for formula in asked_about if not work.search(formula)]
         return not any(_ask(expected, formula) for formula in asked_about)
 
@@ -71,7 +75,7 @@ def symbolic_equality(wanted: bool | None) -> Equality:
 
 
 class _Mathematician:
-    """The process that is asked."""
+    """The separate process that runs math-verify."""
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
@@ -80,14 +84,14 @@ class _Mathematician:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is not for it
+            start_new_session=True,  # Ctrl-C must not reach the process
         )
-        if self.answer(STARTING) is None:  # without it every formula would be wrong, and nobody would know
+        if self.answer(STARTING) is None:  # without an error, every formula would silently be wrong
             self.end()
             raise RuntimeError(f"math-verify does not start; try it: {sys.executable} -m {__name__}")
 
     def answer(self, seconds: float) -> bool | None:
-        """Its next line; None where it says nothing in time."""
+        """The next answer of the process; None if there is none within `seconds`."""
         assert self.process.stdout is not None
         with selectors.DefaultSelector() as selector:
             selector.register(self.process.stdout, selectors.EVENT_READ)
@@ -95,7 +99,7 @@ class _Mathematician:
         return json.loads(line) if line else None
 
     def ask(self, expected: str, found: str) -> bool | None:
-        """Are they the same? None where it takes too long, or has ended."""
+        """Whether the formulas are equivalent; None if the answer takes too long or the process has ended."""
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(json.dumps([expected, found]).encode() + b"\n")
@@ -105,12 +109,12 @@ class _Mathematician:
         return self.answer(SECONDS)
 
     def end(self) -> None:
-        """Let it go."""
+        """Kill the process."""
         self.process.kill()
         self.process.communicate()
 
 
-_mathematicians: list[_Mathematician] = []  # none or one
+_mathematicians: list[_Mathematician] = []  # at most one
 _turn = threading.Lock()
 
 
@@ -121,14 +125,14 @@ def _ask(expected: str, found: str) -> bool:
         return False
 
 
-@lru_cache(maxsize=4096)  # siblings are often the same; what took too long is asked again
+@lru_cache(maxsize=4096)  # completions of a group are often equal; a timeout is not cached, because it raises an error
 def _answered(expected: str, found: str) -> bool:
     with _turn:
         if not _mathematicians:
             _mathematicians.append(_Mathematician())
         answer = _mathematicians[0].ask(expected, found)
         if answer is None:
-            _let_go()  # whoever asks next gets another one
+            _let_go()  # the next question starts a new process
             raise TimeoutError
         return answer
 
@@ -140,14 +144,14 @@ def _let_go() -> None:
 
 
 def _answer_questions() -> None:
-    """The other side: a line when ready, then one for each question."""
+    """Run the separate process: write one line when ready, then one line per question."""
     import resource
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     from math_verify import LatexExtractionConfig, parse, verify  # type: ignore[import-untyped]
 
     print("true", flush=True)
-    config = [LatexExtractionConfig()]  # its other way of parsing would evaluate Python
+    config = [LatexExtractionConfig()]  # LaTeX only: the other way of parsing would evaluate Python
     for line in sys.stdin:
         try:
             expected, found = (
@@ -155,7 +159,7 @@ def _answer_questions() -> None:
                 for formula in json.loads(line)
             )
             is_same = bool(expected and found) and verify(expected, found, timeout_seconds=int(SECONDS))
-        except Exception:  # sympy raises anything; what it cannot make sense of is no answer
+        except Exception:  # sympy may raise any error; a formula that it cannot read is not correct
             is_same = False
         print(json.dumps(bool(is_same)), flush=True)
 

@@ -1,38 +1,39 @@
-"""A place to run programs that nobody trusts, such as what a model wrote.
+"""A sandbox for untrusted programs, such as those that a model writes.
 
     [verdict] = run([Job("def add(a, b): return a + b", tests=["assert add(2, 3) == 5"])])
     verdict.passed                                                        # [True]
     [verdict] = run([Job("print(int(input()) + 1)", stdin="41")])
     verdict.output                                                        # "42\\n"
 
-Every program gets a process of its own, and its tests run in another one (grpo/rewards/sandbox/jail/inside.py): the
-program never holds the tests, the expected values or the channel that the verdict goes through, so there is nothing in
-its reach to patch, to read or to forge.
+Every program runs in a separate process, and its tests run in another process (grpo/rewards/sandbox/jail/inside.py).
+The program has no access to the tests, the expected values or the channel that carries the verdict. So it cannot patch,
+read or forge any of them.
 
-What is around it (grpo/rewards/sandbox/jail/kernel.py):
-  namespaces    user, process, mount, network, IPC, host name: it sees no other process, no network, and of the files
-                only the libraries of the base Python and of the system, read-only; an empty /tmp in memory is all it
-                can write to, and is gone with it
+Protections (grpo/rewards/sandbox/jail/kernel.py):
+  namespaces    user, process, mount, network, IPC and host name. The program sees no other process and no network. It
+                sees only the libraries of the base Python and of the system, read-only. It can write only to a /tmp in
+                memory, which is empty at first and is deleted with the sandbox.
   limits        wall clock (everything in the sandbox is killed), CPU time, memory, size of files and of output, one
                 process with one thread, 64 open files; an empty environment
-  privileges    none: no capability, no way to gain one; nobody where we are root
-  seccomp       the system calls that start or touch other processes, open sockets, or lead to rarely used parts of the
-                kernel fail
-Where the kernel gives no namespaces (some containers), Landlock keeps it from all files but those, in a folder of its
-own that is deleted afterwards, and seccomp from sockets and processes; what is missing altogether is said once.
+  privileges    none: no capability, and no way to gain one. If we are root, the program runs as nobody.
+  seccomp       system calls fail if they start or affect other processes, open sockets, or lead to rarely used parts of
+                the kernel
+If the kernel provides no namespaces (in some containers), Landlock denies access to all other files, and seccomp denies
+sockets and processes. The program then writes to its own folder, which is deleted afterwards. If Landlock or seccomp is
+missing as well, a warning is printed once.
 
-What it does not cover:
-  - a bug of the kernel itself: for programs of an adversary, rather than of a model in training, use a virtual machine
-  - side channels, and the load on the machine: programs run side by side with the training, for as long as they may
-  - without namespaces: that files exist, and how large they are, can be seen outside, as can the machine's name; what
-    it writes is in a folder on the disk, whose files are limited one by one and not in their sum
-  - without namespaces and Landlock: the user's files can be read, and be written to
-  - without seccomp as well: sockets can be opened, and the user's other processes be killed
-  - tests that are wrong: a test that passes without the program's help pays for nothing, and what it does not ask for
-    is not checked
-  - programs whose result depends on the time or on chance: of such, a run cannot be repeated to the bit. (Hashing is
-    not random here.)
-It needs Linux.
+What the sandbox does not cover:
+  - Bugs of the kernel. Use a virtual machine for programs of an adversary, as opposed to those of a model in training.
+  - Side channels and the load on the machine. Programs run in parallel to the training, up to their time limit.
+  - Without namespaces: the program can see the machine's name, and the existence and size of files outside. It writes
+    to a folder on the disk, where each file has a size limit but their total has none.
+  - Without namespaces and Landlock: the program can read and write the user's files.
+  - Without namespaces and seccomp: the program can open sockets and kill other processes of the user.
+  - Wrong tests. A test that passes without the program's help rewards every program. Nothing is checked but what the
+    tests check.
+  - Programs whose result depends on time or chance. A run with such programs is not bit-reproducible. (Hashing is
+    deterministic here.)
+The sandbox needs Linux.
 """
 
 import functools
@@ -53,39 +54,39 @@ from grpo.errors import InputError, RunError
 
 ROOT = Path(__file__).resolve().parents[3]
 ALL_WALLS = ("namespaces", "landlock", "seccomp")
-PATIENCE = 60.0  # seconds beyond its limit without a word from the supervisor: it must be broken
+PATIENCE = 60.0  # seconds; a supervisor that is silent for the time limit plus this long is considered broken
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use."""
+    """The resource limits of one program."""
 
-    seconds: float = 5.0  # of wall clock and of CPU, for all its tests together
-    memory_mb: int = 256  # address space, Python's own included
-    file_mb: int = 16  # all files together with namespaces, else each
-    output_kb: int = 256  # of what a script prints
+    seconds: float = 5.0  # of wall clock and of CPU time, for all tests of the program together
+    memory_mb: int = 256  # address space, including what Python itself needs
+    file_mb: int = 16  # for all files together with namespaces, for each file without
+    output_kb: int = 256  # for the output of a script
 
 
 @dataclass(frozen=True)
 class Job:
-    """A program and what is to be done with it: with tests they are run, without it runs as a script."""
+    """A program with its tests. Without tests, the program runs as a script."""
 
     program: str
-    tests: tuple[str, ...] | None = None  # Python with asserts, each in a namespace of its own
-    stdin: str = ""  # what a script reads
+    tests: tuple[str, ...] | None = None  # Python code with asserts; each test has its own global names
+    stdin: str = ""  # the standard input of a script
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of it."""
+    """The result of a job."""
 
-    passed: tuple[bool, ...]  # one a test; of a script one, that it ended as it should
-    output: str  # what a script printed
-    why: str  # the first thing that went wrong, for people; empty where nothing did. Half of it is the program's words
+    passed: tuple[bool, ...]  # one per test; for a script one value: whether it ended with status 0 within its limits
+    output: str  # the output of a script
+    why: str  # the first failure in words, or ""; never parse it, because parts of it are written by the program
 
 
 def check_platform() -> None:
-    """An InputError where there is no sandbox."""
+    """Raise an InputError if this platform has no sandbox."""
     if sys.platform != "linux":
         what = "running programs of a model needs Linux, whose kernel can shut them in"
         raise InputError(f"{what}; this is {sys.platform}")
@@ -94,14 +95,15 @@ def check_platform() -> None:
 def run(
     jobs: Sequence[Job], limits: Limits = Limits(), *, parallel: int | None = None, walls: Sequence[str] = ALL_WALLS
 ) -> list[Verdict]:
-    """Run every program, some of them (as many as there are cores) at a time; verdicts in the order of the jobs.
+    """Run every program. Returns the verdicts in the order of the jobs.
 
     Args:
-        parallel: how many at a time.
-        walls: which to use where the kernel gives them. Fewer make it less safe: for tests of what then still holds.
+        parallel: how many programs run at the same time; None: the number of cores.
+        walls: the protections to use, if the kernel provides them. Fewer are less safe; only tests of the sandbox use
+            fewer.
 
     Raises:
-        RunError: the sandbox itself failed, so nothing is known of the program.
+        RunError: the sandbox itself failed, so there is no verdict on the program.
     """
     check_platform()
     if not jobs:
@@ -127,7 +129,7 @@ def run(
 
 
 def _parsed(said: bytes) -> list[dict[str, Any]]:
-    """What a judge said. Half a line, where it was killed, is left out, as is what a test may have written."""
+    """Parse the output of a judge. Incomplete lines (of a killed judge) and text that a test wrote are left out."""
     lines = []
     for line in said.split(b"\n")[:-1]:
         with suppress(ValueError, RecursionError):
@@ -143,19 +145,19 @@ def _verdict(job: Job, lines: Sequence[dict[str, Any]]) -> Verdict:
     expected = 1 if job.tests is None else len(job.tests)
     reasons = [line["why"] for line in found if line["why"]] + ["took too long"] * (len(found) < expected)
     passed = [line["passed"] if job.tests is not None else not line["why"] for line in found]
-    passed += [False] * (expected - len(passed))  # its time was up before
+    passed += [False] * (expected - len(passed))  # tests that were not reached in time
     output = "".join(line["output"] for line in found if "output" in line)
-    why = (reasons[0] if reasons else "").encode("ascii", "backslashreplace").decode()  # some of it is the program's
+    why = (reasons[0] if reasons else "").encode("ascii", "backslashreplace").decode()  # may contain the program's text
     return Verdict(tuple(passed), output, why)
 
 
 @contextmanager
 def _files(jobs: Sequence[Job]) -> Iterator[tuple[int, list[list[tuple[int, int] | None]], str]]:
-    """All texts of the jobs in one file without a name, (offset, length) of each, and a folder for what they write."""
+    """Write all texts of the jobs to one unnamed file. Yields it, (offset, length) of each text, and a work folder."""
     parts: list[list[tuple[int, int] | None]] = []
     folder = tempfile.TemporaryDirectory(prefix=f"grpo-{os.getpid()}-", ignore_cleanup_errors=True)
     with tempfile.TemporaryFile() as file, folder as work:
-        os.chmod(work, 0o711)  # noqa: S103 (a program that runs as nobody must get to its own folder in it)
+        os.chmod(work, 0o711)  # noqa: S103 (a program that runs as nobody must reach its own folder in it)
 
         def place(text: str) -> tuple[int, int]:
             data = text.encode(errors="replace")
@@ -170,25 +172,25 @@ def _files(jobs: Sequence[Job]) -> Iterator[tuple[int, list[list[tuple[int, int]
 
 
 def _answers(request: dict[str, Any], patience: float) -> Iterator[dict[str, Any]]:
-    """What a supervisor says, as it comes: what is missing, then number and bytes of what judges say."""
+    """Yield the messages of a supervisor: first the missing protections, then job number and bytes of judges."""
     environment = {"PYTHONHASHSEED": "0"} | {
         name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ
     }
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
-            [sys.executable, "-S", "-B", "-m", "grpo.rewards.sandbox.jail", f"of-{os.getpid()}"],  # for whoever asks ps
+            [sys.executable, "-S", "-B", "-m", "grpo.rewards.sandbox.jail", f"of-{os.getpid()}"],  # `ps` shows the PID
             cwd=ROOT,
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
             pass_fds=[request["file"]],
-            start_new_session=True,  # Ctrl-C is for us: it ends when its standard input does
+            start_new_session=True,  # Ctrl-C must not reach the supervisor; it ends when its standard input ends
         )
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            with suppress(BrokenPipeError):  # it has ended: what it said of that comes below
+            with suppress(BrokenPipeError):  # the supervisor has ended; its last error is raised below
                 process.stdin.write(json.dumps(request).encode() + b"\n")
                 process.stdin.flush()
             num_left = 1 + len(request["jobs"])
@@ -205,13 +207,13 @@ def _answers(request: dict[str, Any], patience: float) -> Iterator[dict[str, Any
             try:
                 process.wait(timeout=10)
             except subprocess.TimeoutExpired:
-                process.kill()  # its children die with it
+                process.kill()  # the kernel then kills its children, too
                 process.wait()
             process.stdout.close()
 
 
 def _messages(stream: IO[bytes], patience: float) -> Iterator[dict[str, Any]]:
-    """A line of JSON each, with the "size" bytes behind it as "bytes"; a RunError where nothing comes for so long."""
+    """Yield each JSON line, with the "size" bytes after it as "bytes". RunError after `patience` seconds of silence."""
     buffer, header = b"", None
     with selectors.DefaultSelector() as selector:
         selector.register(stream, selectors.EVENT_READ)
@@ -234,15 +236,15 @@ def _messages(stream: IO[bytes], patience: float) -> Iterator[dict[str, Any]]:
 
 @functools.lru_cache
 def _shown_folders() -> tuple[str, ...]:
-    """What a program may read: Python's standard library, and the libraries it is linked with."""
-    base = {"platbase": sys.base_exec_prefix}  # not that of a virtual environment, with all that is installed in it
+    """The folders that a program may read: Python's standard library, and the libraries that Python is linked with."""
+    base = {"platbase": sys.base_exec_prefix}  # not a virtual environment's prefix, which has the installed packages
     paths = [sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib", vars=base), f"{sys.base_prefix}/lib"]
     paths += ["/lib", "/lib64", "/usr/lib", "/usr/lib64"]
     folders = sorted({os.path.realpath(path) for path in paths if os.path.isdir(path)})
     return tuple(path for path in folders if not any(path.startswith(f"{other}/") for other in folders))
 
 
-CONSEQUENCES = {  # what is open where walls are missing
+CONSEQUENCES = {  # missing protections -> what a program can then do
     ("namespaces",): "it has no namespaces of its own, so it can fill the disk",
     ("namespaces", "landlock"): "it can read and write this user's files",
     ("seccomp",): "the kernel's system calls are all open to it",

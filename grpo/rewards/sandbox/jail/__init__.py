@@ -1,10 +1,10 @@
-"""Where programs that nobody trusts run, each behind walls of its own. Started by grpo/rewards/sandbox/host.py, as
+"""The processes that run untrusted programs, each in its own sandbox. grpo/rewards/sandbox/host.py starts them with
 
     python -S -B -m grpo.rewards.sandbox.jail of-PID
 
-supervisor (__main__.py)   one process a batch: starts the programs, keeps their time, ends what is left of them
-  judge (inside.py)        one for each program, the first process of its sandbox: runs the tests
-    program (inside.py)    what the model wrote
+supervisor (__main__.py)   one process per batch: starts the programs, enforces time limits, kills leftover processes
+  judge (inside.py)        one process per program, the first one in its sandbox: runs the tests
+    program (inside.py)    one process per program: runs what the model wrote
 
-Nothing here needs more than the standard library, and nothing but a name and plain data crosses a wall.
+The code of this folder needs only the standard library. Between judge and program, only names and plain data pass.
 """

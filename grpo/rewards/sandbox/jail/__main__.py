@@ -1,9 +1,10 @@
-"""The supervisor of one batch: starts a sandbox for each program, some at a time, and sees that all of them end.
+"""The supervisor of one batch: starts a sandbox for each program, several at a time, and makes sure that all end.
 
-It reads one line, the request, from standard input, and answers with a line that says what the kernel gives. Then, as
-they come, what the judges say: a line with number and size, and behind it so many bytes; size 0 is the end of one. The
-bytes go from pipe to pipe: they never are in this process, which the next programs are forked from and could search.
-When standard input ends, so does everything else: whoever started this may be killed.
+It reads one line, the request, from standard input. It answers with a line that lists the protections that the kernel
+does not provide. Then it forwards the output of the judges as it arrives: a line with job number and size, followed by
+that many bytes. Size 0 ends the output of a judge. The bytes are spliced from pipe to pipe and never enter the memory
+of this process, because the next programs are forked from it and could search its memory. When standard input ends,
+the supervisor ends everything, because the process that started it may have been killed.
 """
 
 import array
@@ -24,9 +25,9 @@ from typing import Any
 
 from grpo.rewards.sandbox.jail import inside, kernel
 
-GRACE = 1.0  # seconds that a judge has beyond its program's, to say so itself
-MAX_REPORT = 1 << 23  # bytes of all that a judge says
-USUAL = (  # what solutions import most: loaded once instead of once a program
+GRACE = 1.0  # seconds after the program's time limit in which the judge can still report the timeout itself
+MAX_REPORT = 1 << 23  # maximum total output of a judge, in bytes
+USUAL = (  # modules that solutions often import; loaded once instead of once per program
     "bisect", "collections", "copy", "datetime", "decimal", "fractions", "functools", "heapq", "itertools", "math",
     "operator", "random", "re", "statistics", "string", "typing",
 )  # fmt: skip
@@ -34,16 +35,16 @@ USUAL = (  # what solutions import most: loaded once instead of once a program
 
 @dataclass
 class Running:
-    """One sandbox."""
+    """One running sandbox."""
 
-    number: int
-    process: int
-    result: int  # descriptor
-    deadline: float
-    num_bytes: int = 0  # handed on so far
+    number: int  # of the job
+    process: int  # process id
+    result: int  # descriptor of the pipe from the judge
+    deadline: float  # of time.monotonic
+    num_bytes: int = 0  # forwarded so far
 
     def hand_on(self) -> bool:
-        """Hand on what its judge has said; False where there is nothing more to come."""
+        """Forward the available output of the judge. Call it when the pipe is ready; False: the output has ended."""
         size = array.array("i", [0])
         fcntl.ioctl(self.result, termios.FIONREAD, size)
         left = size[0]
@@ -66,22 +67,22 @@ def start(number: int, parts: inside.Parts, cell: inside.Cell) -> Running:
 
 
 def own_folder(cell: inside.Cell, number: int) -> str:
-    """Where a program without namespaces writes."""
+    """The folder that a program without namespaces writes to."""
     return f"{cell.work}/program-{number}"
 
 
 def children() -> set[int]:
-    """Our own, those among them that have lost their parent."""
+    """The ids of our child processes, including orphans that were assigned to us."""
     with open(f"/proc/self/task/{os.getpid()}/children") as file:
         return set(map(int, file.read().split()))
 
 
 def end(job: Running, cell: inside.Cell, keep: set[int]) -> None:
-    """Kill what is left of a sandbox, and delete what it wrote; `keep` are the processes of others.
+    """Kill the remaining processes of a sandbox, and delete its files. `keep`: the processes of other sandboxes.
 
-    Without namespaces the program outlives its judge, and has become our child.
+    Without namespaces the program may outlive its judge. It then becomes our child.
     """
-    for kill in (os.killpg, os.kill):  # it may not have a group of its own yet
+    for kill in (os.killpg, os.kill):  # the process may not have created its process group yet
         with contextlib.suppress(ProcessLookupError):
             kill(job.process, signal.SIGKILL)
     os.waitpid(job.process, 0)
@@ -89,13 +90,13 @@ def end(job: Running, cell: inside.Cell, keep: set[int]) -> None:
     for orphan in children() - keep:
         os.kill(orphan, signal.SIGKILL)
         os.waitpid(orphan, 0)
-    if not cell.namespaces:  # by these, since it may have made folders that are closed, or deeper than Python deletes
+    if not cell.namespaces:  # with commands: its folders may lack permissions, or be deeper than Python can delete
         for command in (["chmod", "-R", "u+rwx"], ["rm", "-rf"]):
             subprocess.run([*command, "--", own_folder(cell, job.number)], stderr=subprocess.DEVNULL)
 
 
 def refusal(try_it: Callable[[], Any]) -> str | None:
-    """Why the kernel refuses something, tried in a process of its own; None if it does not."""
+    """Call `try_it` in a separate process. Returns why the kernel refuses it; None if the kernel allows it."""
     reading, writing = os.pipe()
     process = os.fork()
     if process == 0:
@@ -113,10 +114,10 @@ def refusal(try_it: Callable[[], Any]) -> str | None:
 
 
 def walls(cell: inside.Cell) -> tuple[inside.Cell, dict[str, str]]:
-    """The cell with the walls that this kernel gives, of those asked for, and why not the others."""
+    """The cell with those requested protections that this kernel provides, and the reason for each missing one."""
 
     def need_landlock() -> None:
-        if kernel.landlock_version() < 3:  # before, files could be cut off that may only be read
+        if kernel.landlock_version() < 3:  # earlier versions do not prevent the truncation of read-only files
             raise OSError("the kernel has none, or an old one")
 
     def need_seccomp() -> None:
@@ -134,16 +135,16 @@ def walls(cell: inside.Cell) -> tuple[inside.Cell, dict[str, str]]:
 
 
 def say(line: dict[str, Any]) -> None:
-    """One line to whoever started this."""
+    """Write one line to the process that started the supervisor."""
     print(json.dumps(line), flush=True)
 
 
 def main() -> None:
-    """The batch."""
+    """Run one batch."""
     request = json.loads(sys.stdin.buffer.readline())
     os.chdir("/")
-    os.umask(0o022)  # a program that runs as nobody must get to what is made for it
-    sys.path.pop(0)  # the project: nothing to be imported in a sandbox
+    os.umask(0o022)  # a program that runs as nobody must have access to the files made for it
+    sys.path.pop(0)  # removes the project, so a sandbox cannot import it
     kernel.prctl(kernel.DUMPABLE, 0)
     kernel.prctl(kernel.CHILD_SUBREAPER, 1)
     for name in USUAL:
@@ -151,7 +152,7 @@ def main() -> None:
     cell, missing = walls(inside.Cell(**request["cell"]))
     say({"missing": missing})
     waiting = [(number, inside.Parts(request["file"], *parts)) for number, parts in enumerate(request["jobs"])][::-1]
-    running: dict[int, Running] = {}  # by their descriptors
+    running: dict[int, Running] = {}  # result descriptor -> sandbox
     stdin = sys.stdin.fileno()
     with selectors.DefaultSelector() as selector:
         selector.register(stdin, selectors.EVENT_READ)
@@ -174,7 +175,7 @@ def main() -> None:
         finally:
             for job in running.values():
                 end(job, cell, {other.process for other in running.values()})
-            with contextlib.suppress(OSError):  # whoever made it removes it, if still alive
+            with contextlib.suppress(OSError):  # the host process also removes the folder, if it is still alive
                 os.rmdir(cell.work)
 
 

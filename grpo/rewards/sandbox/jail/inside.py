@@ -1,10 +1,11 @@
-"""What happens in a sandbox: a judge and, in a process of its own, the program. They share a socket and nothing else.
+"""The inside of a sandbox: a judge and, in a separate process, the program. They share only a socket.
 
-The tests never enter the program's process. The judge runs them; where a test calls a function of the program, a stub
-sends name and arguments over and gets the result back as plain data (None, numbers, texts, bytes, lists, tuples, sets,
-dicts). So the program can patch whatever it likes, exit when it likes, return what claims to equal everything, or write
-to the socket itself: all it can do is to answer, and only the right answer is right. It does not know which one that
-is: it was forked before the judge read the tests.
+The tests never enter the program's process. The judge runs them. When a test calls a function of the program, a stub
+sends the name and the arguments through the socket and receives the result as plain data (None, numbers, texts, bytes,
+lists, tuples, sets, dicts). The program may patch anything in its process, exit at any time, return an object that
+claims to equal everything, or write to the socket itself. All of this can only produce an answer, and only the correct
+answer passes. The program cannot know the correct answer, because its process was forked before the judge read the
+tests.
 """
 
 import ast
@@ -23,25 +24,25 @@ from typing import Any, NoReturn
 from grpo.rewards.sandbox.jail import kernel
 
 NOBODY = 65534
-MAX_MESSAGE = 1 << 20  # bytes, between judge and program
-JUDGE_MEMORY = 1 << 29  # bytes, at least: whatever the program answers must fit
+MAX_MESSAGE = 1 << 20  # bytes per message between judge and program
+JUDGE_MEMORY = 1 << 29  # minimum memory limit of the judge in bytes; any answer of the program must fit
 
 
 class ProgramError(Exception):
-    """The program has no answer to give: it ended, or took too long."""
+    """The program gave no valid answer: it ended, took too long, or sent an invalid message."""
 
 
 # Plain data
 
 
 def pack(value: Any) -> Any:
-    """Plain data as JSON has it: numbers and texts as they are, anything else a list that begins with its kind.
+    """Convert plain data to JSON data. Numbers and texts stay unchanged; other values become [kind, ...].
 
     >>> pack([1, (2.5, "x")])
     ['list', 1, ['tuple', 2.5, 'x']]
     """
     if isinstance(value, int) and abs(value) >= 1 << 64:
-        return ["int", hex(value)]  # of thousands of digits Python makes no decimal text
+        return ["int", hex(value)]  # hexadecimal, because Python refuses decimal texts of thousands of digits
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, bytes):
@@ -57,7 +58,7 @@ def pack(value: Any) -> Any:
 
 
 def unpack(data: Any) -> Any:
-    """The value that `pack` made `data` of; a ValueError if it made it of none.
+    """The inverse of `pack`. Raises a ValueError for a JSON object, which `pack` never produces.
 
     >>> unpack(pack({(1, 2): {3}, "x": b"y"}))
     {(1, 2): {3}, 'x': b'y'}
@@ -79,7 +80,7 @@ def unpack(data: Any) -> Any:
 
 
 def send(connection: socket.socket, message: Any) -> None:
-    """One message: its length, then JSON."""
+    """Send one message: its length in 4 bytes, then JSON."""
     text = json.dumps(message).encode()
     if len(text) > MAX_MESSAGE:
         raise ValueError(f"more than {MAX_MESSAGE} bytes")
@@ -87,7 +88,7 @@ def send(connection: socket.socket, message: Any) -> None:
 
 
 def receive(connection: socket.socket) -> Any:
-    """The next message; an EOFError where there is none."""
+    """Receive the next message. Raises an EOFError if the connection has ended."""
 
     def exactly(size: int) -> bytes:
         parts = b""
@@ -105,7 +106,7 @@ def receive(connection: socket.socket) -> Any:
 
 
 def described(error: BaseException) -> str:
-    """One short line: ValueError: too large."""
+    """Type and message of an error in one short line: "ValueError: too large"."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
@@ -113,7 +114,7 @@ def described(error: BaseException) -> str:
 
 
 def serve(connection: socket.socket, program: str) -> None:
-    """Run the program as a module, then answer: what is there under these names, what does this call return?"""
+    """Run the program as a module, then answer requests for the values of names and for the results of calls."""
     names: dict[str, Any] = {"__name__": "program"}
     try:
         exec(compile(program, "<program>", "exec"), names)
@@ -133,7 +134,7 @@ def serve(connection: socket.socket, program: str) -> None:
 
 
 def _shown(value: Any) -> Any:
-    """A function can only be called, a constant be had."""
+    """The description of a value for the judge: a constant is sent; a function (or other value) can only be called."""
     if callable(value):
         return {"function": True}
     try:
@@ -143,7 +144,7 @@ def _shown(value: Any) -> Any:
 
 
 def _short(arguments: tuple[Any, ...]) -> Any:
-    """An exception's, packed where they are plain and short."""
+    """The arguments of an exception, packed if they are plain and short; otherwise none."""
     try:
         packed = pack(arguments)
         return packed if len(json.dumps(packed)) < 1000 else pack(())
@@ -152,7 +153,7 @@ def _short(arguments: tuple[Any, ...]) -> Any:
 
 
 def run_script(program: str) -> NoReturn:
-    """Run the program as a script, its output in standard output."""
+    """Run the program as a script that writes to standard output, then exit with its status."""
     status = 1
     try:
         exec(compile(program, "<program>", "exec"), {"__name__": "__main__"})
@@ -170,7 +171,7 @@ def run_script(program: str) -> NoReturn:
 
 
 def names_of_program(test: str) -> list[str]:
-    """The names in a test that are neither Python's own nor bound by the test: the program must define them.
+    """The names that a test uses but that neither Python nor the test defines. The program must define them.
 
     >>> names_of_program("import math\\nassert math.isclose(root(2), max(LOW, 1.41))")
     ['LOW', 'root']
@@ -192,13 +193,13 @@ def names_of_program(test: str) -> list[str]:
 
 
 class Program:
-    """The other end of the socket, until `deadline` (of time.monotonic)."""
+    """The judge's connection to the program, valid until `deadline` (of time.monotonic)."""
 
     def __init__(self, connection: socket.socket, deadline: float) -> None:
         self.connection, self.deadline = connection, deadline
 
     def ask(self, message: Any) -> Any:
-        """Its answer; a ProgramError where there is none."""
+        """Send a message (None: send nothing) and return the answer. Raises a ProgramError if there is none."""
         left = self.deadline - time.monotonic()
         if left <= 0:
             raise ProgramError("took too long")
@@ -215,7 +216,7 @@ class Program:
             raise ProgramError(f"the program answered nonsense: {described(error)}") from error
 
     def names(self, wanted: list[str]) -> dict[str, Any]:
-        """What the program defines of them: functions as stubs, constants as they are."""
+        """Those of the names that the program defines: functions as stubs, constants as their values."""
         found = self.ask({"names": wanted})
         return {
             name: unpack(found[name]["value"]) if "value" in found[name] else self.function(name)
@@ -224,7 +225,7 @@ class Program:
         }
 
     def function(self, name: str) -> Callable[..., Any]:
-        """A stub: calls the function over there."""
+        """A stub, which calls the function of this name in the program's process."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             answer = self.ask({"call": name, "args": pack(args), "kwargs": pack(kwargs)})
@@ -232,10 +233,10 @@ class Program:
                 return unpack(answer["result"])
             kind: Any = getattr(builtins, str(answer["raised"]), None)
             if not (isinstance(kind, type) and issubclass(kind, Exception)) or "Iteration" in kind.__name__:
-                kind = RuntimeError  # one of its own, one that would end the judge, or a loop of the test (PEP 479)
+                kind = RuntimeError  # unknown to the judge, or could end the judge or a loop of the test (PEP 479)
             try:
                 error = kind(*unpack(answer["args"]))
-            except TypeError:  # a kind that takes other arguments
+            except TypeError:  # this type needs other arguments
                 error = RuntimeError(kind.__name__)
             raise error
 
@@ -243,7 +244,7 @@ class Program:
 
 
 def run_tests(program: Program, tests: list[str], report: Callable[[dict[str, Any]], None]) -> None:
-    """Run each test in a namespace of its own, and report at once whether it passed, else why not."""
+    """Run each test with its own global names. Report at once whether it passed, and otherwise why not."""
     try:
         error = program.ask(None)
     except ProgramError as problem:
@@ -253,38 +254,39 @@ def run_tests(program: Program, tests: list[str], report: Callable[[dict[str, An
         if not why:
             try:
                 names = {"__name__": "tests", **program.names(names_of_program(test))}
-                exec(compile(test, "<test>", "exec"), names)  # the data set's own code, shut in as well
+                exec(compile(test, "<test>", "exec"), names)  # code of the dataset, also inside the sandbox
             except BaseException as problem:
-                why = str(problem) if isinstance(problem, ProgramError) else type(problem).__name__  # no expected value
+                # Only the type of an error is reported, because its message may contain the expected value.
+                why = str(problem) if isinstance(problem, ProgramError) else type(problem).__name__
         report({"passed": not why, "why": why[:200]})
 
 
-# Both: how a sandbox comes into being
+# Judge and program: building the sandbox
 
 
 @dataclass(frozen=True)
 class Cell:
-    """How one sandbox is shut."""
+    """The settings of one sandbox."""
 
-    namespaces: bool  # which of the three walls the kernel gives
+    namespaces: bool  # whether to use this protection, as the next two
     landlock: bool
     seccomp: bool
-    shown: list[str]  # folders to read from: the standard library, and what it is linked with
-    work: str  # without namespaces the one folder to write to, which is made here; with them that is an empty /tmp
+    shown: list[str]  # readable folders: the standard library, and the libraries that Python is linked with
+    work: str  # without namespaces: the writable folder, created by `enter`; with namespaces it is an empty /tmp
     seconds: float  # of wall clock
-    memory: int  # bytes, as are the next two
-    file: int  # each; with namespaces all together
-    output: int
+    memory: int  # in bytes
+    file: int  # in bytes; per file, or with namespaces for all files together
+    output: int  # in bytes
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A job is three texts in one open file, (offset, length) each: nobody reads what is not meant for it."""
+    """The texts of a job as (offset, length) in one open file. So each process reads only the texts that it needs."""
 
     file: int  # descriptor
     program: tuple[int, int]
     tests: tuple[int, int] | None  # a JSON list; None: the program is a script
-    stdin: tuple[int, int]  # what a script reads
+    stdin: tuple[int, int]  # the standard input of a script
 
     def read(self, part: tuple[int, int]) -> str:
         offset, length = part
@@ -292,19 +294,19 @@ class Parts:
 
 
 def run_job(parts: Parts, cell: Cell, result: int) -> NoReturn:
-    """Judge and program of one job. What the judge finds goes to the descriptor `result`, a JSON object a line."""
+    """Run judge and program of one job. The judge writes to the descriptor `result`, one JSON object per line."""
 
     def report(line: dict[str, Any]) -> None:
         os.write(result, json.dumps(line).encode() + b"\n")
 
     try:
         for number in (signal.SIGINT, signal.SIGPIPE, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)  # nothing a program could send ends its judge
+            signal.signal(number, signal.SIG_IGN)  # so that a program cannot end its judge with them
         os.setpgid(0, 0)
         file, result = keep_open(parts.file, result)
         parts = replace(parts, file=file)
         uid = enter(cell, result)
-        kernel.prctl(kernel.DUMPABLE, 0)  # nobody reads the judge's memory or descriptors
+        kernel.prctl(kernel.DUMPABLE, 0)  # other processes cannot read the judge's memory or descriptors
         judge_end, program_end = socket.socketpair()
         output = os.memfd_create("output")
         child = os.fork()
@@ -312,13 +314,13 @@ def run_job(parts: Parts, cell: Cell, result: int) -> NoReturn:
             be_program(parts, cell, uid, program_end, output)
         program_end.close()
         lock(replace(cell, memory=max(cell.memory, JUDGE_MEMORY)), uid)
-        problem = receive(judge_end)  # the program's side is shut in now, or says why not; nothing of the program ran
+        problem = receive(judge_end)  # why the program's process could not be locked, or None; the program has not run
         if problem is None:
             be_judge(parts, cell, child, judge_end, output, report)
         else:
             report({"failed": problem})
     except ProgramError:
-        pass  # its time was up in the middle of a report
+        pass  # the time limit was reached during a report
     except BaseException as error:
         report({"failed": described(error)})
     finally:
@@ -326,7 +328,7 @@ def run_job(parts: Parts, cell: Cell, result: int) -> NoReturn:
 
 
 def keep_open(*descriptors: int) -> list[int]:
-    """Close all others, and put /dev/null in the place of standard input, output and error."""
+    """Close all other descriptors, and replace standard input, output and error by /dev/null."""
     highest = os.sysconf("SC_OPEN_MAX")
     null = os.open("/dev/null", os.O_RDWR)
     copies = [fcntl.fcntl(number, fcntl.F_DUPFD, 3 + len(descriptors)) for number in (*descriptors, null)]
@@ -338,21 +340,21 @@ def keep_open(*descriptors: int) -> list[int]:
 
 
 def enter(cell: Cell, result: int | None = None) -> int | None:
-    """Into the cell; in namespaces of its own this returns in their first process only, with which everything ends.
+    """Enter the sandbox. With namespaces, this returns only in their first process; when it ends, all others end.
 
-    Returns who to be in there, where that is somebody else.
+    Returns the user id to change to inside the sandbox; None: keep the current one.
     """
     kernel.prctl(kernel.PDEATHSIG, signal.SIGKILL)
     uid = NOBODY if os.geteuid() == 0 else None
     if not cell.namespaces:
         if cell.landlock and cell.seccomp:
-            uid = None  # they hold root as well, which may have to read a standard library in its home
+            uid = None  # both also restrict root, and a standard library in root's home must stay readable
         os.mkdir(cell.work, 0o700)
         if uid is not None:
             os.chown(cell.work, uid, uid)
         os.chdir(cell.work)
         return uid
-    kernel.prctl(kernel.DUMPABLE, 1)  # else who we are in there could not be written down
+    kernel.prctl(kernel.DUMPABLE, 1)  # needed to write /proc/self/uid_map
     if kernel.enter_namespaces():
         uid = None
     child = os.fork()
@@ -366,10 +368,10 @@ def enter(cell: Cell, result: int | None = None) -> int | None:
 
 
 def lock(cell: Cell, uid: int | None) -> None:
-    """No way back: limits, privileges, files, system calls."""
+    """Irreversibly restrict this process: limits, privileges, files, system calls."""
     kernel.set_limits(seconds=math.ceil(cell.seconds) + 1, memory_bytes=cell.memory, file_bytes=cell.file)
     kernel.drop_privileges(uid)
-    kernel.prctl(kernel.PDEATHSIG, signal.SIGKILL)  # again: becoming somebody else has cleared it
+    kernel.prctl(kernel.PDEATHSIG, signal.SIGKILL)  # again, because changing the user id has cleared it
     if cell.landlock and not cell.namespaces:
         kernel.restrict_files(cell.shown, cell.work)
     if cell.seccomp:
@@ -377,7 +379,7 @@ def lock(cell: Cell, uid: int | None) -> None:
 
 
 def be_program(parts: Parts, cell: Cell, uid: int | None, connection: socket.socket, output: int) -> NoReturn:
-    """The program's process: from here on nothing is known of the tests, and nothing open but the socket."""
+    """Run the program's process. It knows nothing about the tests, and its only open descriptor is the socket."""
     try:
         program, is_script = parts.read(parts.program), parts.tests is None
         if is_script:
@@ -396,7 +398,7 @@ def be_program(parts: Parts, cell: Cell, uid: int | None, connection: socket.soc
             raise
         send(connection, None)
         if is_script:
-            connection.close()  # it has no use for one
+            connection.close()  # a script does not need the connection
             run_script(program)
         serve(connection, program)
     finally:
@@ -406,14 +408,14 @@ def be_program(parts: Parts, cell: Cell, uid: int | None, connection: socket.soc
 def be_judge(
     parts: Parts, cell: Cell, child: int, connection: socket.socket, output: int, report: Callable[[Any], None]
 ) -> None:
-    """The judge's process, once the program's is on its way."""
+    """Run the judge's process, after the program's process has been started."""
 
     def stop(*_: Any) -> None:
         raise ProgramError("took too long")
 
     signal.signal(signal.SIGALRM, stop)
     if parts.tests is not None:
-        signal.setitimer(signal.ITIMER_REAL, cell.seconds + 0.2)  # for a test that does not end by itself
+        signal.setitimer(signal.ITIMER_REAL, cell.seconds + 0.2)  # stops a test with an endless loop
         run_tests(Program(connection, time.monotonic() + cell.seconds), json.loads(parts.read(parts.tests)), report)
         return
     signal.setitimer(signal.ITIMER_REAL, cell.seconds)
