@@ -14,8 +14,9 @@ import numpy as np
 
 from grpo.errors import InputError
 
-Sample = dict[str, Any]  # "prompt", the columns of its dataset and, once tokenized, "prompt_ids"
-SOURCE = "data set"  # in a mixture: key of the dataset's name; no column name has a space
+Sample = dict[str, Any]  # "prompt", the other columns of the row, and "prompt_ids" once it is tokenized
+# In a mixture, this key holds the name of the dataset. The space avoids a clash with a column name.
+SOURCE = "data set"
 Prompt = str | list[dict[str, str]]  # a text or messages: [{"role": "user", "content": ...}, ...]
 
 
@@ -23,7 +24,7 @@ class Dataset(Sequence[Sample]):
     """A list of samples. Each sample knows where it was read from, for example "data/x.jsonl, line 7"."""
 
     def __init__(self, path: object, rows: Iterable[tuple[str, Sample]]) -> None:
-        """`path`: the source of the rows. `rows`: (place, sample) pairs; a place is a text such as "data/x.jsonl, line 7"."""
+        """`path`: the source of the rows. `rows`: (place, sample) pairs; a place is like "data/x.jsonl, line 7"."""
         self.path = str(path)
         pairs = list(rows)
         if not pairs:

@@ -51,7 +51,8 @@ def complete_folder(folder: Path, *, replace: bool = True) -> Iterator[Path]:
             if replace or not folder.is_dir():
                 raise
         sync(folder.parent)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors raise their own errors for a full disk
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # On a full disk, torch raises RuntimeError and safetensors raises SafetensorError.
         raise RunError(f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}") from error
     finally:
         for leftover in (unfinished, earlier):
@@ -101,7 +102,7 @@ def _unfinished(path: Path) -> Path:
 def append_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Append rows to a file, one JSON object per line."""
     try:
-        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:  # a lone surrogate is written as \\ud83d
+        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:  # a lone surrogate: \\ud83d
             file.write(to_jsonl(rows))
     except OSError as error:
         raise RunError(f"{path} cannot be written: {error.strerror}") from error

@@ -44,7 +44,7 @@ def clipped_surrogate(
       - A < 0: the token becomes less likely until r < 1 - clip_range. Then the gradient is 0.
       - If the ratio has moved in the direction opposite to A, `min` keeps the gradient, so the policy is corrected.
 
-    For A < 0 and a large ratio the loss is unbounded: a token with ratio 50 weighs as much as fifty tokens with ratio 1.
+    For A < 0 and a large ratio the loss is unbounded: a ratio of 50 weighs as much as fifty tokens with a ratio of 1.
     dual_clip bounds the loss:
 
         A < 0:  loss = min(the loss above, dual_clip * |A|).

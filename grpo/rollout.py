@@ -224,7 +224,8 @@ def _decode(
             break
         writing, rows, tokens = writing[going_on], rows[going_on], tokens[going_on]
 
-        # Completions that share a row and drew the same token keep sharing it; the others get their own copy of the cache.
+        # Completions that share a row and drew the same token keep sharing it. The others get their own copy of the
+        # cache.
         num_rows, vocab_size = logits.shape
         drawn, rows = (rows * vocab_size + tokens).unique(return_inverse=True)
         parents, tokens = drawn // vocab_size, drawn % vocab_size  # (n,) the old row of each new row, and its token
