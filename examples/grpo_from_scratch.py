@@ -33,7 +33,7 @@ def log_probs(model, prompt, completion):
 
 @torch.no_grad()
 def sample(model, prompt, eos):
-    """Sample a completion token by token. It ends with the EOS token, which is part of the completion and is trained on."""
+    """Sample a completion token by token. The final EOS token is part of the completion and is trained on."""
     completion = []
     while len(completion) < MAX_TOKENS and completion[-1:] != [eos]:
         logits = model(torch.tensor([prompt + completion])).logits[0, -1]  # (V,)
