@@ -102,8 +102,8 @@ def train(setup: Setup, run: Run) -> None:
         if config.advantage_scale == "tokens":
             advantages = whitened(advantages, mask)
 
-        # [6] Update: passes over the rollout, each shuffled and split into minibatches. Policy and critic are trained on
-        # the same micro-batches. They share no weights, so one backward pass of the sum gives both gradients.
+        # [6] Update: passes over the rollout, each shuffled and split into minibatches. Policy and critic learn from
+        # the same micro-batches. They share no weights, so the sum of their losses has the gradients of both.
         value_loss_sum, logp_difference = torch.zeros((), device=policy.device), rollout.sampling_logps - old_logps
         aggregation, length = config.loss_aggregation, config.max_completion_length
         for update, minibatch in enumerate(chain.from_iterable(passes), start=(step - 1) * num_updates):

@@ -102,7 +102,7 @@ def _unfinished(path: Path) -> Path:
 def append_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Append rows to a file, one JSON object per line."""
     try:
-        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:  # a lone surrogate: \\ud83d
+        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:  # lone surrogate -> \\ud83d
             file.write(to_jsonl(rows))
     except OSError as error:
         raise RunError(f"{path} cannot be written: {error.strerror}") from error

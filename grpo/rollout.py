@@ -310,7 +310,7 @@ def sample_tokens(
 
 
 def _keep_likeliest(logps: Tensor, *, top_p: float, top_k: int) -> Tensor:
-    """(n, V) log-probs -> log-probs renormalised over the top_k likeliest tokens, then over the nucleus top_p."""
+    """(n, V) log-probs -> log-probs renormalised over the top_k most likely tokens, then over the top_p nucleus."""
     if 0 < top_k < logps.shape[-1]:
         kept = logps.topk(top_k, dim=-1)
         logps = torch.full_like(logps, -torch.inf).scatter(-1, kept.indices, kept.values)

@@ -1,6 +1,6 @@
 """Sampling noise as a function of (seed, completion index, token): Philox, written out.
 
-There is no random state. A completion gets the same numbers alone, in any batch, and in a resumed run.
+There is no random state. A completion gets the same numbers in any batch and in a resumed run.
 """
 
 from collections.abc import Sequence
