@@ -1,10 +1,10 @@
-"""Rewards -> group-relative advantages: how much better was this completion than its siblings?
+"""Rewards -> group-relative advantages: how much better is a completion than the others for the same prompt?
 
 Reading order: ... -> grpo/logprobs.py -> [grpo/advantages.py] -> grpo/loss.py -> ...
 
-GRPO has no critic. The G completions of one prompt are each other's baseline: a completion is reinforced by how far
-its reward lies above the mean of its group. Letters: P prompts, G completions each, B = P * G, C padded completion
-length.
+GRPO has no critic. The baseline is the mean reward of the G completions of one prompt (the group). A completion whose
+reward is above this mean becomes more likely, and one below it less likely. Letters: P prompts, G completions per
+prompt, B = P * G, C padded completion length.
 """
 
 from typing import NamedTuple
@@ -28,26 +28,26 @@ def group_advantages(rewards: Tensor, *, baseline: str = "group", scale: str = "
                   none           1                                                Dr. GRPO, RLOO
                   (tokens        std over all tokens: `token_advantages`          REINFORCE++)
 
-    Standard deviations are unbiased (n - 1). A zero-variance group teaches nothing: where all its rewards agree
-    (max - min <= 1e-6 * max(1, max|R|)) its advantages are exactly 0, because rounding noise divided by a tiny std is
-    not a signal. Rewards that are NaN ("no reward applies") get advantage 0 and count in no mean and no std.
+    Standard deviations are unbiased (n - 1). If all rewards of a group are equal (max - min <= 1e-6 * max(1, max|R|)),
+    its advantages are exactly 0: rounding noise divided by a tiny std would not be a learning signal. A reward of NaN
+    means "no reward applies": its advantage is 0, and it is excluded from every mean and std.
 
     Args:
-        rewards: (P, G) floating point, any unit; row p holds the completions of prompt p. Not modified.
-        baseline, scale: see above.
+        rewards: (P, G) floating point, in any unit; row p holds the rewards of prompt p. Not modified.
+        baseline, scale: see the table above.
         eps: added to the standard deviation, in units of the reward.
 
     Returns:
-        (P, G), the dtype of `rewards`. With baseline group, each row sums to 0.
+        (P, G), with the dtype of `rewards`. With baseline group, each row sums to 0.
 
     Raises:
-        ValueError: rewards are not (P, G); an unknown baseline or scale; G = 1 with a baseline that compares
-            siblings; scale group with a baseline that does not.
+        ValueError: rewards are not (P, G); the baseline or scale is unknown; G = 1 with baseline group or
+            leave_one_out; scale group with baseline batch or none.
 
     Paper: "DeepSeekMath" (2402.03300) section 4.1.2; "Understanding R1-Zero-Like Training" (2503.20783) for scale none;
     "Back to Basics" (2402.14740) for leave_one_out; "Lite PPO" (2508.08221) for scale batch.
-    Differs from the paper: a zero-variance group gives exactly 0 instead of noise / eps; a batch without spread is
-    left unscaled.
+    Differs from the paper: a zero-variance group gives exactly 0 instead of noise / eps. With scale batch, a
+    batch whose rewards are all equal is not scaled.
 
     >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]]))
     tensor([[ 1.1545, -0.5773, -0.5773],
@@ -91,20 +91,20 @@ def group_advantages(rewards: Tensor, *, baseline: str = "group", scale: str = "
 def token_advantages(
     rewards: Tensor, penalties: Tensor, completion_mask: Tensor, *, baseline: str = "none", eps: float = 1e-4
 ) -> Tensor:
-    """Advantage of every token: the reward minus the penalties of this and later tokens, whitened over all tokens.
+    """Advantage of every token: the reward minus the penalties of this and all later tokens, whitened over all tokens.
 
         A_t = R - baseline - sum over s >= t of penalties_s,     then (A - mean) / (std + eps)
 
-    A token is credited with what follows it: the reward at the end, and the KL of itself and of later tokens, but not
-    with the KL of earlier tokens. Mean and unbiased std are taken over all unmasked tokens of the batch, so a long
-    completion counts more.
+    A token affects only what follows it. So its advantage includes the final reward and the KL penalty of this and
+    later tokens, but not the KL penalty of earlier tokens. The mean and the unbiased std are over all unmasked tokens
+    of the batch, so a long completion has more weight than a short one.
 
     Args:
         rewards: (P, G) as in `group_advantages`; NaN = no reward applies.
-        penalties: (B, C) what each token costs, in units of the reward: kl_coeff times k1; 0 = nothing.
+        penalties: (B, C) penalty per token, in units of the reward (kl_coeff times k1); 0 = no penalty.
         completion_mask: (B, C), 1 = a token that is trained on; row p * G + g is completion g of prompt p.
-        baseline: none is REINFORCE++, group its variant with a baseline; see `group_advantages`.
-        eps: added to the standard deviation.
+        baseline: none gives REINFORCE++, group gives its variant with a baseline; see `group_advantages`.
+        eps: added to the standard deviation, in units of the reward.
 
     Returns:
         (B, C), exactly 0 where masked and where the reward is NaN.
@@ -124,7 +124,7 @@ def token_advantages(
 
 
 def whitened(values: Tensor, mask: Tensor, *, eps: float = 1e-4) -> Tensor:
-    """(B, C) -> (B, C): mean 0 and unbiased std 1 over the kept entries, 0 elsewhere; all 0 if they are all alike."""
+    """(B, C) -> (B, C): mean 0 and unbiased std 1 over the kept entries, 0 elsewhere; all 0 if they are all equal."""
     is_kept = mask.bool()
     kept = _statistics(torch.where(is_kept, values, torch.nan).reshape(1, -1))  # each (1, 1)
     return torch.where(is_kept & ~kept.is_constant, (values - kept.mean) / (kept.std + eps), 0.0)
@@ -133,20 +133,20 @@ def whitened(values: Tensor, mask: Tensor, *, eps: float = 1e-4) -> Tensor:
 def compute_advantages(
     rewards: Tensor, penalties: Tensor | None, completion_mask: Tensor, *, baseline: str, scale: str
 ) -> Tensor:
-    """The advantages of a step: `group_advantages`, or `token_advantages` if the scale is tokens.
+    """The advantages of a step: `token_advantages` if the scale is tokens, else `group_advantages`.
 
-    Tokens cost something if the KL is part of the reward. A completion that has one advantage is charged the sum of
-    its penalties before it is compared with its siblings.
+    Tokens have penalties if the KL penalty is part of the reward. If a completion has a single advantage, the sum of
+    its penalties is subtracted from its reward before the baseline is computed.
 
     Args:
         rewards: (P, G) as in `group_advantages`.
-        penalties: (B, C) as in `token_advantages`; None = no token costs anything, as in GRPO.
+        penalties: (B, C) as in `token_advantages`; None = no penalties, as in GRPO.
         completion_mask: (B, C), 1 = a token that is trained on.
         baseline: group | leave_one_out | batch | none.
         scale: group | batch | none | tokens.
 
     Returns:
-        (B, 1): one advantage per completion, the same for all of its tokens; (B, C) if the scale is tokens.
+        (B, 1), one advantage per completion, used for all of its tokens; or (B, C) if the scale is tokens.
 
     >>> compute_advantages(torch.tensor([[1.0, 0.0]]), None, torch.ones(2, 3), baseline="group", scale="none")
     tensor([[ 0.5000],
@@ -162,17 +162,17 @@ def compute_advantages(
 
 
 def zero_variance_groups(rewards: Tensor) -> Tensor:
-    """(P, G) -> (P,) bool: fewer than two valid rewards, or all alike; such a group has nothing to compare."""
+    """(P, G) -> (P,) bool: the group has fewer than two valid rewards, or all its valid rewards are equal."""
     return _statistics(rewards).is_constant.squeeze(-1)
 
 
 class _Statistics(NamedTuple):
-    """Of the valid rewards along the last dimension; each (rows, 1)."""
+    """Statistics of the valid rewards along the last dimension; each (rows, 1)."""
 
     num_valid: Tensor
     mean: Tensor
     std: Tensor  # unbiased
-    is_constant: Tensor  # fewer than two rewards, or no spread beyond rounding
+    is_constant: Tensor  # fewer than two valid rewards, or all equal up to rounding
 
 
 def _statistics(rewards: Tensor) -> _Statistics:

@@ -1,9 +1,9 @@
-"""Batch: the samples of a step, their rollout and its scores. Dynamic sampling, and the plan of micro-batches.
+"""Batch: the samples of a step with their rollout and scores. Also dynamic sampling and the micro-batch plan.
 
 Reading order: ... -> reward_model.py -> [grpo/batch.py] -> grpo/logprobs.py -> ...
 
 Letters: P prompts, G completions per prompt, B = P * G rows (row p * G + g is completion g of prompt p), C padded
-completion length. Lower case letters are a part of them: p of the P prompts, b of the B rows.
+completion length. Lower-case letters are subsets: p of the P prompts, b of the B rows.
 """
 
 import dataclasses
@@ -24,30 +24,30 @@ from grpo.settings.config import Config
 
 @dataclass(frozen=True)
 class Batch:
-    """P groups of G completions: the prompts, what was sampled for them, and what it is worth."""
+    """P groups of G completions: the prompts, the completions and their rewards."""
 
     samples: Sequence[Sample]  # P
     rollout: Rollout  # B rows
     scores: Scores  # B rows
     config: Config
-    discarded: tuple[Rollout, ...] = ()  # groups that dynamic sampling replaced; num_tokens counts them, too
+    discarded: tuple[Rollout, ...] = ()  # groups that dynamic sampling replaced; num_tokens includes them
 
     @property
     def rewards(self) -> Tensor:
-        """(P, G) the combined rewards, transformed as `reward_scaling` says: what advantages are computed from."""
+        """(P, G) the combined rewards after `reward_scaling` and `reward_clip`. Advantages are computed from these."""
         rewards = scaled(self.scores.combined, self.config.reward_scaling, self.config.reward_clip)  # (B,)
         return rewards.view(len(self.samples), -1).to(self.rollout.completion_ids.device)
 
     @property
     def zero_variance_groups(self) -> Tensor:
-        """(P,) bool: the rewards of the group are all equal, so there is nothing to tell its completions apart by."""
+        """(P,) bool: all rewards of the group are equal."""
         return zero_variance_groups(self.rewards)
 
     @property
     def trained_tokens(self) -> Tensor:
-        """(B, C) bool: the tokens that the loss counts.
+        """(B, C) bool: the tokens included in the loss.
 
-        All sampled tokens, EOS included. `mask_truncated_completions` leaves out completions that were cut off.
+        These are all sampled tokens, EOS included. `mask_truncated_completions` excludes truncated completions.
         """
         if self.config.mask_truncated_completions:
             return self.rollout.completion_mask & ~self.rollout.is_truncated.unsqueeze(1)
@@ -55,11 +55,11 @@ class Batch:
 
     @property
     def row_samples(self) -> list[Sample]:
-        """B of them: the sample of each completion."""
+        """The sample of each completion, B in all."""
         return one_per_row(self.samples, self.rollout)
 
     def replace(self, places: Sequence[int], groups: Self) -> Self:
-        """The same batch with `groups` in these places: (p,) numbers of prompts, in the order of `groups`."""
+        """A copy of the batch with `groups` at `places`: p prompt numbers, in the order of `groups`."""
         num_groups, group_size = len(self.samples), len(self.rollout.completions) // len(self.samples)
         rows = torch.arange(num_groups * group_size).view(num_groups, group_size)  # (P, G)
         replaced = rows[list(places)].flatten()
@@ -78,7 +78,7 @@ class Batch:
     def plan_micro_batches(self) -> list[list[Tensor]]:
         """For each optimizer step of one pass over the batch, the row numbers (b,) of its micro-batches.
 
-        Zero-variance groups are left out if that changes no gradient (`zero_variance_has_no_gradient`).
+        Zero-variance groups are skipped if this does not change the gradient (`zero_variance_has_no_gradient`).
         """
         row_numbers = torch.arange(len(self.rollout.completions), device=self.rollout.completion_ids.device)  # (B,)
         minibatches = row_numbers.view(len(self.samples), -1).chunk(self.config.num_minibatches)  # (p, G) each
@@ -90,7 +90,7 @@ class Batch:
 
 
 def one_per_row(samples: Sequence[Sample], rollout: Rollout) -> list[Sample]:
-    """P samples -> B of them, each repeated for the completions of its group: row p * G + g has sample p."""
+    """Repeat each of P samples for the G completions of its group -> B samples. Row p * G + g has sample p."""
     group_size = len(rollout.completions) // len(samples)
     return [sample for sample in samples for _ in range(group_size)]
 
@@ -98,18 +98,20 @@ def one_per_row(samples: Sequence[Sample], rollout: Rollout) -> list[Sample]:
 def zero_variance_has_no_gradient(config: Config) -> bool:
     """Whether a zero-variance group has a gradient of exactly 0.
 
-    That is so if its own siblings are the baseline, advantages are not whitened over the batch, and neither a KL nor an
-    entropy bonus acts on its tokens.
+    This holds if all of these are true:
+      - the baseline is computed from the completions of the same group
+      - advantages are not whitened over the batch
+      - there is neither a KL penalty nor an entropy bonus
     """
     is_group_relative = config.advantage_baseline in ("group", "leave_one_out") and config.advantage_scale != "tokens"
     return is_group_relative and config.kl_coeff == 0 and config.entropy_coeff == 0
 
 
 def without_zero_variance(rows: Tensor, is_zero_variance: Tensor) -> Tensor:
-    """(p, G) row numbers of an optimizer step -> those of the groups that have something to learn from.
+    """(p, G) row numbers of an optimizer step -> the row numbers without zero-variance groups.
 
-    If there is none, a single row stays. Its gradient is exactly 0, but it exists: without a gradient AdamW would not
-    step, and neither its momentum nor its weight decay would act. `is_zero_variance`: (P,), of all groups.
+    If every group has zero variance, one row is kept. Its gradient is exactly 0, but AdamW needs a gradient to apply
+    momentum and weight decay. `is_zero_variance`: (P,) bool for all groups of the batch.
     """
     group_numbers = rows[:, 0] // rows.shape[1]  # (p,)
     chosen = rows[~is_zero_variance[group_numbers]]
@@ -117,17 +119,19 @@ def without_zero_variance(rows: Tensor, is_zero_variance: Tensor) -> Tensor:
 
 
 def micro_batches(rollout: Rollout, groups: Tensor, *, max_rows: int, max_tokens: int) -> list[Tensor]:
-    """Row numbers for one forward and backward pass at a time, (b,) each.
+    """Split rows into micro-batches, one per forward and backward pass. Returns a list of row numbers, (b,) each.
 
-    A batch is padded to its longest row, so groups of similar length are put together. Siblings share a prompt, so they
-    are split only if a group alone is too large. The longest come first: what does not fit into memory fails at once.
+    A micro-batch is padded to its longest row, so groups of similar length are put together. Completions of one prompt
+    stay together unless their group alone is too large, because they can share the prompt's computation. The longest
+    rows come first, so a micro-batch that does not fit into memory fails immediately.
 
     Args:
-        groups: (q, G) row numbers, siblings side by side.
-        max_rows, max_tokens: at most this many completions, and this many tokens, each completion padded and counted
-            with its prompt; but at least one completion.
+        groups: (q, G) row numbers; each row of the tensor is one group.
+        max_rows: maximum completions per micro-batch.
+        max_tokens: maximum tokens per micro-batch, prompts and padding included. A micro-batch has at least one
+            completion, even if that completion is longer than max_tokens.
     """
-    lengths = (rollout.prompt_mask.shape[1] + rollout.completion_mask.sum(1)).tolist()  # B of them
+    lengths = (rollout.prompt_mask.shape[1] + rollout.completion_mask.sum(1)).tolist()  # B lengths in tokens
     batches: list[list[int]] = []
     width = 0
     for group in sorted(groups.tolist(), key=lambda group: -max(lengths[row] for row in group)):
@@ -144,31 +148,32 @@ def micro_batches(rollout: Rollout, groups: Tensor, *, max_rows: int, max_tokens
     return [torch.tensor(batch, device=groups.device) for batch in batches]
 
 
-SampleGroups = Callable[[int, int, Sequence[int]], Batch]  # (step, round, places) -> one group for each place
+SampleGroups = Callable[[int, int, Sequence[int]], Batch]  # (step, round, places) -> one group per place
 
 
 def replace_zero_variance_groups(batch: Batch, step: int, sample_groups: SampleGroups) -> Batch:
-    """Dynamic sampling: groups whose rewards are all equal are replaced by groups for other prompts.
+    """Dynamic sampling: replace groups whose rewards are all equal by groups for other prompts.
 
-    The more a policy has learned, the more groups are all correct, and the fewer are left to average over. So [1], [2]
-    and [3] are repeated for the places of such groups, at most `max_resample_rounds` times. Groups that still have zero
-    variance after the last round are kept. Replaced groups were sampled all the same: they count (`Batch.discarded`).
+    As the policy improves, more groups have only correct answers, and fewer groups contribute to the gradient. So [1],
+    [2] and [3] are repeated for the places of zero-variance groups, at most `max_resample_rounds` times. Groups that
+    still have zero variance after the last round are kept. Replaced groups count as sampled tokens (`Batch.discarded`).
 
     Args:
         batch: P groups.
-        step: the training step, from which the prompts and the noise of round 1, 2, ... follow.
-        sample_groups: [1] to [3] for some places: (step, round, places) -> a batch with one group for each place.
+        step: the training step. It determines the prompts and the noise of each round.
+        sample_groups: performs [1] to [3] for some places: (step, round, places) -> a batch with one group per place.
 
     Returns:
-        P groups again.
+        A batch of P groups.
 
     Paper: "DAPO" (2503.14476) section 3.2.
-    Differs from the paper: a group is replaced in its place p of the P, by the group for sample p of the round, instead
-    of sampling on until the batch is full. So a place depends on no other place, and a resumed run resamples alike. And
-    zero variance means that the combined rewards are equal, not that all answers are correct or all are wrong.
+    Differs from the paper:
+      - The group at place p is replaced by the group for sample p of the round; the paper samples more prompts until
+        the batch is full. So no place depends on another place, and a resumed run resamples identically.
+      - Zero variance means that all combined rewards are equal, not that all answers are correct or all are wrong.
     """
     for round in range(1, batch.config.max_resample_rounds + 1):
-        places = batch.zero_variance_groups.nonzero().flatten().tolist()  # of the P
+        places = batch.zero_variance_groups.nonzero().flatten().tolist()  # in 0 ... P - 1
         if not places:
             break
         batch = batch.replace(places, sample_groups(step, round, places))
@@ -176,10 +181,10 @@ def replace_zero_variance_groups(batch: Batch, step: int, sample_groups: SampleG
 
 
 def check_rewards_vary(batch: Batch, step: int, sample_groups: SampleGroups) -> None:
-    """Before training: dynamic sampling is pointless if no round finds a group whose rewards differ.
+    """Check before training that dynamic sampling can find at least one group whose rewards differ.
 
     Raises:
-        InputError: every group of `batch`, and of as many groups for other prompts in each round, has zero variance.
+        InputError: every group of `batch` has zero variance, and so has every group of every resampling round.
     """
     places, max_rounds = range(len(batch.samples)), batch.config.max_resample_rounds
     rounds = (batch if round == 0 else sample_groups(step, round, places) for round in range(1 + max_rounds))

@@ -14,16 +14,17 @@ import numpy as np
 
 from grpo.errors import InputError
 
-Sample = dict[str, Any]  # "prompt" and the columns of its data set; once it is tokenized also "prompt_ids"
-SOURCE = "data set"  # key of a sample in a mixture: the name of its data set; its space keeps it apart from columns
-Prompt = str | list[dict[str, str]]  # a text, or messages: [{"role": "user", "content": ...}, ...]
+Sample = dict[str, Any]  # "prompt", the other columns of the row, and "prompt_ids" once it is tokenized
+# In a mixture, this key holds the name of the dataset. The space avoids a clash with a column name.
+SOURCE = "data set"
+Prompt = str | list[dict[str, str]]  # a text or messages: [{"role": "user", "content": ...}, ...]
 
 
 class Dataset(Sequence[Sample]):
-    """Samples, each with the place it comes from: "data/x.jsonl, line 7"."""
+    """A list of samples. Each sample knows where it was read from, for example "data/x.jsonl, line 7"."""
 
     def __init__(self, path: object, rows: Iterable[tuple[str, Sample]]) -> None:
-        """`path`: where the rows come from. `rows`: (place, sample) pairs, a place such as "data/x.jsonl, line 7"."""
+        """`path`: the source of the rows. `rows`: (place, sample) pairs; a place is like "data/x.jsonl, line 7"."""
         self.path = str(path)
         pairs = list(rows)
         if not pairs:
@@ -37,16 +38,16 @@ class Dataset(Sequence[Sample]):
         return self.samples[index]
 
     def place(self, index: int) -> str:
-        """Where sample `index` comes from, for error messages."""
+        """Where sample `index` was read from, for error messages."""
         return self.places[index]
 
     @property
     def epoch_size(self) -> int:
-        """Samples drawn in one epoch."""
+        """Number of samples drawn per epoch."""
         return len(self)
 
     def at(self, index: int, epoch: int, seed: int) -> Sample:
-        """The sample at position `index` (0 ... epoch_size - 1) of an epoch; only a mixture differs between epochs."""
+        """The sample at `index` (0 ... epoch_size - 1) of an epoch. Only mixtures depend on `epoch` and `seed`."""
         return self[index]
 
     def draw(self, n: int, seed: int) -> Sample:
@@ -56,13 +57,13 @@ class Dataset(Sequence[Sample]):
 
 
 def model_input(sample: Sample) -> Any:
-    """What the sampler is given: the token ids if the sample is tokenized, else its text."""
+    """The prompt to give to the sampler: token ids if the sample is tokenized, else the text."""
     ids: list[int] | None = sample.get("prompt_ids")
     return sample["prompt"] if ids is None else ids
 
 
 def prompt_text(prompt: Prompt) -> str:
-    """A prompt as people read it: messages one after another, each behind its role."""
+    """A prompt as readable text. Messages are printed one per line as "role: content"."""
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
@@ -71,9 +72,10 @@ def prompt_text(prompt: Prompt) -> str:
 def samples_for_step(dataset: Dataset, *, step: int, batch_size: int, seed: int, round: int = 0) -> list[Sample]:
     """The `batch_size` samples of training step `step` (1, 2, ...).
 
-    The data is read in epochs, each shuffled by (seed, epoch); a step may span several epochs. Nothing is remembered
-    between calls, so a resumed run continues exactly where it would have been. For dynamic sampling, `round` 1, 2, ...
-    gives `batch_size` other candidates, drawn by (seed, step, round) from all data: candidate p may replace sample p.
+    The data is read in epochs, each shuffled by (seed, epoch). A step may span several epochs. The function keeps no
+    state between calls, so a resumed run sees exactly the samples that an uninterrupted run would see. For dynamic
+    sampling, `round` 1, 2, ... gives `batch_size` other samples, drawn from the whole dataset by (seed, step, round).
+    Sample p of a round may replace sample p of the step.
     """
     if round > 0:
         return _samples_for_round(dataset, step, batch_size, seed, round)
@@ -81,18 +83,18 @@ def samples_for_step(dataset: Dataset, *, step: int, batch_size: int, seed: int,
 
 
 def _samples_for_round(dataset: Dataset, step: int, batch_size: int, seed: int, round: int) -> list[Sample]:
-    """Drawn without repetition, as far as the data set goes. In a mixture the step takes the place of the epoch."""
+    """No sample is drawn twice unless the dataset is too small. For a mixture, the step is used as the epoch number."""
     order = np.random.default_rng([seed, step, round]).permutation(dataset.epoch_size).tolist()
     return [dataset.at(order[p % len(order)], step, seed) for p in range(batch_size)]
 
 
-@lru_cache(maxsize=32)  # this epoch and the previous one, of each data set of a mixture
+@lru_cache(maxsize=32)  # enough for the current and the previous epoch of every dataset of a mixture
 def _epoch_order(seed: int, epoch: int, size: int) -> list[int]:
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(size).tolist()
 
 
 def __getattr__(name: str) -> Any:
-    """`from grpo.data import JSONLinesDataset` keeps working for users' code; the class is in grpo/datasets/rows.py."""
+    """Keeps `from grpo.data import JSONLinesDataset` working; the class has moved to grpo/datasets/rows.py."""
     if name == "JSONLinesDataset":
         return getattr(import_module("grpo.datasets.rows"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Tokens -> per-token log-probs and entropies. The idea is in `plain_logprobs`: forward, shift, log-softmax, gather.
+"""Tokens -> per-token log-probs and entropies. `plain_logprobs` shows the idea: forward, shift, log-softmax, gather.
 
 Reading order: ... -> grpo/batch.py -> [grpo/logprobs.py] -> grpo/advantages.py -> ...
 
@@ -29,11 +29,11 @@ def plain_logprobs(
     *,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """The computation of `compute_logprobs` as one would write it down: forward, shift, log-softmax, gather.
+    """The plain version of `compute_logprobs`: forward, shift, log-softmax, gather.
 
-    Nothing in a run calls it. It is here to be read, and a test holds `compute_logprobs` to it. It needs all (B, C, V)
-    logits at once, and reads the same prompt G times. Arguments and result as in `compute_logprobs`; both results
-    carry a gradient.
+    This function is for reading. Training does not call it, and a test checks that `compute_logprobs` gives the same
+    result. It holds all (B, C, V) logits in memory and processes each prompt G times. Arguments and results are those
+    of `compute_logprobs`, except that the entropies always carry a gradient.
     """
     logits = model(**_rows(prompt_ids, prompt_mask, completion_ids, completion_mask)).logits  # (B, L + C, V)
     logits = logits[:, prompt_ids.shape[1] - 1 : -1]  # (B, C, V): the logits at position t - 1 predict token t
@@ -57,34 +57,34 @@ def compute_logprobs(
     shared_prefix: str = "auto",
     entropy_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of every sampled token under `model`, and the entropy of the distribution it was drawn from.
+    """Log-probability of every sampled token under `model`, and the entropy of the distribution at its position.
 
         logits_t = model(prompt + completion[:t])[-1]    the logits at the last token before t predict token t
         logps_t  = log_softmax(logits_t / temperature)[completion_t]
         H_t      = - sum_v p_v log p_v,   p = softmax(logits_t / temperature)
 
-    The temperature is the one of the rollout: the policy that is optimised is the policy that was sampled from.
+    Pass the temperature of the rollout, so that the optimized distribution is the one that was sampled from.
 
-    The same numbers as `plain_logprobs`, up to rounding, with less work: grpo/fast/scorer.py.
+    The result equals that of `plain_logprobs` up to rounding. grpo/fast/scorer.py explains how work is saved.
 
     Args:
-        model: any Hugging Face causal language model; its mode (train or eval) is left alone.
+        model: any Hugging Face causal language model; its mode (train or eval) is not changed.
         prompt_ids, prompt_mask: (B, L) left-padded, mask 1 = a prompt token.
         completion_ids, completion_mask: (B, C) right-padded, mask 1 = a sampled token, EOS included.
         temperature: > 0.
-        group_size: number of rows with the same prompt. Equal rows are then scored once, and up to group_size
-            completions may share one copy of their prompt. None: every row is scored by itself.
-        shared_prefix: whether completions share a copy of their prompt: always | never | auto, if that takes fewer
-            multiplications (`completions_per_row`). The result is the same up to rounding.
+        group_size: number of rows with the same prompt. With this number, equal rows are scored once, and up to
+            group_size completions may share one copy of their prompt. None: every row is scored separately.
+        shared_prefix: whether completions of one prompt share a copy of it: always | never | auto. auto shares if this
+            needs fewer multiplications (`completions_per_row`). The result is the same up to rounding.
         entropy_grad: whether the entropies carry a gradient; only an entropy bonus needs it.
 
     Returns:
-        logps: (B, C) nats, at least float32 (bfloat16 logits are cast first: their log-softmax errs by up to 0.125
-            nat), exactly 0 where masked; carries the gradient.
+        logps: (B, C) nats, exactly 0 where masked; carries the gradient. The dtype is at least float32: bfloat16 logits
+            are cast before the log-softmax, which in bfloat16 has errors of up to 0.125 nats.
         entropies: (B, C) nats, in [0, log V], exactly 0 where masked; no gradient unless entropy_grad.
 
     Raises:
-        ValueError: temperature <= 0, an unknown shared_prefix.
+        ValueError: temperature <= 0, or an unknown shared_prefix.
 
     Paper: "DeepSeekMath" (2402.03300) eq. 3, the numerator and denominator of the ratio.
 
@@ -118,7 +118,7 @@ def completion_states(
     completion_ids: Tensor,
     completion_mask: Tensor,
 ) -> Tensor:
-    """The hidden state in which each completion token was chosen: the trunk's output for the text before the token.
+    """The hidden state that predicts each completion token: the trunk's output at the last token before it.
 
     Args: as in `compute_logprobs`.
 
@@ -127,12 +127,12 @@ def completion_states(
     """
     inputs = _rows(prompt_ids, prompt_mask, completion_ids, completion_mask)
     states = model.base_model(**inputs).last_hidden_state  # (B, L + C, H)
-    states = states[:, prompt_ids.shape[1] - 1 : -1]  # (B, C, H): the same shift
+    states = states[:, prompt_ids.shape[1] - 1 : -1]  # (B, C, H): the state at position t - 1 predicts token t
     return torch.where(completion_mask.bool().unsqueeze(-1), states, 0.0)
 
 
 def _rows(prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor) -> dict[str, Any]:
-    """The model's inputs, one row per completion: [prompt | completion]. What padding holds is never looked at."""
+    """The model's inputs, one row per completion: [prompt | completion]. The ids at padding are ignored."""
     attention_mask = torch.cat([prompt_mask.bool(), completion_mask.bool()], dim=1)  # (B, L + C)
     return {
         "input_ids": torch.cat([prompt_ids, completion_ids], dim=1).masked_fill(~attention_mask, 0),

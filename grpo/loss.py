@@ -1,4 +1,4 @@
-"""The surrogates, token-level KL, and the weights that turn per-token losses into one number.
+"""Surrogate losses, the token-level KL penalty, and the weights that sum per-token losses into one number.
 
 Reading order: ... -> grpo/advantages.py -> [grpo/loss.py] -> train_grpo.py again
 
@@ -6,13 +6,13 @@ The loss of an optimizer step is one weighted sum over its tokens,
 
     loss = sum( weights * (surrogate + kl_coeff * KL - entropy_coeff * entropy) ),
 
-so that gradients of micro-batches just add up. Letters: B completions, C padded completion length; and in formulas
+so the gradients of micro-batches can simply be summed. Letters: B completions, C padded completion length. In formulas:
 
-    r = exp(logps - old_logps)    the ratio: how much likelier the policy finds a token than when it was sampled
-    A                             the advantage: how much better the completion was than expected
+    r = exp(logps - old_logps)    the ratio: probability of a token now, divided by its probability at rollout time
+    A                             the advantage: how much better the completion is than expected
 
-Masked positions may hold anything, NaN and inf too. Every function masks its inputs *before* an exp or a product:
-a weight of 0 cannot repair a NaN, neither in the sum nor in the gradient.
+Masked positions may hold any value, including NaN and inf. Every function masks its inputs *before* an exp or a
+product, because multiplying a NaN by a weight of 0 gives NaN, in the sum and in the gradient.
 """
 
 from collections.abc import Callable
@@ -39,21 +39,23 @@ def clipped_surrogate(
 
         loss = -min(r * A, clip(r, 1 - clip_range, 1 + clip_range_high) * A)
 
-    `min` is right for both signs of A. A > 0: the token is made likelier until r > 1 + clip_range_high, then the
-    gradient stops. A < 0: it is made less likely until r < 1 - clip_range. On the other side of 1 the ratio has moved
-    against A, the policy must still be corrected, and `min` keeps the gradient.
+    `min` is correct for both signs of A:
+      - A > 0: the token becomes more likely until r > 1 + clip_range_high. Then the gradient is 0.
+      - A < 0: the token becomes less likely until r < 1 - clip_range. Then the gradient is 0.
+      - If the ratio has moved in the direction opposite to A, `min` keeps the gradient, so the policy is corrected.
 
-    For A < 0 and a large ratio the loss has no bound: a ratio of 50 outweighs fifty other tokens. dual_clip bounds it,
+    For A < 0 and a large ratio the loss is unbounded: a ratio of 50 weighs as much as fifty tokens with a ratio of 1.
+    dual_clip bounds the loss:
 
         A < 0:  loss = min(the loss above, dual_clip * |A|).
 
     Args:
         logps: (B, C) log pi_theta of the sampled tokens in nats; carries the gradient.
-        old_logps: (B, C) the same at rollout time; no gradient.
+        old_logps: (B, C) the same log-probs at rollout time; no gradient.
         advantages: (B, 1) or (B, C). Never (B,): that would broadcast along the wrong axis when B == C.
         completion_mask: (B, C), 1 = a sampled token, EOS included.
-        clip_range, clip_range_high: lower and upper clip, usually 0.2; inf = off. clip_range_high: None = the same as
-            clip_range (DAPO: 0.28).
+        clip_range: lower clip, usually 0.2; inf = off.
+        clip_range_high: upper clip; None = the same as clip_range. DAPO uses 0.28.
         dual_clip: > 1, usually 3; None = no bound.
 
     Returns:
@@ -81,11 +83,11 @@ def clipped_surrogate(
 
 
 def reinforce(logps: Tensor, old_logps: Tensor, advantages: Tensor, completion_mask: Tensor) -> Tensor:
-    """The policy gradient itself, per token, to be minimised: loss = -A * log pi_theta.
+    """The REINFORCE policy gradient per token, to be minimised: loss = -A * log pi_theta.
 
-    It ignores old_logps: correct only for the first update after a rollout, where its gradient is that of the clipped
-    surrogate. The value means nothing; only its gradient does. Arguments and result as in
-    `clipped_surrogate`.
+    old_logps are ignored, so this loss is correct only for the first update after a rollout. There its gradient equals
+    the gradient of the clipped surrogate. The value of the loss has no meaning; only its gradient does. Arguments and
+    result are those of `clipped_surrogate`.
 
     Paper: Williams, "Simple Statistical Gradient-Following Algorithms" (1992); "Back to Basics" (2402.14740) eq. 6.
 
@@ -109,9 +111,9 @@ def gspo(
 
         s = exp( mean over its tokens of (logps - old_logps) ),   loss = -min(s * A, clip(s, ...) * A) at every token
 
-    A reward speaks of a completion, so the completion is what is clipped. The mean keeps s from growing with length; it
-    also makes it vary little, which is why the clip ranges are of the order of 3e-4. Arguments and result as in
-    `clipped_surrogate`; with loss_aggregation sequence it is the paper's objective.
+    A reward belongs to a whole completion, so GSPO clips whole completions. Because of the mean, s does not grow with
+    the length. The mean also makes s vary little, so clip ranges are small, around 3e-4. Arguments and result are those
+    of `clipped_surrogate`. With loss_aggregation sequence, this is the paper's objective.
 
     Paper: "Group Sequence Policy Optimization" (2507.18071) eq. 5, 7.
 
@@ -133,12 +135,13 @@ def gspo(
 def cispo(
     logps: Tensor, old_logps: Tensor, advantages: Tensor, completion_mask: Tensor, *, clip_range_high: float
 ) -> Tensor:
-    """Clipped importance sampling: REINFORCE whose weight, not whose gradient, is clipped.
+    """Clipped importance sampling: REINFORCE with a clipped weight instead of a clipped gradient.
 
         loss = -stopgrad( min(r, 1 + clip_range_high) ) * A * log pi_theta
 
-    PPO's clip stops the gradient of a token whose ratio has moved far, as rare tokens such as "wait" soon do. CISPO
-    keeps training it with a bounded weight. Arguments and result as in `clipped_surrogate`.
+    PPO's clip removes the gradient of a token whose ratio has moved far. This happens soon to rare tokens such as
+    "wait". CISPO keeps training such tokens, with a bounded weight. Arguments and result are those of
+    `clipped_surrogate`.
 
     Paper: "MiniMax-M1" (2506.13585) eq. 4.
     Differs from TRL: its epsilon_high is 1 + our clip_range_high.
@@ -162,10 +165,13 @@ def clipped_tokens(
     clip_range_high: float | None = None,
     dual_clip: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Where the clip binds, that is where it takes the gradient away: (low, high), both (B, C) bool.
+    """The tokens whose gradient is removed by the clip: (low, high), both (B, C) bool.
 
-    low: A < 0 and r < 1 - clip_range, or r > dual_clip. high: A > 0 and r > 1 + clip_range_high. A ratio outside the
-    range on its other side is not clipped by `min` and does not count. Arguments as in `clipped_surrogate`.
+        low   A < 0 and (r < 1 - clip_range or r > dual_clip)
+        high  A > 0 and r > 1 + clip_range_high
+
+    `min` does not clip a ratio outside the range on the other side, so such a token is not counted. Arguments are those
+    of `clipped_surrogate`.
     """
     is_token = completion_mask.bool()
     advantages = _checked_advantages(advantages, is_token)  # (B, C)
@@ -195,22 +201,22 @@ def _clipped_sequences(
 def _capped_tokens(
     logps: Tensor, old_logps: Tensor, advantages: Tensor, completion_mask: Tensor, *, clip_range_high: float
 ) -> tuple[Tensor, Tensor]:
-    """Where the weight is capped; the gradient is there all the same."""
+    """The tokens whose weight is capped. Their gradient is scaled down, not removed."""
     is_token = completion_mask.bool()
     is_capped = _log_ratio(logps, old_logps, is_token).exp() > 1 + clip_range_high
     return torch.zeros_like(is_capped), is_capped & (_checked_advantages(advantages, is_token) != 0)
 
 
 class Surrogate(NamedTuple):
-    """What is differentiated. Both functions take (logps, old_logps, advantages, completion_mask, *, its clips)."""
+    """A surrogate loss. Both functions take (logps, old_logps, advantages, completion_mask, *, clip settings)."""
 
-    loss: Callable[..., Tensor]  # -> (B, C), to be minimised; exactly 0 and without gradient where masked
-    clipped: Callable[..., tuple[Tensor, Tensor]]  # -> (low, high), (B, C) bool each: where the clip acts
+    loss: Callable[..., Tensor]  # -> (B, C), to be minimised; exactly 0 and no gradient where masked
+    clipped: Callable[..., tuple[Tensor, Tensor]]  # -> (low, high), (B, C) bool each: the clipped tokens
 
 
-# To add a surrogate: its two functions here, its clip settings in CLIP_KEYS (grpo/algorithms.py), and its name in
-# `Config.surrogate` (grpo/settings/config.py). A baseline or a KL estimator: its name in BASELINES (grpo/advantages.py)
-# or KL_ESTIMATORS, and in `Config`.
+# To add a surrogate, add its two functions here, its clip settings to CLIP_KEYS (grpo/algorithms.py) and its name to
+# `Config.surrogate` (grpo/settings/config.py). To add a baseline, add its name to BASELINES (grpo/advantages.py) and to
+# `Config`. To add a KL estimator, add its name to KL_ESTIMATORS and to `Config`.
 SURROGATES = {
     "clipped": Surrogate(clipped_surrogate, clipped_tokens),
     "reinforce": Surrogate(reinforce, _never_clipped),
@@ -220,15 +226,15 @@ SURROGATES = {
 
 
 def _log_ratio(logps: Tensor, old_logps: Tensor, is_token: Tensor) -> Tensor:
-    """(B, C) logps - old_logps; 0 where masked, so that padding cannot overflow in the exp.
+    """(B, C) logps - old_logps; 0 where masked, so that padding cannot overflow in exp.
 
-    Clamped at 80, near the largest exponent of float32: an infinite ratio times an advantage of 0 would be NaN.
+    The result is clamped at 80, because exp of more than 88 is inf in float32, and inf times an advantage of 0 is NaN.
     """
     return torch.where(is_token, logps - old_logps, 0.0).clamp(max=80)
 
 
 def _sequence_log_ratio(logps: Tensor, old_logps: Tensor, is_token: Tensor) -> Tensor:
-    """(B, C) the mean of a completion's log-ratios, at each of its places."""
+    """(B, C) the mean log-ratio of each completion, repeated for all of its tokens."""
     log_ratio = torch.where(is_token, logps - old_logps, 0.0)
     return (log_ratio.sum(1, keepdim=True) / is_token.sum(1, keepdim=True).clamp(min=1)).expand_as(log_ratio)
 
@@ -249,35 +255,35 @@ def kl_divergence(
     old_logps: Tensor | None = None,
     completion_mask: Tensor | None = None,
 ) -> Tensor:
-    """Token-level estimate of KL(pi_theta || pi_ref) from the sampled token alone, to be minimised.
+    """Token-level estimate of KL(pi_theta || pi_ref) from the sampled token only, to be minimised.
 
     With D = ref_logps - logps and r = exp(logps - old_logps):
 
-        k1            -D                    unbiased value; as a loss its expected gradient is 0: it does nothing
+        k1            -D                    unbiased value; as a loss it has no effect: its expected gradient is 0
         k2            D^2 / 2               biased value; gradient of KL(pi || ref)
         k3            exp(D) - D - 1        unbiased, >= 0; but its gradient is that of KL(ref || pi)
         k3_corrected  r * (exp(D) - D - 1)  the value of k3 with the gradient of KL(pi || ref), off-policy too
 
-    Worked by hand: d(r k3) = r k3 dlogp + r (1 - exp(D)) dlogp = -r D dlogp, which is d(stopgrad(r) * D^2 / 2). The
-    code takes the value from the first form and the gradient from the last, which does not overflow in practice.
+    Derivation: d(r k3) = r k3 dlogp + r (1 - exp(D)) dlogp = -r D dlogp, which equals d(stopgrad(r) * D^2 / 2). The
+    code takes the value from the first form and the gradient from the last form, which does not overflow in practice.
 
     Args:
         logps: (B, C) log pi_theta of the sampled tokens in nats; carries the gradient.
-        ref_logps: (B, C) the same under the frozen reference; no gradient.
+        ref_logps: (B, C) the log-probs of the same tokens under the frozen reference; no gradient.
         estimator: k1 | k2 | k3 | k3_corrected.
-        old_logps: (B, C) at rollout time; None = on-policy, r is 1. Only k3_corrected uses it.
-        completion_mask: (B, C), 1 = a sampled token; None = every position is one.
+        old_logps: (B, C) log-probs at rollout time; None = on-policy, r is 1. Only k3_corrected uses them.
+        completion_mask: (B, C), 1 = a sampled token; None = no position is masked.
 
     Returns:
-        (B, C) nats, exactly 0 and without gradient where masked. Values clamp D at 20 from above.
+        (B, C) nats, exactly 0 and without gradient where masked. In k3 and k3_corrected, D is at most 20.
 
     Raises:
-        ValueError: an unknown estimator.
+        ValueError: the estimator is unknown.
 
     Paper: "DeepSeekMath" (2402.03300) eq. 4 (k3); Schulman, "Approximating KL divergence" (2020) names k1, k2, k3;
     "DeepSeek-V3.2" (2512.02556) for the correction by r.
-    Differs from the paper: the default corrects k3's gradient; k3 clamps D, so that a token the policy has all but
-    dropped costs a large number instead of inf.
+    Differs from the paper: the default is k3_corrected, which corrects the gradient of k3. k3 clamps D, so a token that
+    has become very unlikely under the policy has a large KL instead of inf.
 
     >>> kl_divergence(torch.tensor([[-1.0, -2.0, -3.0]] * 2), torch.full((2, 3), -2.0), estimator="k3")
     tensor([[0.3679, 0.0000, 0.7183],
@@ -292,7 +298,7 @@ def kl_divergence(
     k2 = difference.square() / 2
     if estimator == "k2":
         return k2
-    # D itself is clamped, in both terms: clamping only the exp would leave a gradient of the wrong sign.
+    # D is clamped in both terms. Clamping only the D inside exp would leave a gradient with the wrong sign.
     clamped = difference.clamp(max=20)
     k3 = clamped.exp() - clamped - 1
     if estimator == "k3":
@@ -317,22 +323,23 @@ def loss_weights(
         token     1 / (T_1 + ... + T_N)              mean over all tokens; DAPO, TRL's default
         constant  1 / (N * max_completion_length)    no length in the denominator; Dr. GRPO
 
-    with T_i = unmasked tokens of completion i and N = completions of the optimizer step, fully masked ones included.
-    Call it once with the mask of the WHOLE optimizer step. A mean per micro-batch would make the weight of a token
-    depend on the other tokens of its micro-batch.
+    T_i = unmasked tokens of completion i; N = completions of the optimizer step, including fully masked completions.
+    Call this function once with the mask of the WHOLE optimizer step. A mean per micro-batch would make the weight of a
+    token depend on the other tokens of its micro-batch.
 
     Args:
         completion_mask: (B, C), 1 = a token that is trained on.
         aggregation: sequence | token | constant.
-        max_completion_length: the setting, in tokens; not the padded C of this batch.
-        num_rows, num_tokens: totals of the optimizer step where the mask is only a part of it; None = the mask's own.
-        dtype: of the result.
+        max_completion_length: the setting max_completion_length, in tokens; not the padded length C of this batch.
+        num_rows, num_tokens: totals of the optimizer step, needed if the mask is only a part of it; None = counted from
+            the mask.
+        dtype: dtype of the result.
 
     Returns:
-        (B, C), 0 where masked; sums to 1 under `token` and, with no row fully masked, under `sequence`.
+        (B, C), 0 where masked. Sums to 1 under `token`. Sums to 1 under `sequence` if no row is fully masked.
 
     Raises:
-        ValueError: an unknown aggregation.
+        ValueError: the aggregation is unknown.
 
     Paper: "DeepSeekMath" (2402.03300) eq. 3; "DAPO" (2503.14476) eq. 8; "Understanding R1-Zero-Like Training"
     (2503.20783) section 3.1.
@@ -352,7 +359,7 @@ def loss_weights(
     if aggregation == "sequence":
         return mask / (rows * mask.sum(1, keepdim=True).clamp(min=1))
     if aggregation == "token":
-        # Clamped at 1: when every completion is masked the loss is 0, not 0 / 0.
+        # Clamped at 1, so that the loss is 0, not 0 / 0, if every completion is masked.
         tokens = completion_mask.sum().clamp(min=1) if num_tokens is None else max(num_tokens, 1)
         return mask / tokens
     return mask / (rows * max_completion_length)

@@ -1,16 +1,17 @@
-"""Prompts -> a group of sampled completions each: a KV-cache sampling loop for any Hugging Face causal model.
+"""Sample a group of completions for every prompt: a KV-cache sampling loop for any Hugging Face causal model.
 
 Reading order: ... -> grpo/data.py -> [grpo/rollout.py] -> reward_model.py -> ...
 
 Letters: P prompts, G = group_size, B = P * G completions (row p * G + g), L padded prompt length, C padded completion
 length, V vocabulary.
 
-Read `sample_tokens` and the docstrings first; `_decode`, the loop with the cache, can wait.
+On a first reading, read `sample_tokens` and the docstrings, and skip `_decode`, the loop with the cache.
 
 Differs from `model.generate`:
-  - settings come from the arguments alone, never from the model's generation_config
-  - each prompt is read once; completions that are still identical share a row of the batch; finished ones leave it
-  - the random number for token t of completion i depends on (seed, i, t) only, so none of this changes a sample
+  - Settings come only from the arguments. The model's generation_config is used for its EOS ids and nothing else.
+  - The model processes each prompt once. Completions that are still identical share a row of the batch, and finished
+    completions leave the batch.
+  - The random number for token t of completion i depends only on (seed, i, t), so sharing rows changes no sample.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,18 +33,18 @@ Rows = slice | Tensor
 
 @dataclass(frozen=True)
 class Rollout:
-    """What was sampled. Masks are bool, 1 = a real token; masked ids are padding and masked log-probs are 0."""
+    """The sampled completions. Masks are bool, 1 = a real token. Masked ids are padding; masked log-probs are 0."""
 
     prompt_ids: Tensor  # (B, L) left-padded
     prompt_mask: Tensor  # (B, L)
-    completion_ids: Tensor  # (B, C) right-padded, the stop token included
+    completion_ids: Tensor  # (B, C) right-padded, stop token included
     completion_mask: Tensor  # (B, C)
-    sampling_logps: Tensor  # (B, C) nats, of the distribution sampled from: after temperature, top-k and top-p
-    is_truncated: Tensor  # (B,) ran into max_completion_length without a stop token or string
-    completions: list[str]  # B texts without their stop token; a stop string stays in
+    sampling_logps: Tensor  # (B, C) nats, under the sampling distribution (after temperature, top-k and top-p)
+    is_truncated: Tensor  # (B,) bool: reached max_completion_length without a stop token or stop string
+    completions: list[str]  # B texts, without the stop token but with the stop string
 
     def metrics(self) -> dict[str, float]:
-        """Length in tokens, the stop token included, and the share that was cut off."""
+        """Mean length in tokens (stop token included) and the fraction of truncated completions."""
         return {
             "completions/mean_length": self.completion_mask.sum(1).float().mean().item(),
             "completions/clipped_ratio": self.is_truncated.float().mean().item(),
@@ -54,16 +55,16 @@ class Rollout:
         return self.prompt_ids[rows], self.prompt_mask[rows], self.completion_ids[rows], self.completion_mask[rows]
 
     def token_lists(self) -> list[list[int]]:
-        """B lists of the sampled ids, the stop token included, without padding."""
+        """B lists of sampled ids, with the stop token and without padding."""
         return _unpadded(self.completion_ids, self.completion_mask)
 
     @property
     def num_tokens(self) -> int:
-        """Of prompts and completions, each prompt counted with each of its completions."""
+        """Number of prompt and completion tokens. A prompt is counted once per completion."""
         return int(self.prompt_mask.sum() + self.completion_mask.sum())
 
     def select(self, rows: Tensor) -> Self:
-        """The rollout of these rows alone. `rows`: (b,) indices; padding stays as wide as it was."""
+        """A rollout of only these rows. `rows`: (b,) indices. The padded widths L and C do not change."""
         return type(self)(
             *self.tokens(rows),
             self.sampling_logps[rows],
@@ -73,7 +74,7 @@ class Rollout:
 
     @classmethod
     def cat(cls, rollouts: Sequence[Self]) -> Self:
-        """Their rows one after another, padded to the longest prompt and completion of all."""
+        """Concatenate the rows of several rollouts, padded to the longest prompt and the longest completion."""
 
         def joined(name: str, side: str) -> Tensor:
             parts = [getattr(rollout, name) for rollout in rollouts]
@@ -111,22 +112,23 @@ def generate_completions(
     """Sample `group_size` completions for every prompt.
 
     Args:
-        model: used in eval mode under no_grad; its mode is restored, even after an error.
-        prompts: P texts (tokenised here by tokenizer(prompt)) or P lists of token ids (used as they are).
+        model: used in eval mode under no_grad; its previous mode is restored afterwards, even after an error.
+        prompts: P texts (tokenised here by tokenizer(prompt)) or P lists of token ids (used unchanged).
         group_size: G.
-        max_completion_length: in tokens, the stop token included.
-        temperature: logits are divided by it; 0 = greedy.
-        top_p, top_k: sample from the smallest set of likeliest tokens with mass >= top_p, and from the top_k likeliest;
-            1.0 and 0 = off. Anything else makes the sampler's distribution differ from the scorer's.
-        seed: >= 0; the caller mixes the training step into it (`step_seed`).
-        completion_indices: B indices >= 0 that choose the noise of each row; None = 0 ... B - 1.
-        stop_strings: texts that also end a completion; the token that completes one of them is kept.
+        max_completion_length: in tokens, stop token included.
+        temperature: logits are divided by this value; 0 = greedy.
+        top_p, top_k: sample only from the smallest set of most likely tokens with total probability >= top_p, and only
+            from the top_k most likely tokens. 1.0 and 0 turn them off. With other values the sampler's distribution
+            differs from the scorer's.
+        seed: >= 0. The caller derives it from the run's seed and the training step (`step_seed`).
+        completion_indices: B indices >= 0 that select the noise of each row; None = 0 ... B - 1.
+        stop_strings: texts that also end a completion. The token that completes a stop string is kept.
 
     Returns:
-        a Rollout whose row p * G + g is completion g of prompt p.
+        A Rollout. Row p * G + g is completion g of prompt p.
 
     Raises:
-        ValueError: no prompts, an empty prompt, or a setting out of range, each named.
+        ValueError: there are no prompts, a prompt is empty, or an argument is out of range.
 
     Paper: "DeepSeekMath" (2402.03300) algorithm 1, line 7.
     """
@@ -144,11 +146,11 @@ def generate_completions(
 
     uniforms = sampling_noise(seed, indices, max_completion_length).to(model.device)  # (B, C)
     stop_ids = torch.tensor(sorted(stop_token_ids(model, tokenizer)), dtype=torch.long, device=model.device)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0  # a filler: masks never look at ids
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0  # any id: masks never use ids
     prompt_ids, prompt_mask = _left_pad(_tokenize(tokenizer, prompts), pad_id, model.device)  # (P, L)
 
     was_training = model.training
-    model.eval()  # training mode would switch the cache off under gradient checkpointing, and dropout on
+    model.eval()  # training mode would enable dropout and, with gradient checkpointing, disable the cache
     try:
         draw = partial(sample_tokens, temperature=temperature, top_p=top_p, top_k=top_k)
         ends = partial(_ends, tokenizer, stop_ids, stop_strings)
@@ -156,11 +158,11 @@ def generate_completions(
     finally:
         model.train(was_training)
 
-    mask = is_end.int().cumsum(1) - is_end.int() == 0  # (B, C) true up to and including the end
+    mask = is_end.int().cumsum(1) - is_end.int() == 0  # (B, C) True up to and including the last token
     length = int(mask.sum(1).max())
     mask = mask[:, :length]
     completion_ids = torch.where(mask, sampled_ids[:, :length], pad_id)
-    is_text = mask & ~torch.isin(completion_ids, stop_ids)  # the stop token, whichever it is, is left out
+    is_text = mask & ~torch.isin(completion_ids, stop_ids)  # texts do not contain the stop token
     return Rollout(
         prompt_ids=prompt_ids.repeat_interleave(group_size, dim=0),
         prompt_mask=prompt_mask.repeat_interleave(group_size, dim=0),
@@ -181,12 +183,14 @@ def _decode(
     draw: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
     ends: Callable[[Tensor, Tensor], Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loop: (B, max_completion_length) sampled ids, their log-probs, and which of them end their completion.
+    """The sampling loop.
 
-    Values after an end must be ignored.
+    Completions that are identical so far share a row of the model's batch. At first all completions of a group share
+    one row; later fewer do. Letters: n rows of the model's batch, w unfinished completions.
 
-    Completions that are identical so far share a row of the model's batch: at first all of a group, later fewer. So n
-    rows carry w unfinished completions.
+    Returns:
+        sampled ids, their log-probs, and a bool that marks the last token of a completion; (B, max_completion_length)
+        each. The caller must ignore all values after the last token.
     """
     num_completions, max_length = uniforms.shape
     device, prompt_length = uniforms.device, prompt_ids.shape[1]  # L
@@ -194,7 +198,7 @@ def _decode(
     sampled_logps = torch.zeros(num_completions, max_length, dtype=torch.float32, device=device)
     is_end = torch.zeros(num_completions, max_length, dtype=torch.bool, device=device)
 
-    # Prefill: each prompt once. Its last position predicts the first token.
+    # Prefill: process each prompt once. Its last position predicts the first completion token.
     output = model(
         input_ids=prompt_ids,
         attention_mask=prompt_mask.long(),
@@ -205,9 +209,9 @@ def _decode(
     cache = with_room(getattr(output, "past_key_values", None))
     logits = output.logits[:, -1]  # (n, V)
     attention_mask = functional.pad(prompt_mask.long(), (0, max_length), value=1)  # (n, L + max_length)
-    positions = prompt_mask.sum(1, keepdim=True)  # (n, 1) of the token about to be sampled
-    writing = torch.arange(num_completions, device=device)  # (w,) the unfinished completions
-    rows = torch.arange(len(prompt_ids), device=device).repeat_interleave(group_size)  # (w,) where each stands
+    positions = prompt_mask.sum(1, keepdim=True)  # (n, 1) position of the token to be sampled next
+    writing = torch.arange(num_completions, device=device)  # (w,) indices of the unfinished completions
+    rows = torch.arange(len(prompt_ids), device=device).repeat_interleave(group_size)  # (w,) the row of each completion
 
     for t in range(max_length):
         tokens, logps = draw(logits, uniforms[writing, t], rows)  # (w,)
@@ -220,11 +224,12 @@ def _decode(
             break
         writing, rows, tokens = writing[going_on], rows[going_on], tokens[going_on]
 
-        # Completions that share a row and drew the same token keep sharing it; the others get a copy of the cache.
+        # Completions that share a row and drew the same token keep sharing it. The others get their own copy of the
+        # cache.
         num_rows, vocab_size = logits.shape
         drawn, rows = (rows * vocab_size + tokens).unique(return_inverse=True)
-        parents, tokens = drawn // vocab_size, drawn % vocab_size  # (n,) the row each comes from, and its token
-        # `parents` ascends: it is 0 ... n - 1 as before, unless there are more or fewer, or one occurs twice.
+        parents, tokens = drawn // vocab_size, drawn % vocab_size  # (n,) the old row of each new row, and its token
+        # `parents` is sorted. If it is exactly 0 ... n - 1, the rows have not changed and nothing needs to be copied.
         if len(parents) != num_rows or (parents[1:] == parents[:-1]).any():
             cache.batch_select_indices(parents)
             attention_mask, positions = attention_mask[parents], positions[parents]
@@ -243,15 +248,18 @@ def _decode(
 def _ends(
     tokenizer: PreTrainedTokenizerBase, stop_ids: Tensor, stop_strings: Sequence[str], ids: Tensor, rows: Tensor
 ) -> Tensor:
-    """(B, t) sampled so far, (w,) rows of it -> (w,) bool: the last token is a stop token, or completes a stop string.
+    """Whether the last token of a completion is a stop token or completes a stop string.
 
-    Of a long text only the end is looked at: a token is at least a byte, and a character at most four. A window may
-    begin within a character; that spoils its first, and there are some more than needed.
+    `ids`: (B, t) the tokens sampled so far. `rows`: (w,) the rows to check. Returns (w,) bool.
+
+    Only the end of a long text is decoded. A token has at least one byte and a character at most four bytes, so four
+    tokens per character of the stop string are enough. The window may begin inside a character and garble it, so it
+    holds 8 more tokens.
     """
     is_end = torch.isin(ids[rows, -1], stop_ids)
     if stop_strings:
         window = ids[rows, -(4 * max(map(len, stop_strings)) + 8) :].tolist()
-        texts = _decode_texts(tokenizer, window, skip_special_tokens=False)  # a special token may be looked for
+        texts = _decode_texts(tokenizer, window, skip_special_tokens=False)  # a stop string may be a special token
         found = [any(string in text for string in stop_strings) for text in texts]
         is_end = is_end | torch.tensor(found, device=ids.device)
     return is_end
@@ -266,16 +274,16 @@ def sample_tokens(
     top_p: float = 1.0,
     top_k: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """One token for each of w completions by inverse CDF, and its log-probability under what it was drawn from.
+    """Sample one token for each of w completions by inverse CDF, with its log-prob under the sampling distribution.
 
     Args:
         logits: (n, V).
         uniforms: (w,) in [0, 1).
-        rows: (w,) the row of logits that each completion draws from; None = completion i from row i.
+        rows: (w,) the row of logits to sample each completion's token from; None = row i for completion i.
 
     Returns:
-        tokens (w,), log-probs (w,) in float32 nats. Never a token of probability 0. Greedy (temperature 0): the
-        likeliest token, log-prob 0.
+        tokens (w,), log-probs (w,) in float32 nats. A token of probability 0 is never returned. With temperature 0
+        (greedy): the most likely token, with log-prob 0.
 
     >>> sample_tokens(torch.tensor([[0.0, 0.0, 0.0, 0.0]]), torch.tensor([0.6]), temperature=1.0)
     (tensor([2]), tensor([-1.3863]))
@@ -289,26 +297,27 @@ def sample_tokens(
     if top_k > 0 or top_p < 1:
         logps = _keep_likeliest(logps, top_p=top_p, top_k=top_k)
     cdf = logps.exp().cumsum(-1)[rows]  # (w, V)
-    # The first token whose CDF exceeds u * total. `right` skips tokens of probability 0 when u = 0; the total is the
-    # CDF's own end, which rounding leaves a little off 1.
+    # Choose the first token whose CDF exceeds u * total. `right=True` skips tokens of probability 0 when u = 0. The
+    # total is the last value of the CDF, which differs slightly from 1 because of rounding.
     tokens = torch.searchsorted(cdf, uniforms.unsqueeze(-1) * cdf[:, -1:], right=True).squeeze(-1)  # (w,)
     tokens = tokens.clamp(max=cdf.shape[-1] - 1)
-    # u so near 1 that u * total rounds to total runs off the end, to the last token; and a parallel scan may step up
-    # where the probability is 0. Where that token is impossible, one draw in some ten million, take the likeliest.
+    # Rounding can select a token of probability 0 in two cases: u * total rounds up to total, which gives the last
+    # token; or a parallel cumsum increases where the probability is 0. In these cases (about one draw in ten million),
+    # take the most likely token instead.
     is_possible = logps[rows, tokens].exp() > 0
     tokens = torch.where(is_possible, tokens, logps.argmax(-1)[rows])
     return tokens, logps[rows, tokens]
 
 
 def _keep_likeliest(logps: Tensor, *, top_p: float, top_k: int) -> Tensor:
-    """(n, V) log-probs -> log-probs renormalised over the top_k likeliest tokens, then over the nucleus top_p."""
+    """(n, V) log-probs -> log-probs renormalised over the top_k most likely tokens, then over the top_p nucleus."""
     if 0 < top_k < logps.shape[-1]:
         kept = logps.topk(top_k, dim=-1)
         logps = torch.full_like(logps, -torch.inf).scatter(-1, kept.indices, kept.values)
         logps = torch.log_softmax(logps, dim=-1)
     if top_p < 1:
         descending, order = logps.sort(dim=-1, descending=True, stable=True)
-        mass_before = descending.exp().cumsum(-1) - descending.exp()  # a token is kept while the mass before is short
+        mass_before = descending.exp().cumsum(-1) - descending.exp()  # keep a token if this is < top_p
         descending = descending.masked_fill(mass_before >= top_p, -torch.inf)
         logps = torch.empty_like(logps).scatter(-1, order, descending)
         logps = torch.log_softmax(logps, dim=-1)
@@ -316,7 +325,7 @@ def _keep_likeliest(logps: Tensor, *, top_p: float, top_k: int) -> Tensor:
 
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokenizer's eos and every eos of the model's generation_config: the one set for sampling, masks and text."""
+    """The EOS ids of the tokenizer and of the model's generation_config. Sampling, masks and texts all use this set."""
     configured = model.generation_config.eos_token_id if model.generation_config is not None else None
     ids = configured if isinstance(configured, list) else [configured]
     return {token_id for token_id in [tokenizer.eos_token_id, *ids] if token_id is not None}
@@ -332,14 +341,14 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str] | Seque
 
 
 def _unpadded(ids: Tensor, mask: Tensor) -> list[list[int]]:
-    """(B, C) right-padded ids -> B lists without the padding."""
+    """(B, C) right-padded ids -> B lists without padding."""
     return [row[:length] for row, length in zip(ids.tolist(), mask.sum(1).tolist(), strict=True)]
 
 
 def _decode_texts(
     tokenizer: PreTrainedTokenizerBase, sequences: list[list[int]], *, skip_special_tokens: bool = True
 ) -> list[str]:
-    """Their texts, without special tokens; one that occurs several times is decoded once."""
+    """Decode the sequences, by default without special tokens. Each distinct sequence is decoded once."""
     distinct = list({tuple(ids): ids for ids in sequences}.values())
     texts = tokenizer.batch_decode(distinct, skip_special_tokens=skip_special_tokens)
     text_of = {tuple(ids): text for ids, text in zip(distinct, texts, strict=True)}
@@ -352,7 +361,7 @@ def _check(name: str, value: object, is_allowed: bool, allowed: str) -> None:
 
 
 def _left_pad(sequences: list[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Lists of ids -> (P, L) ids and bool mask. Padding on the left, so that every row ends with its last token."""
+    """Lists of ids -> (P, L) ids and bool mask. With left padding, every row ends with the last token of its prompt."""
     width = max(map(len, sequences))
     ids = [[pad_id] * (width - len(sequence)) + sequence for sequence in sequences]
     mask = [[False] * (width - len(sequence)) + [True] * len(sequence) for sequence in sequences]

@@ -1,1 +1,1 @@
-"""The same numbers with less work: KV cache, sampling noise, LM head, row layout, what a model can do."""
+"""Optimized code that gives the same results: KV cache, sampling noise, LM head, row layout, model capabilities."""

@@ -1,4 +1,4 @@
-"""The keys and values of the tokens so far, kept so that a new token costs one position and no copy of the others."""
+"""A KV cache with spare room, so that appending a token does not copy the keys and values of earlier tokens."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from grpo.errors import InputError
 
 
 def with_room(cache: Any) -> Any:
-    """The cache after the prefill, its plain layers with room to grow, those of sliding windows as they are."""
+    """Give the plain layers of a prefilled cache room to grow. Sliding-window layers are not changed."""
     layers = getattr(cache, "layers", [cache])
     if not all(hasattr(layer, "batch_select_indices") and not hasattr(layer, "recurrent_states") for layer in layers):
         raise InputError(
@@ -24,10 +24,11 @@ def with_room(cache: Any) -> Any:
 
 
 class RoomyLayer(DynamicLayer):
-    """The keys and values of a layer, (n, heads, tokens, size), with room behind them for tokens to come.
+    """The keys and values of a layer, (n, heads, tokens, size), with spare room for later tokens.
 
-    transformers' own layer appends by torch.cat, which copies the whole cache for every token. Made for what the
-    sampler does, `update` and `batch_select_indices`; the other changes a cache knows would pass the room by.
+    The layer of transformers appends by torch.cat, which copies the whole cache for every token. This layer supports
+    only what the sampler uses: `update` and `batch_select_indices`. The other methods of a transformers layer would
+    ignore the spare room.
     """
 
     ROOM = 32  # tokens
@@ -40,10 +41,10 @@ class RoomyLayer(DynamicLayer):
         assert filled.values is not None
         self.lazy_initialization(filled.keys, filled.values)
         self.keys, self.values = filled.keys, filled.values
-        self.roomy_keys, self.roomy_values = filled.keys, filled.values  # the same, and the room
+        self.roomy_keys, self.roomy_values = filled.keys, filled.values  # includes the spare room
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write new tokens behind the others, and return all."""
+        """Append the keys and values of new tokens, and return all keys and values."""
         start, end = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
         if end > self.roomy_keys.shape[-2]:
             self.roomy_keys, self.roomy_values = (
@@ -55,7 +56,7 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """These rows alone, some maybe several times."""
+        """Keep only these rows. A row may be selected several times."""
         length = self.keys.shape[-2]
         self.roomy_keys, self.roomy_values = self.roomy_keys[indices], self.roomy_values[indices]
         self.keys, self.values = self.roomy_keys[..., :length, :], self.roomy_values[..., :length, :]

@@ -1,4 +1,4 @@
-"""What a model can do, found by trying it once on six tokens: an LM head that can be applied alone, a block mask."""
+"""What a model supports, tested once on six tokens: applying the LM head separately, and a block mask."""
 
 import sys
 from collections.abc import Iterator
@@ -15,10 +15,10 @@ from grpo.fast.lm_head import Head
 
 
 class _Capabilities(NamedTuple):
-    """What holds for an architecture, found by trying."""
+    """What a model supports, according to a test on six tokens."""
 
-    head_is_known: bool  # its logits are Head(...) of its trunk's last hidden state
-    takes_block_mask: bool  # and positions that begin anew
+    head_is_known: bool  # its logits equal Head(...) of the trunk's last hidden state
+    takes_block_mask: bool  # and position ids that restart for each completion
 
 
 _CAPABILITIES: WeakKeyDictionary[nn.Module, _Capabilities] = WeakKeyDictionary()
@@ -27,7 +27,7 @@ _SAID: set[str] = set()
 
 
 def find_head(model: PreTrainedModel) -> Head | None:
-    """The LM head, to be applied where it is needed; None if the model does more with its hidden states than that."""
+    """The LM head, to be applied separately. None if the model computes its logits in another way."""
     if _capabilities(model).head_is_known:
         return _head_of(model)
     _say_once(model, "computes its logits in its own way: those of a whole micro-batch exist at once")
@@ -35,13 +35,13 @@ def find_head(model: PreTrainedModel) -> Head | None:
 
 
 def can_share_prefix(model: PreTrainedModel, length: int) -> bool:
-    """Whether completions can stand in one row, where a prompt and one of them have up to `length` tokens."""
+    """Whether completions can share a row. `length`: maximum tokens of a prompt with one completion."""
     if not _capabilities(model).takes_block_mask:
         _say_once(model, "takes no mask of its own for every token: each completion is scored behind its own prompt")
         return False
     config = model.config.get_text_config()
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    if any(window is not None and window < length for window in windows):  # our mask would take the window's place
+    if any(window is not None and window < length for window in windows):  # our mask would replace the window
         _say_once(model, "looks back less far than a row is long: each completion is scored behind its own prompt")
         return False
     return True
@@ -55,7 +55,7 @@ def _say_once(model: PreTrainedModel, what: str) -> None:
 
 
 def _head_of(model: PreTrainedModel) -> Head | None:
-    """What the config says of it; `_capabilities` has the proof."""
+    """The LM head according to the model's config. `_capabilities` checks that it gives the model's logits."""
     layer = model.get_output_embeddings()
     if type(layer) is not nn.Linear:
         return None
@@ -68,7 +68,7 @@ def _head_of(model: PreTrainedModel) -> Head | None:
 
 @torch.no_grad()
 def _capabilities(model: PreTrainedModel) -> _Capabilities:
-    """Score two tiny completions of one prompt both ways, once for every model, and compare."""
+    """Test a model once: compare the separate head and the block mask with the plain forward pass."""
     if not isinstance(model, PreTrainedModel):
         return _Capabilities(False, False)
     if model not in _CAPABILITIES:
@@ -83,7 +83,7 @@ def _capabilities(model: PreTrainedModel) -> _Capabilities:
 
 @contextmanager
 def _failing_means_no() -> Iterator[None]:
-    """Foreign code may want other arguments, return something else, raise anything; but no memory is another matter."""
+    """Ignore exceptions of model code, so that a failed test means "not supported". Out of memory is still raised."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -93,7 +93,7 @@ def _failing_means_no() -> Iterator[None]:
 
 
 def _try_head(model: PreTrainedModel) -> bool:
-    head, ids = _head_of(model), torch.arange(6, device=model.device).unsqueeze(0)  # any tokens will do
+    head, ids = _head_of(model), torch.arange(6, device=model.device).unsqueeze(0)  # any tokens
     if head is None:
         return False
     with _failing_means_no():
@@ -104,11 +104,11 @@ def _try_head(model: PreTrainedModel) -> bool:
 
 
 def _try_block_mask(model: PreTrainedModel) -> bool:
-    """Whether the mask does what it should: the result is far nearer to the right one than without it."""
-    if hasattr(model.config, "window_size"):  # GPT-Neo's counts places in the row, whatever the mask says
+    """Whether the mask works: with it, the logits are far closer to the correct ones than without it."""
+    if hasattr(model.config, "window_size"):  # GPT-Neo's window ignores the mask
         return False
     with _failing_means_no():
-        ids = torch.arange(6, device=model.device)  # a prompt of two tokens, two completions of two
+        ids = torch.arange(6, device=model.device)  # a prompt of two tokens and two completions of two tokens
         apart = torch.stack([ids[[0, 1, 2, 3]], ids[[0, 1, 4, 5]]])
         together: dict[str, Any] = {
             "input_ids": ids.unsqueeze(0),

@@ -1,4 +1,4 @@
-"""Hidden states -> log-probabilities and entropies: the LM head, some tokens at a time, so that logits stay few.
+"""Hidden states -> log-probs and entropies. The LM head is applied to chunks of tokens, which saves memory.
 
 Letters: N tokens to score, n of them in a chunk, H hidden size, V vocabulary.
 """
@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-CHUNK = 2**25  # logits computed at a time: 128 MB in float32, of which about five copies are alive
+CHUNK = 2**25  # logits per chunk: 128 MB in float32, with about five copies in memory
 
 
 class Head(NamedTuple):
-    """The last layer: logits = x, or cap * tanh(x / cap) where there is a cap, with x = scale * (W h + b)."""
+    """The LM head: logits = x, or cap * tanh(x / cap) if there is a cap, with x = scale * (W h + b)."""
 
-    weight: Tensor  # (V, H), maybe the embedding's too
+    weight: Tensor  # (V, H), may be tied to the embedding
     bias: Tensor | None  # (V,)
     scale: float = 1.0
     cap: float | None = None
@@ -33,7 +33,7 @@ class Head(NamedTuple):
     def log_probs(
         self, hidden: Tensor, targets: Tensor, temperature: float, *, entropy_grad: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """(N, H) hidden states, (N,) targets -> (N,) log-probs and entropies; its logits never exist as a whole."""
+        """(N, H) hidden states, (N,) targets -> (N,) log-probs and entropies. Computes logits in chunks."""
         logps, entropies = _ChunkedHead.apply(
             hidden, self.weight, self.bias, targets, self.scale, self.cap, temperature, entropy_grad
         )
@@ -43,24 +43,24 @@ class Head(NamedTuple):
 def log_probs_and_entropies(
     logits: Tensor, targets: Tensor, temperature: float, *, entropy_grad: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """(n, V) logits, (n,) targets -> (n,) log-probs, and (n,) entropies, without gradient unless asked for."""
+    """(n, V) logits, (n,) targets -> (n,) log-probs and entropies. Entropies have a gradient only if entropy_grad."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     all_logps = torch.log_softmax(logits, dim=-1)  # (n, V)
     with torch.set_grad_enabled(torch.is_grad_enabled() and entropy_grad):
-        lowest = -1e4  # where p is 0, and exp(-1e4) is: 0 * log 0 is 0, not NaN, nor is its slope
+        lowest = -1e4  # exp(-1e4) is 0, so p log p and its gradient are 0, not NaN, where p = 0
         entropies = -(all_logps.exp() * all_logps.clamp(min=lowest)).sum(-1)
     return all_logps.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropies.clamp(min=0)
 
 
 class _ChunkedHead(torch.autograd.Function):
-    """Log-probs of targets and entropies straight from hidden states, a chunk of tokens at a time.
+    """Log-probs of targets and entropies from hidden states, computed for one chunk of tokens at a time.
 
-        forward    z = logits / temperature,   logp = z[target] - logsumexp(z);   nothing of size V is kept
-        backward   dz = dlogp * (onehot(target) - softmax(z)), z computed once more;   dh = dz W,   dW += dz^T h
-                   and, where an entropy bonus asks for it,   dz -= dH * p * (log p + H),   p = softmax(z)
+        forward    z = logits / temperature,   logp = z[target] - logsumexp(z);   no tensor of size V is kept
+        backward   dz = dlogp * (onehot(target) - softmax(z)), z is recomputed;   dh = dz W,   dW += dz^T h
+                   if entropy_grad:   dz -= dH * p * (log p + H),   p = softmax(z)
 
-    The recomputation is a fourth matrix product beside autograd's three. What it saves are several (N, V) tensors:
-    with a vocabulary of 150,000, gigabytes each.
+    With the recomputation there are four matrix products instead of autograd's three. It saves several (N, V) tensors,
+    gigabytes each with a vocabulary of 150,000.
     """
 
     @staticmethod
@@ -94,7 +94,7 @@ class _ChunkedHead(torch.autograd.Function):
         hidden, weight, bias, targets, entropies = ctx.saved_tensors
         head = _cast(Head(weight, bias, ctx.scale, ctx.cap), ctx.dtype)
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # a frozen head needs none
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # a frozen head needs no gradient
         grad_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
         of_entropy = [] if entropies is None else [entropies, grad_entropies]
         for h, y, dlogp, dh, *entropy in _chunks(len(weight), hidden, targets, grad_logps, grad_hidden, *of_entropy):
@@ -103,36 +103,36 @@ class _ChunkedHead(torch.autograd.Function):
             if entropy:
                 value, slope = (part.unsqueeze(1) for part in entropy)  # (n, 1)
                 factor = -dlogp.unsqueeze(1) - slope * (torch.log_softmax(logits / ctx.temperature, dim=-1) + value)
-                dz.mul_(torch.where(dz > 0, factor, 0.0))  # 0 * log 0 is 0, not NaN
+                dz.mul_(torch.where(dz > 0, factor, 0.0))  # 0 where p = 0, because 0 * log 0 would be NaN
             else:
                 dz.mul_(-dlogp.unsqueeze(1))
             dz.scatter_add_(1, y.unsqueeze(1), dlogp.unsqueeze(1))
             dz.mul_(ctx.scale / ctx.temperature)
             if ctx.cap is not None:
-                dz.mul_(1 - (logits / ctx.cap).square())  # the slope of tanh
+                dz.mul_(1 - (logits / ctx.cap).square())  # derivative of tanh
             if grad_bias is not None:
                 grad_bias += dz.sum(0)
             dz = dz.to(ctx.dtype)
             dh.copy_(dz @ head.weight)
             if grad_weight is not None and grad_weight.dtype == ctx.dtype:
-                grad_weight.addmm_(dz.T, h)  # in place: to add a second (V, H) would take as long as the product
+                grad_weight.addmm_(dz.T, h)  # in place: adding a second (V, H) tensor would take as long
             elif grad_weight is not None:
                 grad_weight += dz.T @ h
         return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
 
 
 def matmul_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What autocast, where it is on, makes of the operands of a matrix product."""
+    """The dtype of a matrix product: autocast's dtype if autocast is enabled, else `dtype`."""
     is_cast = torch.is_autocast_enabled(device.type) and dtype != torch.float64
     return torch.get_autocast_dtype(device.type) if is_cast else dtype
 
 
 def _cast(head: Head, dtype: torch.dtype) -> Head:
-    """What autocast does for a matrix product."""
+    """The head with its weight and bias cast to `dtype`, as autocast would do."""
     return head._replace(weight=head.weight.to(dtype), bias=None if head.bias is None else head.bias.to(dtype))
 
 
 def _chunks(vocab_size: int, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """Tensors of N rows -> matching pieces of them, small enough that a row of V for each stays within CHUNK."""
+    """Split tensors of N rows into matching chunks, so that a chunk has at most CHUNK logits."""
     size = max(1, CHUNK // vocab_size)
     return zip(*(tensor.split(size) for tensor in tensors), strict=True)

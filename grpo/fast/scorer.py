@@ -1,12 +1,12 @@
-"""Per-token log-probs with less work than `plain_logprobs` (grpo/logprobs.py), and the same numbers up to rounding.
+"""Per-token log-probs with less work than `plain_logprobs` (grpo/logprobs.py). Results are equal up to rounding.
 
-What is the same is computed once:
-  - a completion that occurs several times in its group is scored once
-  - completions of one prompt may share a row behind a single copy of it (grpo/fast/layout.py), if the model can do that
-    (grpo/fast/capabilities.py) and it saves work
-  - logits are computed for sampled tokens only, some at a time, so they never exist as a whole (grpo/fast/lm_head.py)
+How work and memory are saved:
+  - A completion that occurs several times in its group is scored once.
+  - Completions of one prompt may share a row with one copy of the prompt (grpo/fast/layout.py). This is done if the
+    model supports it (grpo/fast/capabilities.py) and it saves work.
+  - Logits are computed only for sampled tokens, in chunks of tokens (grpo/fast/lm_head.py).
 
-Letters: B completions, L padded prompt length, C padded completion length, V vocabulary, U different pairs of prompt
+Letters: B completions, L padded prompt length, C padded completion length, V vocabulary, U distinct pairs of prompt
 and completion, k completions per row, N tokens to score, H hidden size.
 """
 
@@ -31,17 +31,17 @@ def score_completions_fast(
     shared_prefix: str,
     entropy_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Arguments and results of `compute_logprobs`."""
+    """The fast implementation of `compute_logprobs`, with the same arguments and results."""
     is_token = completion_mask.bool()  # (B, C)
     prompts = trimmed(torch.where(prompt_mask.bool(), prompt_ids, PADDING), side="left")  # (B, L)
     completions = trimmed(torch.where(is_token, completion_ids, PADDING), side="right")  # (B, C)
     pairs, pair_of = torch.cat([prompts, completions], dim=1), None
-    if group_size is not None:  # sorted, so that completions of one prompt follow each other
+    if group_size is not None:  # sorted, so that completions of one prompt are adjacent
         pairs, pair_of = pairs.unique(dim=0, return_inverse=True)  # (U, L + C), (B,)
     prompts, completions = pairs.split([prompts.shape[1], completions.shape[1]], dim=1)
     rows = lay_out(prompts, completions, choose_k(model, prompts, completions, group_size, shared_prefix), model)
 
-    # The shift: position t - 1 predicts token t. So the outputs that matter begin with the prompt's last.
+    # Position t - 1 predicts token t, so the needed outputs begin at the prompt's last token.
     num_outputs = rows.inputs["input_ids"].shape[1] - prompts.shape[1] + 1  # 1 + k * C
     head = find_head(model)
     if head is not None:
@@ -63,7 +63,7 @@ def score_completions_fast(
 def choose_k(
     model: PreTrainedModel, prompts: Tensor, completions: Tensor, group_size: int | None, shared_prefix: str
 ) -> int:
-    """How many completions of a prompt stand in one row."""
+    """The number of completions per row."""
     if group_size is None or shared_prefix == "never":
         return 1
     _, counts = prompts.unique_consecutive(dim=0, return_counts=True)  # (P,) completions of each prompt

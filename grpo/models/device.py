@@ -1,4 +1,4 @@
-"""Where the model runs and in which precision: device, autocast, torch.compile."""
+"""Device, precision (autocast) and torch.compile."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -24,7 +24,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def check_compile(config: Config, device: torch.device) -> None:
-    """What compiling saves are launches of GPU kernels; elsewhere it costs minutes and gains little."""
+    """Refuse `compile` without CUDA, where compiling takes minutes and gains little. It saves GPU kernel launches."""
     if config.compile and device.type != "cuda":
         raise InputError(
             f"compile: got true on {device.type}, allowed there: false (it fuses the kernels of a CUDA device)"
@@ -32,20 +32,20 @@ def check_compile(config: Config, device: torch.device) -> None:
 
 
 def compile_trunks(*models: PreTrainedModel | None) -> None:
-    """torch.compile all but the LM head, for batches of any shape. Weights and their names stay as they are."""
+    """torch.compile all of each model except the LM head, for any batch shape. Weights keep their names."""
     for model in models:
         if model is not None:
-            find_head(model)  # what the model can do is tried out uncompiled
+            find_head(model)  # tests what the model supports, before it is compiled
             model.base_model.compile(dynamic=True)
 
 
 def uncompiled() -> AbstractContextManager:
-    """Here compiled models run as if they were not: a cache that grows with every token would be compiled anew."""
+    """A context in which compiled models run uncompiled. Sampling would recompile whenever the KV cache grows."""
     return torch.compiler.set_stance("force_eager")
 
 
 def make_autocast(dtype: str, device: torch.device) -> Callable[[], AbstractContextManager]:
-    """A context for forward passes: matrix products in `dtype`, weights and softmax in float32."""
+    """Returns a function that makes a context for forward passes: matrix products in `dtype`, the rest in float32."""
     if dtype == "auto":
         # Emulated bfloat16 (before Ampere) would be slower than float32.
         is_supported = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -1,4 +1,4 @@
-"""Load policy and tokenizer, copy the frozen reference, make the optimizer, the learning rate of each of its steps."""
+"""Load the policy and its tokenizer, prepare the policy for training, and copy the frozen reference."""
 
 import copy
 import importlib.util
@@ -53,10 +53,11 @@ def load_policy(
     attn_implementation: str | None = None,
     quantization: str = "none",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model in float32 with dropout off, and its tokenizer. `tiny` is built here, anything else is loaded.
+    """Load a model in float32 with dropout disabled, and its tokenizer. The model `tiny` is built if it is not cached.
 
-    A folder that holds an adapter stands for its base with the adapter merged into it. float32 is asked for explicitly:
-    transformers 5 loads the file's dtype, often bfloat16, in which a step of 1e-6 rounds to nothing.
+    If the folder holds an adapter, its base model is loaded and the adapter is merged into it. float32 is requested
+    explicitly, because transformers 5 uses the dtype of the file. This is often bfloat16, in which an update of size
+    1e-6 is lost to rounding.
     """
     source = tiny_base_model(base_seed, base_steps) if model_name == "tiny" else find_model(model_name)
     base = find_model(base_of(source)) if _is_adapter(source) else source
@@ -81,7 +82,7 @@ def load_policy(
 
 
 def load_skeleton(model_name: str, *, chat_template: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The architecture without weights worth having, and the tokenizer: enough to check the input with."""
+    """The model without its trained weights, and the tokenizer. This is enough to check the input."""
     if model_name == "tiny":
         tiny_tokenizer = train_tokenizer([sample["prompt"] for sample in JSONLinesDataset(TRAIN_FILE)])
         set_chat_template(tiny_tokenizer, chat_template)
@@ -101,7 +102,7 @@ def _is_adapter(source: str | Path) -> TypeGuard[Path]:
 
 
 def _load_tokenizer(source: str | Path, base: str | Path, chat_template: str) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the weights; an adapter without one has its base's."""
+    """The tokenizer from the model folder, or from the base model if an adapter folder has no tokenizer."""
     has_own = not _is_adapter(source) or (source / "tokenizer_config.json").is_file()
     chosen = source if has_own else base
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(chosen, **_options(chosen))
@@ -110,7 +111,7 @@ def _load_tokenizer(source: str | Path, base: str | Path, chat_template: str) ->
 
 
 def _quantized(quantization: str, device: torch.device) -> dict[str, Any]:
-    """How to load weights of 4 or 8 bits: QLoRA's NF4 ("QLoRA", 2305.14314), LLM.int8() (2208.07339)."""
+    """Arguments for loading 4-bit or 8-bit weights: NF4 of QLoRA ("QLoRA", 2305.14314), LLM.int8() (2208.07339)."""
     if quantization == "none":
         return {}
     if device.type != "cuda":
@@ -124,23 +125,23 @@ def _quantized(quantization: str, device: torch.device) -> dict[str, Any]:
 
 
 def loading_settings(config: Config) -> dict[str, Any]:
-    """What `load_policy` takes from a config, beside the model's name."""
+    """The keyword arguments of `load_policy` that come from a config."""
     keys = ("base_seed", "base_steps", "chat_template", "attn_implementation", "quantization")
     return {key: getattr(config, key) for key in keys}
 
 
 def check_trainable(skeleton: PreTrainedModel, config: Config, device: torch.device) -> None:
-    """What training needs besides the weights, before they are loaded."""
+    """Check what training needs (quantization, LoRA target modules) before the weights are loaded."""
     _quantized(config.quantization, device)
     if config.lora_rank > 0:
         check_targets(skeleton, config.lora_target_modules)
 
 
 def make_trainable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
-    """What is trained, and how its activations are kept: an adapter if there is a lora_rank, else all weights."""
+    """Add an adapter if lora_rank > 0 (else all weights are trained), and enable gradient checkpointing if set."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # newer versions of transformers 5 have another name for it
-        if config.gradient_checkpointing:  # in train mode alone: rollouts run in eval mode, with their cache
+        warnings.simplefilter("ignore", FutureWarning)  # newer versions of transformers 5 rename this method
+        if config.gradient_checkpointing:  # only in train mode; rollouts use eval mode and a KV cache
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if config.lora_rank > 0:
             add_adapter(
@@ -151,12 +152,12 @@ def make_trainable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, c
                 seed=config.seed,
                 base=_base_for_adapter(model, tokenizer, config.model_name),
             )
-            if config.quantization == "none":  # else these are not the weights that others will load
+            if config.quantization == "none":  # quantized weights differ from those in the base's files
                 note_base(model, weights_sha256(model))
 
 
 def _base_for_adapter(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, model_name: str) -> str:
-    """Where these weights can be had again. Merged with an earlier adapter they are nowhere yet: kept in the cache."""
+    """The folder or Hub name of the base weights. A base merged with an earlier adapter is first saved in the cache."""
     folder = Path(str(model.name_or_path))
     if model_name != "tiny" and _is_adapter(find_model(model_name)):
         cache = Path(os.environ.get("GRPO_CACHE") or Path.home() / ".cache" / "grpo")
@@ -170,7 +171,7 @@ def _base_for_adapter(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 @contextmanager
 def _foreign_files(model_name: str) -> Iterator[None]:
-    """Foreign files are read by foreign code, which may raise anything, pages long."""
+    """Turn any exception from loading a model into one line. transformers raises many kinds, often pages long."""
     try:
         yield
     except InputError:
@@ -181,7 +182,7 @@ def _foreign_files(model_name: str) -> Iterator[None]:
 
 
 def _options(source: str | Path) -> dict[str, Any]:
-    """How to load from a folder of this machine (a Path) or from the Hub (a name): never with code that comes along."""
+    """Options for loading from a local folder (a Path) or from the Hub (a name). Code in a model repo is never run."""
     return {"local_files_only": isinstance(source, Path), "trust_remote_code": False}
 
 
@@ -191,9 +192,9 @@ def _check_eos(model_name: str, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def find_model(model_name: str) -> str | Path:
-    """Where a model comes from: a Path on this machine, or the name of a model that the Hub says it has.
+    """Find a model: returns a local Path, or the name of a model that exists on the Hub.
 
-    Asking first saves a minute: without a network transformers tries again and again before it gives up.
+    The Hub is asked first, because without a network transformers retries for about a minute before it gives up.
     """
     folder = Path(model_name).expanduser()
     if model_name.strip() and folder.exists():
@@ -207,7 +208,7 @@ def find_model(model_name: str) -> str | Path:
     except (RepositoryNotFoundError, HFValidationError) as error:
         reason = "and it is no public model of the Hugging Face Hub"
         raise InputError(f"model_name: there is no folder {model_name!r} here, {reason}") from error
-    except Exception as error:  # no network, a Hub that is down: the HTTP library of the day says which
+    except Exception as error:  # no network or the Hub is down; the exception type depends on the HTTP library
         try:
             return Path(huggingface_hub.snapshot_download(model_name, local_files_only=True))
         except Exception:
@@ -224,7 +225,7 @@ def _check_model_folder(folder: Path) -> None:
         "tokenizer (tokenizer.json)": ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.*"],
     }
     if is_adapter_folder(folder):
-        del needed["tokenizer (tokenizer.json)"]  # its base has one
+        del needed["tokenizer (tokenizer.json)"]  # the base model has a tokenizer
     for what, patterns in needed.items():
         if not any(any(folder.glob(pattern)) for pattern in patterns):
             hint = f"; did you mean {folder / 'final'}?" if (folder / "final").is_dir() else ""
@@ -232,13 +233,13 @@ def _check_model_folder(folder: Path) -> None:
 
 
 def check_lengths(dataset: Dataset, model: PreTrainedModel, config: Config) -> None:
-    """The longest prompt with its completion must fit the model's positions."""
+    """Check that the longest prompt and its completion fit into the model's positions."""
     longest = max(len(sample["prompt_ids"]) for sample in dataset)
     check_positions(model, longest, config.max_completion_length, what=f"the longest prompt of {dataset.path}")
 
 
 def check_positions(model: PreTrainedModel, prompt_length: int, max_completion_length: int, *, what: str) -> None:
-    """A model with learned positions would fail in the middle of a completion; others would answer nonsense."""
+    """Check lengths. Beyond its positions, a model with learned positions fails, and other models write nonsense."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and prompt_length + max_completion_length > positions:
         raise InputError(
@@ -248,13 +249,13 @@ def check_positions(model: PreTrainedModel, prompt_length: int, max_completion_l
 
 
 def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """A pad token that the model can embed, and a generation_config that says where completions end.
+    """Set a pad token that the model can embed, and a generation_config with the EOS and pad ids.
 
-    Every saved folder carries both. The rest of a published generation_config is left behind: the sampler never reads
-    it, and some fail transformers' own check on saving, which would cost the finished run.
+    Both are saved in every model folder. The rest of a published generation_config is dropped. The sampler does not use
+    it, and some published configs fail the check of transformers on saving, which would lose the finished run.
     """
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:
-        tokenizer.pad_token = tokenizer.eos_token  # a filler: masks come from lengths, never from ids
+        tokenizer.pad_token = tokenizer.eos_token  # any id: masks never use ids
     stop_ids = sorted(stop_token_ids(model, tokenizer))
     model.generation_config = GenerationConfig(
         eos_token_id=stop_ids[0] if len(stop_ids) == 1 else stop_ids or None, pad_token_id=tokenizer.pad_token_id
@@ -262,9 +263,9 @@ def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 
 
 def disable_dropout(model: PreTrainedModel) -> None:
-    """Dropout would make two scoring passes differ, and the ratio of the first update must be exactly 1.
+    """Disable dropout. With dropout, two scoring passes differ, but the ratio of the first update must be exactly 1.
 
-    It lives in modules and, for the attention of a Llama, in plain floats read from the config at every forward.
+    Dropout rates are in modules and, for example for the attention of Llama, in floats read from the config.
     """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -276,10 +277,10 @@ def disable_dropout(model: PreTrainedModel) -> None:
 
 
 def make_reference(model: PreTrainedModel) -> PreTrainedModel:
-    """The reference of the KL, to be scored with its `adapter_off`: the model itself if it has one, else a copy."""
+    """The KL reference: a copy of the model, or the model itself if it has an adapter (score it in `adapter_off`)."""
     return model if has_adapter(model) else frozen_copy(model)
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """The same weights, never trained."""
+    """A copy of the model whose weights are never trained."""
     return copy.deepcopy(model).eval().requires_grad_(False)

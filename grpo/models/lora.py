@@ -1,10 +1,10 @@
-"""LoRA: the base stays as it is, and a low-rank adapter beside its matrices is trained. Adapters are peft's.
+"""LoRA: the base weights are frozen, and a low-rank adapter of its matrices is trained. Adapters are made by peft.
 
     W x  ->  W x + (lora_alpha / lora_rank) * B A x        A: (rank, in), random; B: (out, rank), 0 at first
 
 Differs from training all weights:
-  - the reference of the KL is the policy with its adapter off: there is no second copy
-  - step-N/, best/ and final/ hold the adapter alone, and name its base; final-merged/ is a whole model
+  - The KL reference is the policy with its adapter disabled, so there is no second copy of the model.
+  - step-N/, best/ and final/ hold only the adapter and the name of its base. final-merged/ is a complete model.
 
 Paper: "LoRA" (2106.09685) eq. 3.
 """
@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from grpo.errors import InputError, missing_package
 
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-BASE_FILE = "base.json"  # ours, beside them: sha256 of the base's weights
+BASE_FILE = "base.json"  # written by this project: sha256 of the base's weights
 PREFIX = "base_model.model."  # of every name in ADAPTER_FILE
 
 
@@ -42,11 +42,11 @@ def _names(target_modules: str) -> list[str]:
 
 
 def check_targets(model: PreTrainedModel, target_modules: str) -> None:
-    """Every name must fit a layer that can have an adapter; also of a model without weights.
+    """Check that every name matches a layer that can have an adapter. The model may be without weights.
 
     Raises:
-        InputError: peft is not installed; a name fits no layer, or one that shares its weights with another: merged, an
-            adapter of the head would change the embedding too.
+        InputError: peft is not installed; a name matches no layer, or only a layer with tied weights. An adapter of a
+            tied LM head would also change the embedding when it is merged.
     """
     _peft()
     shared = [model.get_input_embeddings(), model.get_output_embeddings()]
@@ -65,12 +65,12 @@ def check_targets(model: PreTrainedModel, target_modules: str) -> None:
 
 
 def add_adapter(model: PreTrainedModel, *, rank: int, alpha: float, target_modules: str, seed: int, base: str) -> None:
-    """Give `model` an adapter, which from now on is all of it that is trained.
+    """Add an adapter to `model`. From then on, only the adapter is trained.
 
     Args:
-        base: what a saved adapter names as its base: the folder or Hub name that `model` can be loaded from.
-        target_modules: all-linear (every linear layer but the LM head), or ends of layers' names, with commas between.
-        seed: of A's random values.
+        base: the folder or Hub name that `model` can be loaded from; saved with the adapter.
+        target_modules: all-linear (every linear layer but the LM head), or comma-separated ends of layer names.
+        seed: for the random values of A.
 
     Raises:
         InputError: as `check_targets`.
@@ -91,13 +91,13 @@ def add_adapter(model: PreTrainedModel, *, rank: int, alpha: float, target_modul
 
 
 def has_adapter(model: nn.Module) -> bool:
-    """Whether only an adapter of it is trained."""
+    """Whether the model has an adapter, so that only the adapter is trained."""
     return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
 @contextmanager
 def adapter_off(model: PreTrainedModel) -> Iterator[None]:
-    """Here a model is the base that its adapter was added to. A model without an adapter is what it is."""
+    """A context in which the adapter is disabled, so the model is its base. No effect on a model without an adapter."""
     if not has_adapter(model):
         yield
         return
@@ -109,7 +109,7 @@ def adapter_off(model: PreTrainedModel) -> Iterator[None]:
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """Put the adapter that was saved in `folder` in place of the model's own, which has the same shape."""
+    """Replace the adapter of the model by the one saved in `folder`, which must have the same shape."""
     saved = {name.removeprefix(PREFIX): weight for name, weight in load_file(folder / ADAPTER_FILE).items()}
     own = _peft().get_peft_model_state_dict(model, adapter_name="default")
     if {name: weight.shape for name, weight in saved.items()} != {name: weight.shape for name, weight in own.items()}:
@@ -118,25 +118,25 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> None:
 
 
 def note_base(model: PreTrainedModel, sha256: str) -> None:
-    """Remember which weights the adapter of `model` was added to; `save_base` writes it beside the adapter."""
+    """Store the hash of the base weights in `model`, so that `save_base` can write it beside the adapter."""
     model.base_sha256 = sha256  # type: ignore[assignment]
 
 
 def save_base(model: PreTrainedModel, folder: Path) -> None:
-    """BASE_FILE, where the model has an adapter whose base is known."""
+    """Write BASE_FILE if the hash of the adapter's base is known."""
     if (sha256 := getattr(model, "base_sha256", None)) is not None:
         (folder / BASE_FILE).write_text(json.dumps({"sha256": sha256}) + "\n")
 
 
 def check_base(folder: Path, sha256: str) -> None:
-    """The base must still have the weights that the adapter was trained on, where that is known."""
+    """Check that the base still has the weights that the adapter was trained on, if BASE_FILE exists."""
     path = folder / BASE_FILE
     if path.is_file() and sha256 not in path.read_text(encoding="utf-8"):
         raise InputError(f"{folder}: its base, {base_of(folder)}, no longer has the weights that it was trained on")
 
 
 def is_adapter_folder(folder: Path) -> bool:
-    """Whether it holds an adapter, and no model."""
+    """Whether the folder holds an adapter and no complete model."""
     return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
@@ -152,11 +152,12 @@ def base_of(folder: Path) -> str:
 
 
 def merge(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """`base` with the adapter of `folder` added to its weights: W + (alpha / rank) B A. `base` itself is used up.
+    """`base` with the adapter of `folder` added to its weights: W + (alpha / rank) B A. Do not use `base` afterwards.
 
-    In float32, whatever the file's dtype: in bfloat16 a sixth of the weights change in a single merge and its undoing.
+    The sum is computed in float32 for any dtype of the file. In bfloat16, merging an adapter and subtracting it again
+    changes a sixth of the weights.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of transformers, about a name that peft uses
+        warnings.simplefilter("ignore", FutureWarning)  # transformers warns about peft's code
         model: PreTrainedModel = _peft().PeftModel.from_pretrained(base.float(), folder).merge_and_unload()
-    return model.requires_grad_(True)  # peft froze them
+    return model.requires_grad_(True)  # peft froze the weights

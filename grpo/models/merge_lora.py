@@ -1,10 +1,10 @@
-"""Merge a LoRA adapter into its base: one model, for programs that know no adapters.
+"""Merge a LoRA adapter into its base: one complete model, for programs that do not support adapters.
 
     python -m grpo.models.merge_lora checkpoints/final merged --dtype bfloat16
 
-ADAPTER is a folder with an adapter; its base, which adapter_config.json names, stays as it is. OUT is a new folder.
-The sum is made in float32 and rounded once, to --dtype. OUT must not be the adapter's folder: where both lie side by
-side, transformers adds the adapter to the merged weights once more, silently.
+ADAPTER is a folder with an adapter. Its base, named in adapter_config.json, is not changed. OUT is a new folder. The
+merged weights are computed in float32 and rounded once to --dtype. OUT must not be the folder of the adapter: if a
+folder holds both, transformers silently adds the adapter to the merged weights a second time.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def main() -> None:
 
 
 def save_merged(adapter: Path, out: Path, *, dtype: str = "float32") -> None:
-    """Write base + adapter as one ordinary model folder."""
+    """Write the base with the merged adapter as a complete model folder."""
     import torch
 
     from grpo.models.loading import load_policy

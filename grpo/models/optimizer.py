@@ -1,4 +1,4 @@
-"""AdamW and the learning rate of each of its steps."""
+"""AdamW and its learning rate schedule."""
 
 import dataclasses
 import math
@@ -11,9 +11,9 @@ from grpo.settings.config import Config
 
 
 def make_optimizer(model: nn.Module, config: Config, critic: nn.Module | None = None) -> torch.optim.AdamW:
-    """AdamW over the weights that are trained, the critic's behind the model's. See `set_learning_rate`.
+    """AdamW for all trainable weights: first the groups of the model, then those of the critic (`set_learning_rate`).
 
-    Weight decay acts on matrices only, never on biases and norms, which are 1-D.
+    Weight decay acts on matrices only, not on biases and norms, which are 1-D.
     """
     groups = []
     for module in (model,) if critic is None else (model, critic):
@@ -27,14 +27,14 @@ def make_optimizer(model: nn.Module, config: Config, critic: nn.Module | None = 
 
 
 def with_num_steps(config: Config, epoch_size: int) -> Config:
-    """num_train_epochs in steps: as many as show every one of `epoch_size` samples so often."""
+    """Convert num_train_epochs to num_train_steps: enough steps to draw `epoch_size` samples that many times."""
     if config.num_train_epochs is None:
         return config
     num_steps = math.ceil(config.num_train_epochs * epoch_size / config.batch_size)
     return dataclasses.replace(config, num_train_steps=num_steps)
 
 
-# Factor on the learning rate against progress in [0, 1] after the warm-up; cosine and linear reach 0 at the end.
+# Factor on the learning rate as a function of progress in [0, 1] after the warm-up. cosine and linear end at 0.
 LR_SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
     "linear": lambda progress: 1 - progress,
@@ -43,10 +43,10 @@ LR_SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 def learning_rate_at(config: Config, num_updates: int, peak: float | None = None) -> float:
-    """The rate of the next optimizer step after `num_updates` of them: linear warm-up to `peak`, then `lr_schedule`.
+    """The learning rate after `num_updates` optimizer steps: linear warm-up to `peak`, then `lr_schedule`.
 
-    A function of the count alone, so a resumed run has nothing to restore. A rollout may give several optimizer steps.
-    `peak`: None = learning_rate.
+    The rate depends only on the number of optimizer steps, so a resumed run has no schedule state to restore. There may
+    be several optimizer steps per rollout. `peak`: None = config.learning_rate.
     """
     peak = config.learning_rate if peak is None else peak
     last = config.num_train_steps * config.num_iterations * config.num_minibatches
@@ -57,10 +57,10 @@ def learning_rate_at(config: Config, num_updates: int, peak: float | None = None
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: Config, num_updates: int) -> float:
-    """Give the optimizer the rate of its next step, and return the policy's.
+    """Set the learning rate of the next optimizer step, and return the policy's rate.
 
-    The first two groups of `make_optimizer` are the policy's; further groups are the critic's, which may have a peak of
-    its own (`critic_learning_rate`).
+    The first two groups of `make_optimizer` belong to the policy. Further groups belong to the critic, which may have a
+    different peak rate (`critic_learning_rate`).
     """
     rate = learning_rate_at(config, num_updates)
     for number, group in enumerate(optimizer.param_groups):

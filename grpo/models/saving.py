@@ -1,4 +1,4 @@
-"""Save a model as an ordinary Hugging Face folder; the hash of its weights."""
+"""Save a model as a standard Hugging Face folder, and hash its weights."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 from grpo.files import complete_folder
 from grpo.models.lora import save_base
 
-disable_progress_bar()  # transformers' own bars, one per file loaded or saved, would break up ours
+disable_progress_bar()  # the bars of transformers, one per file, would disturb ours
 
 
 def save_model(
@@ -23,9 +23,9 @@ def save_model(
     about: dict[str, Any] | None = None,
     replace: bool = True,
 ) -> None:
-    """An ordinary Hugging Face folder: safetensors weights, tokenizer, generation_config with eos and pad ids.
+    """Write a standard Hugging Face folder: safetensors weights, tokenizer, generation_config with EOS and pad ids.
 
-    `about` becomes about.json in it. An earlier `folder` is replaced, or kept where `replace` is false.
+    `about` is written to about.json. An existing `folder` is replaced, or kept if `replace` is false.
     """
     with complete_folder(folder, replace=replace) as unfinished:
         model.save_pretrained(unfinished)
@@ -36,7 +36,7 @@ def save_model(
 
 
 def weights_sha256(model: PreTrainedModel) -> str:
-    """Of names, shapes and values of all weights, wherever they lie; those of an adapter beside them do not count."""
+    """SHA-256 of the names, dtypes, shapes and values of all weights, without those of an adapter."""
     digest = hashlib.sha256()
     weights = {
         name.replace(".base_layer.", "."): value for name, value in model.state_dict().items() if ".lora_" not in name

@@ -1,15 +1,17 @@
-"""The tiny base model of the default run: tokenizer, model and a short supervised warm-up. No download.
+"""The tiny base model of the default run: tokenizer, model and a short supervised warm-up. It needs no download.
 
-GRPO amplifies what a base model already does now and then; it cannot reward what is never sampled. So the warm-up
-shows two styles of answer to the same problems:
+GRPO can only reinforce answers that the base model already samples sometimes. So the warm-up shows two styles of
+answer to the same problems:
 
     quick    "85"                    wrong in half of the cases
     worked   "7+8=15 4+3+1=8 85"     column arithmetic from the ones up, carries included, then the answer
 
-Its first part, mostly worked answers, teaches the arithmetic; the second, nearly all quick ones, makes blurting out the
-habit. After it the model blurts out an answer most of the time and works the problem out now and then, mostly right.
-This file, the training problems, `base_seed` and `base_steps` are the key of the cache, so that a changed recipe never
-meets an old model.
+The first part of the warm-up has mostly worked answers and teaches the arithmetic. The second part has nearly only
+quick answers and makes them the habit. After the warm-up, the model gives a quick answer most of the time. Sometimes it
+works the problem out, and then it is mostly correct.
+
+The model is cached. The cache key is made of this file, the training problems, `base_seed` and `base_steps`, so any
+change of the recipe builds a new model.
 """
 
 import hashlib
@@ -44,20 +46,20 @@ HIDDEN_SIZE = 64
 NUM_LAYERS = 2
 NUM_HEADS = 4
 INTERMEDIATE_SIZE = 256
-INITIALIZER_RANGE = 0.08  # the usual 0.02 learns far more slowly at this width
+INITIALIZER_RANGE = 0.08  # with the usual 0.02, a model of this width learns far more slowly
 
 # The warm-up.
 NUM_STEPS = 900
 BATCH_SIZE = 64
 LEARNING_RATE = 8e-3
 SKILL_PHASE = 0.82  # the first part of the steps teaches the arithmetic, the rest sets the habits
-WORKED_SHARE_SKILL = 0.7  # share of worked answers in the first part
-WORKED_SHARE_HABIT = 0.02  # and in the rest
-DIFFERENCE_SHARE = 0.5  # of the examples; a third of the problems, and the harder ones: borrowing takes a comparison
-QUICK_ERROR_SHARE = 0.5  # share of quick answers that are wrong, by one of these
-QUICK_ERRORS = (-10, -1, 1, 10)
+WORKED_SHARE_SKILL = 0.7  # fraction of worked answers in the first part
+WORKED_SHARE_HABIT = 0.02  # fraction of worked answers in the rest
+DIFFERENCE_SHARE = 0.5  # of the examples; only 1/3 of the problems, but harder: borrowing needs a comparison
+QUICK_ERROR_SHARE = 0.5  # fraction of quick answers that are wrong
+QUICK_ERRORS = (-10, -1, 1, 10)  # a wrong answer differs by one of these
 
-# Every message is its content; an assistant's ends with eos. A single user message is the plain prompt.
+# A message is rendered as its content, with EOS after assistant messages. A single user message is the plain prompt.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
@@ -65,13 +67,13 @@ CHAT_TEMPLATE = (
 
 
 def tiny_base_model(base_seed: int, num_steps: int = NUM_STEPS) -> Path:
-    """The folder of the tiny base model for `base_seed`; built on first use, with a progress bar."""
+    """The folder of the tiny base model for `base_seed`. The model is built on first use, with a progress bar."""
     recipe = Path(__file__).read_bytes() + TRAIN_FILE.read_bytes() + f"{base_seed} {num_steps}".encode()
     cache = Path(os.environ.get("GRPO_CACHE") or Path.home() / ".cache" / "grpo")
     folder = cache / f"tiny-{base_seed}-{hashlib.sha256(recipe).hexdigest()[:12]}"
     if not folder.is_dir():
         try:
-            cache.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+            cache.mkdir(parents=True, exist_ok=True)  # fail before the training, not after it
         except OSError as error:
             raise InputError(f"GRPO_CACHE: {cache} cannot be made: {error.strerror}") from error
         dataset = JSONLinesDataset(TRAIN_FILE)
@@ -131,7 +133,7 @@ def warm_up(
 ) -> LlamaForCausalLM:
     """Supervised next-token training on the training problems, answered in the two styles."""
     model = build_model(tokenizer, base_seed)
-    # Muon for the matrices: in as many steps it teaches the arithmetic far better than AdamW alone (docs/NOTES.md).
+    # Muon for the matrices: in the same number of steps it learns arithmetic far better than AdamW (docs/NOTES.md).
     matrices = [weight for weight in model.model.layers.parameters() if weight.dim() == 2]
     others = [model.model.embed_tokens.weight, *(weight for weight in model.parameters() if weight.dim() < 2)]
     optimizers = [
@@ -161,7 +163,7 @@ def warm_up(
 
 
 def encode_all(dataset: Sequence[Sample], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
-    """Every text the warm-up can meet, tokenised at once: a batch at a time took a sixth of its seconds."""
+    """Token ids of every text of the warm-up. Tokenising per batch took 1/6 of the warm-up's time."""
     prompts = [sample["prompt"] for sample in dataset]
     texts = [*prompts, *(worked_answer(*parse_problem(prompt)) for prompt in prompts)]
     answers = {int(sample["answer"]) for sample in dataset}
@@ -172,7 +174,7 @@ def encode_all(dataset: Sequence[Sample], tokenizer: PreTrainedTokenizerBase) ->
 def supervised_loss(
     model: PreTrainedModel, prompts: Sequence[list[int]], answers: Sequence[list[int]], eos_token_id: int
 ) -> torch.Tensor:
-    """Mean negative log-likelihood of the answers' tokens, and of an eos behind each, given their prompts."""
+    """Mean negative log-likelihood per token of the answers, each followed by EOS, given their prompts."""
     prompt_ids = _padded(prompts, "left")
     answer_ids = _padded([[*answer, eos_token_id] for answer in answers], "right")
     is_token = answer_ids >= 0
@@ -181,13 +183,13 @@ def supervised_loss(
 
 
 def _padded(sequences: Sequence[list[int]], side: str) -> torch.Tensor:
-    """Lists of token ids as one tensor, with -1 where there is none."""
+    """Lists of token ids as one tensor, padded with -1."""
     rows = [torch.tensor(sequence) for sequence in sequences]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1, padding_side=side)
 
 
 def styled_answer(sample: Sample, worked_share: float, rng: random.Random) -> str:
-    """One answer to a sample, in a style drawn at random."""
+    """An answer to a sample in a random style: worked with probability `worked_share`, else quick."""
     if rng.random() < worked_share:
         return worked_answer(*parse_problem(sample["prompt"]))
     error = rng.choice(QUICK_ERRORS) if rng.random() < QUICK_ERROR_SHARE else 0
@@ -201,7 +203,7 @@ def parse_problem(prompt: str) -> tuple[int, str, int]:
 
 
 def worked_answer(a: int, operator: str, b: int) -> str:
-    """Column arithmetic, ones first; a carry is added to the tens, a borrow taken from the upper ten.
+    """Column arithmetic, ones first. A carry is added to the tens; a borrow is subtracted from the upper tens.
 
     >>> worked_answer(47, "+", 38), worked_answer(52, "-", 27)
     ('7+8=15 4+3+1=8 85', '12-7=5 4-2=2 25')

@@ -1,1 +1,1 @@
-"""What PPO needs and GRPO does without: the critic and its advantages."""
+"""The parts of PPO that GRPO does not need: the critic and generalized advantage estimation."""

@@ -1,9 +1,10 @@
-"""The critic: a second model that says, before each token, what the completion will earn.
+"""The critic: a second model that predicts, before each token, the rewards that the rest of the completion will get.
 
 Reading order: examples/train_ppo.py -> [grpo/ppo/critic.py] -> grpo/ppo/gae.py -> examples/train_ppo.py again
 
-GRPO has none: the mean reward of a group stands for the value of its prompt, and all later texts get the same. Letters:
-B completions, C padded completion length, H hidden size.
+GRPO has no critic. It uses the mean reward of a group as the value of the prompt and of every token after it.
+
+Letters: B completions, C padded completion length, H hidden size.
 """
 
 import copy
@@ -16,10 +17,10 @@ from grpo.logprobs import completion_states
 
 
 class Critic(nn.Module):
-    """A copy of the policy's trunk under a linear head: V = head(hidden state of the text so far).
+    """A copy of the policy's trunk with a linear head: V = head(hidden state of the text so far).
 
-    The trunk is its own. In a shared one the value loss would move the policy, by gradients that know nothing of the
-    clip. The head starts at zero: before it has learned anything, everything is worth 0.
+    Policy and critic share no weights. With a shared trunk, the gradient of the value loss would change the policy
+    without the limits of the clip. The head starts at zero, so every value is 0 before training.
     """
 
     def __init__(self, policy: PreTrainedModel) -> None:
@@ -32,13 +33,13 @@ class Critic(nn.Module):
     def forward(
         self, prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor
     ) -> Tensor:
-        """The value of the text before each completion token: (B, C) float32, units of the reward, 0 where masked.
+        """The value of the text before each completion token: (B, C) float32, in units of the reward, 0 where masked.
 
-        Before, not after: what V_t is compared with is what token t and its successors earn. Arguments as in
-        `compute_logprobs`.
+        V_t is computed before token t because it predicts the rewards of token t and all later tokens. Arguments are
+        those of `compute_logprobs`.
         """
         states = completion_states(self.trunk, prompt_ids, prompt_mask, completion_ids, completion_mask)  # (B, C, H)
-        with torch.autocast(states.device.type, enabled=False):  # bfloat16 would round small differences away
+        with torch.autocast(states.device.type, enabled=False):  # bfloat16 would lose small differences
             values = self.head(states.to(self.head.weight.dtype)).squeeze(-1)  # (B, C)
         return torch.where(completion_mask.bool(), values, 0.0)
 
@@ -50,21 +51,22 @@ def clipped_value_loss(
 
         loss = 1/2 * max( (V - return)^2, (clip(V, V_old - c, V_old + c) - return)^2 ),    c = value_clip_range
 
-    `max` is the worse of the two, as `min` is in the policy's clipped surrogate: once V has moved by c toward the
-    return, the gradient stops; where it has moved away, it stays.
+    `max` takes the larger error, as `min` takes the worse objective in the clipped surrogate. If V has moved by more
+    than c toward the return, the gradient is 0. If V has moved away from the return, the gradient remains.
 
     Args:
-        values: (B, C) of the critic being trained; carries the gradient.
-        old_values: (B, C) of the critic at rollout time; no gradient.
-        returns: (B, C) made of old_values; no gradient.
+        values: (B, C) values of the critic being trained; carries the gradient.
+        old_values: (B, C) values of the critic at rollout time; no gradient.
+        returns: (B, C) targets, computed from rewards and old_values; no gradient.
         completion_mask: (B, C), 1 = a token that is trained on.
         value_clip_range: c > 0, in units of the reward; inf = no clip.
 
     Returns:
         (B, C), exactly 0 where masked. Equals (V - return)^2 / 2 on the first update.
 
-    Paper: OpenAI's baselines of "Proximal Policy Optimization Algorithms" (1707.06347), whose text has the plain square
-    (eq. 9); "What Matters in On-Policy Reinforcement Learning?" (2006.05990) found no use in the clip.
+    Paper: "Proximal Policy Optimization Algorithms" (1707.06347) eq. 9 has the squared error without a clip. The clip
+    comes from the authors' code (OpenAI Baselines). "What Matters in On-Policy Reinforcement Learning?" (2006.05990)
+    found no benefit of the clip.
 
     >>> values, zeros, ones = torch.tensor([[0.5, -0.5]]), torch.zeros(1, 2), torch.ones(1, 2)
     >>> clipped_value_loss(values, zeros, ones, ones, value_clip_range=0.2)
@@ -80,9 +82,9 @@ def clipped_value_loss(
 def clipped_values(
     values: Tensor, old_values: Tensor, returns: Tensor, completion_mask: Tensor, *, value_clip_range: float
 ) -> Tensor:
-    """(B, C) bool: where the clip takes the gradient away: V has moved by more than c toward the return.
+    """(B, C) bool: the tokens whose gradient the clip removes, because V has moved by more than c toward the return.
 
-    Arguments as in `clipped_value_loss`.
+    Arguments are those of `clipped_value_loss`.
     """
     moved = values - old_values
     clipped_error = (old_values + moved.clamp(-value_clip_range, value_clip_range) - returns).abs()
@@ -91,9 +93,9 @@ def clipped_values(
 
 @torch.no_grad()
 def explained_variance(values: Tensor, returns: Tensor, completion_mask: Tensor) -> float:
-    """1 - Var(return - V) / Var(return) over unmasked tokens: 1 = foretold, 0 = no better than a constant.
+    """1 - Var(return - V) / Var(return) over unmasked tokens: 1 = perfect, 0 = no better than a constant.
 
-    NaN where all returns are alike. Arguments as in `clipped_value_loss`.
+    NaN if all returns are equal. Arguments are those of `clipped_value_loss`.
     """
     is_token = completion_mask.bool()
     returns, errors = returns[is_token], (returns - values)[is_token]  # (N,)

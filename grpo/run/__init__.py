@@ -1,1 +1,1 @@
-"""A run: set-up, run folder, checkpoints, metrics, records, pictures."""
+"""A training run: set-up, run folder, checkpoints, metrics, records, plots."""

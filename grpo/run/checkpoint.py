@@ -1,12 +1,12 @@
-"""Save and resume a run exactly. A folder or file written here is whole or absent, whenever the process is killed.
+"""Save and resume a run exactly. Checkpoints are written atomically: a killed process leaves no partial checkpoint.
 
-    step-000100/  model.safetensors, config.json, tokenizer …   an ordinary Hugging Face folder
+    step-000100/  model.safetensors, config.json, tokenizer …   a standard Hugging Face folder
                   optimizer.pt                                  AdamW's moments, loaded with weights_only=True
-                  reference.safetensors, critic.safetensors     further models, where training moves them
-                  state.json                                    step, bytes of samples.jsonl, what was counted so far
+                  reference.safetensors, critic.safetensors     other models that training changes
+                  state.json                                    step, size of samples.jsonl in bytes, counts so far
                   checksums.json                                sha256 of every other file
 
-There is no random state to save: data order and sampling noise are functions of (seed, step), and dropout is off.
+No random state is saved: data order and sampling noise are functions of (seed, step), and dropout is disabled.
 """
 
 import json
@@ -27,8 +27,8 @@ from grpo.files import complete_folder, files_in, remove_folder, sha256, sync
 from grpo.models.lora import ADAPTER_FILE, has_adapter, load_adapter, save_base
 from grpo.models.saving import weights_sha256
 
-COUNTS = ("num_tokens", "num_completions")  # of the whole run so far
-STATE = ("step", "samples_size", *COUNTS)  # what state.json holds
+COUNTS = ("num_tokens", "num_completions")  # totals of the run so far
+STATE = ("step", "samples_size", *COUNTS)  # keys of state.json
 
 
 def save_checkpoint(
@@ -42,14 +42,15 @@ def save_checkpoint(
     counts: Mapping[str, int],
     keep_checkpoints: int,
 ) -> None:
-    """`run_folder`/step-N with all that step N + 1 depends on; then all but the newest `keep_checkpoints` are deleted.
+    """Write `run_folder`/step-N with everything that step N + 1 needs. Then delete old checkpoints.
 
-    `modules` are the other models that training moves, each saved as NAME.safetensors; `counts` are those of `COUNTS`.
-    The size of samples.jsonl says which of its lines belong to this checkpoint.
+    `modules`: other models that training changes, each saved as NAME.safetensors. `counts`: totals named in `COUNTS`.
+    `keep_checkpoints`: how many of the newest checkpoints to keep. The stored size of samples.jsonl tells which of its
+    lines belong to this checkpoint.
     """
     assert set(counts) == set(COUNTS)
     if (run_folder / f"step-{step:06d}").is_dir():
-        return  # a run has one state after a step
+        return  # already saved: a run has only one state after a step
     with complete_folder(run_folder / f"step-{step:06d}") as unfinished:
         policy.save_pretrained(unfinished)
         save_base(policy, unfinished)
@@ -63,7 +64,7 @@ def save_checkpoint(
         (unfinished / "state.json").write_text(json.dumps(state) + "\n")
         hashes = {str(path.relative_to(unfinished)): sha256(path) for path in files_in(unfinished)}
         (unfinished / "checksums.json").write_text(json.dumps(hashes, indent=2) + "\n")
-    with suppress(OSError):  # the checkpoint itself is safe
+    with suppress(OSError):  # the new checkpoint is already on disk
         for folder in checkpoints(run_folder)[:-keep_checkpoints]:
             remove_folder(folder)
 
@@ -75,14 +76,14 @@ def load_checkpoint(
     modules: Mapping[str, nn.Module],
     base_sha256: str,
 ) -> dict[str, int]:
-    """Put everything back as it was after the checkpoint's step; returns what state.json says: the keys of `STATE`.
+    """Restore policy, optimizer and modules as they were after the checkpoint's step. Returns the data of state.json.
 
-    `policy` comes in as the base, whose weights must still be those the run started from: the KL would silently be
-    measured against another reference. `modules` as in `save_checkpoint`.
+    `policy` must be the base model with the weights that the run started from. With other weights, the KL would
+    silently be measured against a different reference. `modules`: as in `save_checkpoint`.
 
     Raises:
-        InputError: the base is another one; a module's file is missing; a file is not what `save_checkpoint` writes,
-            though its checksum is right.
+        InputError: the base model has changed; the file of a module is missing; a file with a correct checksum does not
+            have the format that `save_checkpoint` writes.
     """
     if weights_sha256(policy) != base_sha256:
         raise InputError(
@@ -110,12 +111,12 @@ def load_checkpoint(
 
 @contextmanager
 def _loading(folder: Path) -> Iterator[None]:
-    """Files that somebody else may have written are read by foreign code, which may raise anything, pages long."""
+    """Turn any exception from reading a checkpoint into one line. The libraries raise many kinds, often pages long."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError):
         raise
-    except pickle.UnpicklingError as error:  # its own message explains how to run the code all the same
+    except pickle.UnpicklingError as error:  # its message tells how to run untrusted code
         raise InputError(
             f"--resume: {folder / 'optimizer.pt'} holds something else than tensors; it was not loaded"
         ) from error
@@ -125,7 +126,7 @@ def _loading(folder: Path) -> Iterator[None]:
 
 
 def check_integrity(run_folder: Path, resume_command: str, restart_command: str) -> None:
-    """The newest checkpoint must be as it was written; if not, an InputError says how to go on without it."""
+    """Check the checksums of the newest checkpoint. If it is damaged, an InputError says how to go on without it."""
     damaged: list[tuple[Path, str]] = []
     for folder in reversed(checkpoints(run_folder)):
         problem = _damage(folder)
@@ -140,7 +141,7 @@ def check_integrity(run_folder: Path, resume_command: str, restart_command: str)
 
 
 def _damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint; None if it is whole."""
+    """What is wrong with a checkpoint. None if it is intact."""
     try:
         hashes = dict(json.loads((folder / "checksums.json").read_text()))
     except (OSError, ValueError, TypeError, RecursionError):
@@ -157,11 +158,11 @@ def _damage(folder: Path) -> str | None:
 
 
 def checkpoints(run_folder: Path) -> list[Path]:
-    """The step-... folders, oldest first."""
+    """The step-N folders, oldest first."""
     folders = [path for path in run_folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
     return sorted(folders, key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step after which it was saved: step-000100 -> 100."""
+    """The step after which the checkpoint was saved: step-000100 -> 100."""
     return int(checkpoint.name.removeprefix("step-"))

@@ -1,4 +1,4 @@
-"""What the settings of a run amount to, without loading any weights: sizes, estimated memory, one rendered prompt."""
+"""The output of --dry_run: sizes, estimated memory and a rendered prompt. No weights are loaded."""
 
 import torch
 from torch import nn
@@ -9,12 +9,12 @@ from grpo.data import Dataset
 from grpo.fast.lm_head import CHUNK
 from grpo.settings.config import Config
 
-BYTES = 4  # of a float32
-BITS = {"none": 32, "8bit": 8, "4bit": 4}  # of a weight
+BYTES = 4  # bytes per float32 value
+BITS = {"none": 32, "8bit": 8, "4bit": 4}  # bits per weight
 
 
 def opening_line(config: Config, device: torch.device, *, writes: bool) -> str:
-    """The first thing a run says; `writes` is false where it will only look."""
+    """The first line that a run prints. `writes` is false for --preflight, which writes nothing."""
     return (
         f"Training {config.model_name} on {device}: {config.num_train_steps} steps of {config.batch_size} prompts x "
         f"{config.group_size} completions; {f'everything goes to {config.output_dir}' if writes else 'pre-flight only'}"
@@ -22,7 +22,7 @@ def opening_line(config: Config, device: torch.device, *, writes: bool) -> str:
 
 
 def describe(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset) -> str:
-    """The text of --dry_run; the samples of `dataset` have their token ids."""
+    """The text that --dry_run prints. The samples of `dataset` must be tokenized."""
     longest = max(len(sample["prompt_ids"]) for sample in dataset)
     completions = config.batch_size * config.group_size
     updates = config.num_iterations * config.num_minibatches
@@ -52,11 +52,11 @@ def describe(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokeni
 
 
 def estimate_memory(config: Config, model: PreTrainedModel, prompt_length: int) -> dict[str, int]:
-    """Bytes by purpose, for completions of full length and float32: a rule of thumb.
+    """Estimated memory in bytes by purpose, for completions of maximum length in float32.
 
     The update keeps about 24 hidden-sized values per token and layer, the attention weights, and five copies of a chunk
-    of the logits (grpo/fast/lm_head.py). The sampler keeps a cache and four rows of the vocabulary for each completion.
-    What siblings share is not subtracted, and the mask that hides them from each other not added.
+    of the logits (grpo/fast/lm_head.py). The sampler keeps a KV cache and four vocabulary-sized rows per completion.
+    The estimate ignores prompts shared between completions, and the block mask that sharing needs.
     """
     architecture = model.config.get_text_config()
     hidden, layers = architecture.hidden_size, architecture.num_hidden_layers
@@ -67,12 +67,13 @@ def estimate_memory(config: Config, model: PreTrainedModel, prompt_length: int) 
     length = prompt_length + config.max_completion_length
     completions = config.batch_size * config.group_size
     rows = _micro_batch_rows(config, prompt_length)
-    kept = 24 * hidden * length + 2 * heads * length**2  # of a layer
+    kept = 24 * hidden * length + 2 * heads * length**2  # values per completion and layer
     update = rows * (layers * hidden * length + kept if config.gradient_checkpointing else layers * kept)
     update += 5 * min(rows * config.max_completion_length * architecture.vocab_size, CHUNK)
     rollout = completions * (length * layers * 2 * kv_heads * head_size + 4 * architecture.vocab_size)
-    critic = {"critic": 4 * BYTES * weights} if config.advantage_baseline == "critic" else {}  # and what trains it
-    needs_copy = config.kl_coeff > 0 and config.lora_rank == 0  # else the reference is the model without its adapter
+    # The critic needs its weights, their gradients and the two moments of AdamW.
+    critic = {"critic": 4 * BYTES * weights} if config.advantage_baseline == "critic" else {}
+    needs_copy = config.kl_coeff > 0 and config.lora_rank == 0  # LoRA: the reference is the policy itself
     return {
         "weights": round(BITS[config.quantization] / 8 * weights) + BYTES * (trained if config.lora_rank > 0 else 0),
         "reference": BYTES * weights if needs_copy else 0,
@@ -84,7 +85,7 @@ def estimate_memory(config: Config, model: PreTrainedModel, prompt_length: int) 
 
 
 def num_trained(config: Config, model: PreTrainedModel) -> int:
-    """Weights that get a gradient: all of them, or rank * (in + out) for every layer with an adapter."""
+    """The number of weights that get a gradient: all of them, or rank * (in + out) per layer with an adapter."""
     if config.lora_rank == 0:
         return model.num_parameters()
     wanted, head = [name.strip() for name in config.lora_target_modules.split(",")], model.get_output_embeddings()
@@ -97,7 +98,7 @@ def num_trained(config: Config, model: PreTrainedModel) -> int:
 
 
 def _method(config: Config) -> str:
-    """The four choices, and what is added to them."""
+    """Text for the four choices (advantages, surrogate, aggregation, KL) and for optional terms."""
     low, high = config.clip_range, config.clip_range_high
     clip = [("clip_range", low), ("clip_range_high", low if high is None else high), ("dual_clip", config.dual_clip)]
     parts = [
@@ -114,7 +115,7 @@ def _method(config: Config) -> str:
 
 
 def _micro_batch_rows(config: Config, prompt_length: int) -> int:
-    """Completions of full length in the largest micro-batch."""
+    """The number of completions of maximum length in the largest micro-batch."""
     completions = config.batch_size * config.group_size // config.num_minibatches
     fitting = config.micro_batch_tokens // (prompt_length + config.max_completion_length)
     return min(config.micro_batch_size, completions, max(fitting, 1))

@@ -1,11 +1,11 @@
-"""The folder of one run: who may write into it, what happens to an earlier run there, run.json, the rows of metrics.
+"""The folder of one run: locking, treatment of an earlier run, run.json, and the rows of metrics.jsonl.
 
-run.json               settings, command, versions, commit, sha256 of the base's weights, three of its answers
-metrics.jsonl          one row a step
+run.json               settings, command, versions, commit, sha256 of the base's weights, three answers of the base
+metrics.jsonl          one row per step
 samples.jsonl          every completion with its rewards
-high_scoring.jsonl     those above save_threshold
+high_scoring.jsonl     completions with a reward above save_threshold
 training_curves.png    redrawn at every evaluation
-step-000100/           checkpoints to resume from; best/ and final/ beside them; all three are Hugging Face folders
+step-000100/           a checkpoint to resume from; this folder, best/ and final/ are Hugging Face folders
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ from grpo.settings.config import Config, Options, documented_defaults, load_conf
 from grpo.settings.sources import sources_of
 
 HIGH_SCORING = "high_scoring.jsonl"
-# What a run leaves behind; the only names that --overwrite deletes.
+# The files and folders that a run writes. --overwrite deletes only these names.
 RUN_FILES = re.compile(
     r"run\.json|metrics\.jsonl|samples\.jsonl|high_scoring\.jsonl|training_curves\.png|best|final|step-\d+|failed-\d+\.(jsonl|safetensors)"
 )
@@ -50,44 +50,44 @@ RUN_FILES = re.compile(
 
 @dataclass
 class RunFolder:
-    """The folder of a run while it is being written, held under a lock.
+    """The folder of an active run, locked while the run is active.
 
-    `stop_requested` turns true at the first Ctrl-C (or SIGTERM) once training has begun: the loop then ends after its
-    step. The second one stops at once, as does the first one before training.
+    During training, the first Ctrl-C (or SIGTERM) sets `stop_requested`, and the run stops after the current step. A
+    second Ctrl-C stops immediately. Before training, the first Ctrl-C stops immediately.
     """
 
     config: Config
     options: Options = Options()
-    script: str = "train_grpo.py"  # what the user runs, from the project's root
-    facts: dict[str, Any] = field(default_factory=dict)  # run.json
-    rows: list[dict[str, Any]] = field(default_factory=list)  # of metrics.jsonl, step 0 first
+    script: str = "train_grpo.py"  # the script that the user runs from the project's root
+    facts: dict[str, Any] = field(default_factory=dict)  # contents of run.json
+    rows: list[dict[str, Any]] = field(default_factory=list)  # rows of metrics.jsonl, step 0 first
     is_training: bool = False
     stop_requested: bool = False
     lock: IO[str] | None = None
 
     @property
     def path(self) -> Path:
-        """config.output_dir."""
+        """`config.output_dir` as a path."""
         return Path(self.config.output_dir)
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run in the folder came to its end."""
+        """Whether the run in the folder has finished."""
         return bool(self.facts.get("finished"))
 
     @property
     def holds_nothing(self) -> bool:
-        """Whether the run in the folder was stopped before its first step: nobody misses it."""
+        """Whether the run in the folder was stopped before the end of its first step, so it can be deleted."""
         samples = self.path / "samples.jsonl"
         return not (self.is_finished or checkpoints(self.path) or (samples.is_file() and samples.stat().st_size))
 
     @property
     def checkpoint(self) -> Path | None:
-        """The checkpoint that --resume goes on from; None: the run starts at step 0."""
+        """The checkpoint that --resume continues from. None: the run starts at step 0."""
         return next(reversed(checkpoints(self.path)), None) if self.options.resume else None
 
     def plan(self, epoch_size: int) -> Config:
-        """The settings with num_train_epochs in steps. A resumed run that is as far already ends here."""
+        """The settings with num_train_epochs converted to steps. Exits if a resumed run already has all its steps."""
         self.config = with_num_steps(self.config, epoch_size)
         step, last_step = step_of(self.checkpoint) if self.checkpoint else 0, self.config.num_train_steps
         if self.options.resume and (step > last_step or (step == last_step and self.is_finished)):
@@ -96,7 +96,7 @@ class RunFolder:
         return self.config
 
     def begin(self, **facts: Any) -> None:
-        """Step 0: make room, then write run.json with `facts` beside settings and versions."""
+        """Step 0: move or delete an earlier run, then write run.json with `facts`, settings and versions."""
         try:
             if (self.path / "run.json").is_file():
                 self._make_room()
@@ -110,7 +110,7 @@ class RunFolder:
         self.is_training = True
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Go on after the checkpoint `state` was saved with: what was written after it is cut off, to be made again."""
+        """Continue after the checkpoint of `state`. Rows and samples written after that checkpoint are removed."""
         step, metrics, samples = state["step"], self.path / "metrics.jsonl", self.path / "samples.jsonl"
         try:
             rows = [row for row in read_jsonl(metrics) if row["step"] <= step]
@@ -133,11 +133,11 @@ class RunFolder:
         self.is_training = True
 
     def amend(self, metrics: dict[str, float]) -> None:
-        """Add to the newest row what it lacks."""
+        """Add metrics to the newest row."""
         self._write_rows([*self.rows[:-1], self.rows[-1] | metrics])
 
     def append(self, row: dict[str, Any], samples: Sequence[dict[str, Any]] = ()) -> None:
-        """One row of metrics.jsonl and the completions it came from."""
+        """Append a row to metrics.jsonl and its completions to samples.jsonl."""
         append_jsonl(self.path / "samples.jsonl", samples)
         if self.config.save_threshold is not None:
             append_jsonl(self.path / HIGH_SCORING, high_scoring(samples, self.config.save_threshold))
@@ -147,7 +147,7 @@ class RunFolder:
     def report(
         self, step: int, evaluation: Evaluation, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     ) -> None:
-        """What an evaluation leaves: a line, a fresh picture, and best/ if none was better: the first of equals."""
+        """After an evaluation: print a line, redraw the plot, and save best/ if the metric has a new maximum."""
         tqdm.write(f"step {step:4d}  {evaluation}")
         draw_curves(self.rows, self.path / "training_curves.png")
         metric = self.config.eval_metric
@@ -157,7 +157,7 @@ class RunFolder:
             save_model(policy, tokenizer, self.path / "best", about=about)
 
     def status(self) -> dict[str, str]:
-        """The newest numbers, for the progress bar."""
+        """The newest metrics, for the progress bar."""
         shown = {
             "reward": ("reward", ".2f"),
             "accuracy": ("eval/accuracy", ".3f"),
@@ -167,7 +167,7 @@ class RunFolder:
         return {name: f"{value:{form}}" for name, (value, form) in newest.items() if value is not None}
 
     def finish(self, evaluation: Evaluation, eval_set: Dataset) -> None:
-        """The run is whole, the next one may move it aside; the last words."""
+        """Mark the run as finished, and print the result and the next command."""
         self._write_facts(self.facts | {"finished": _now()})
         before, after = self.rows[0], evaluation.metrics()
         metric = next(name for name in ("eval/accuracy", "eval/reward") if name in before and name in after)
@@ -182,7 +182,7 @@ class RunFolder:
         print(f"Next: python evaluate.py {models[0]} --compare {models[1]}")
 
     def _best(self) -> dict[str, Any] | None:
-        """What best/ says of itself; None where there is no best/ that says it."""
+        """Step and metric value of best/. None if best/ does not exist or its about.json cannot be read."""
         try:
             about = json.loads((self.path / "best" / "about.json").read_text())
             return {"step": int(about["step"]), "value": float(about["value"])}
@@ -194,7 +194,7 @@ class RunFolder:
         write_atomically(self.path / "metrics.jsonl", to_jsonl(rows))
 
     def _forget_later_models(self, step: int) -> None:
-        """best/ and final/ from after `step` are made again, or, with changed settings, others are."""
+        """Delete best/ and final/ if they are from after `step`. The resumed run writes them again."""
         best = self._best()
         for name in ("best", "final"):
             is_later = name == "final" or best is None or best["step"] > step
@@ -212,7 +212,7 @@ class RunFolder:
         write_atomically(self.path / "run.json", json.dumps(self.facts, indent=2) + "\n")
 
     def _say_where(self, step: int, earlier: Config) -> None:
-        """Where a resumed run goes on, and what a new number of steps does to the learning rate."""
+        """Print the step that a resumed run continues from, and any jump of the learning rate."""
         print(f"Going on after step {step} of {self.config.num_train_steps}")
         num_updates = step * earlier.num_iterations * earlier.num_minibatches
         before, now = (learning_rate_at(config, num_updates) for config in (earlier, self.config))
@@ -221,37 +221,37 @@ class RunFolder:
             print(f"The learning rate jumps from {before:.3g} to {now:.3g}: {change}")
 
     def request_stop(self) -> bool:
-        """Ask the run to end after its step; False where it should stop at once: asked twice, or before training."""
+        """Ask the run to stop after the current step. False: stop immediately (second request, or before training)."""
         if self.stop_requested or not self.is_training:
             return False
         self.stop_requested = True
         return True
 
     def how_to_go_on(self) -> str:
-        """What is saved, and what to type to continue from there."""
+        """Text that says what is saved and which command continues from there."""
         saved = checkpoints(self.path)
         where = f"step {step_of(saved[-1])} is saved; to go on" if saved else "no step is saved yet; to begin again"
         return f"{where}: {self.command('--resume')}"
 
     def command(self, option: str) -> str:
-        """What to type to do something with this folder."""
+        """The shell command that runs the script on this folder with `option`."""
         is_default = self.path == Path(documented_defaults()["output_dir"][0])
         return f"python {self.script} {option}" + ("" if is_default else f" --output_dir {shlex.quote(str(self.path))}")
 
     def _make_room(self) -> None:
-        """The earlier run in this folder: deleted on request or when nothing was trained yet, else moved aside."""
+        """Delete the earlier run in this folder if that was requested or no step was trained. Otherwise rename it."""
         if self.options.overwrite or self.options.resume or self.holds_nothing:
-            # run.json is replaced later, not deleted: killed here, this still is a run, with its settings.
+            # run.json is replaced later. If the process is killed here, the folder still holds a run with settings.
             for path in list(self.path.iterdir()):
                 if RUN_FILES.fullmatch(path.name) and path.name != "run.json":
                     remove_folder(path) if path.is_dir() else path.unlink()
             return
-        started = re.sub(r"[^0-9T-]", "-", str(self.facts.get("started")))  # no colons in names
-        folder = self.path.resolve()  # output_dir may be a link to where there is space
+        started = re.sub(r"[^0-9T-]", "-", str(self.facts.get("started")))  # file names must not contain colons
+        folder = self.path.resolve()  # output_dir may be a symbolic link
         aside = folder.with_name(f"{folder.name}-{started}")
-        while aside.exists():  # several runs within a second
+        while aside.exists():  # several runs started in the same second
             aside = aside.with_name(f"{aside.name}+")
-        folder.rename(aside)  # its lock goes with it
+        folder.rename(aside)  # the lock file is renamed with it
         print(f"The earlier run in {self.path} now lies in {aside.name} beside it")
         folder.mkdir()
         self.lock = acquire_lock(self.path)
@@ -259,12 +259,12 @@ class RunFolder:
 
 @contextmanager
 def open_folder(config: Config, options: Options, script: str = "train_grpo.py") -> Iterator[RunFolder]:
-    """Hold `output_dir` for one run of `script`.
+    """Lock `output_dir` for one run of `script`.
 
-    Refuses at once what would only fail later; leaves nothing if the run never began.
+    Problems with the folder are reported before any work. If the run never starts, no files remain.
 
     Raises:
-        InputError: the folder cannot be written, is in use, holds something else, or an unfinished run.
+        InputError: the folder cannot be written, is in use, holds other files, or holds an unfinished run.
     """
     run = RunFolder(config, options, script)
     if options.dry_run or options.preflight:
@@ -309,7 +309,7 @@ def open_folder(config: Config, options: Options, script: str = "train_grpo.py")
         can_go_on = run.is_training or options.resume
         raise KeyboardInterrupt(f"stopped; {run.how_to_go_on()}" if can_go_on else "stopped before step 1") from error
     finally:
-        with suppress(OSError):  # a folder that another run uses meanwhile stays
+        with suppress(OSError):  # the folder is kept if another run is using it
             if not (run.path / "run.json").exists():
                 (run.path / ".lock").unlink(missing_ok=True)
                 for path in missing:
@@ -319,7 +319,7 @@ def open_folder(config: Config, options: Options, script: str = "train_grpo.py")
 
 
 def _check_folder(run: RunFolder) -> None:
-    """Refuse a folder that holds something else, or an unfinished run that nobody said what to do with."""
+    """Refuse a folder that holds other files, or an unfinished run without --resume or --overwrite."""
     if not run.facts:
         if any(not path.name.startswith(".") for path in run.path.iterdir()):
             raise InputError(f"output_dir: {run.path} is not empty and holds no run; choose another folder")
@@ -343,19 +343,19 @@ def _check_folder(run: RunFolder) -> None:
 
 
 def data_files(config: Config) -> list[str]:
-    """The files that a resumed run must find unchanged; what comes from the Hub is not among them."""
+    """The local data files, which must be unchanged when a run is resumed. Datasets from the Hub are not included."""
     paths = [path for source in sources_of(vars(config)) for path in (source.path, source.eval_path)]
     return [path for path in dict.fromkeys(paths) if path is not None and Path(path).is_file()]
 
 
 def _remove_unfinished(folder: Path) -> None:
-    """Remove what a killed process left half-written; the lock says that it is dead."""
+    """Remove partial files of a killed process. The lock ensures that no other process is still writing."""
     for path in folder.glob(".*.unfinished"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _with_interval(metrics: dict[str, Any], metric: str) -> str:
-    """ "0.302 [0.263, 0.344]", or the value alone where there is no interval."""
+    """ "0.302 [0.263, 0.344]", or only the value if there is no interval."""
     low, high = metrics.get(f"{metric}_low"), metrics.get(f"{metric}_high")
     return f"{metrics[metric]:.3f}" + (f" [{low:.3f}, {high:.3f}]" if low is not None else "")
 

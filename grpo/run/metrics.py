@@ -1,4 +1,4 @@
-"""The metrics of one step: one row of metrics.jsonl. docs/METRICS.md defines every column."""
+"""The metrics of one step, which become one row of metrics.jsonl. docs/METRICS.md defines every column."""
 
 import time
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ from grpo.rewards.scores import Scores
 
 @dataclass
 class TokenMeans:
-    """Means over unmasked tokens, across micro-batches: sums and counts, divided once at the end.
+    """Means over the unmasked tokens of all micro-batches. Sums and counts are kept, and divided at the end.
 
     A mean of micro-batch means would make the weight of a token depend on the other tokens of its micro-batch.
-    Everything stays on the device until `metrics()`, so adding waits for nothing.
+    All values stay on the device until `metrics()`, so `add` does not wait for the GPU.
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
@@ -42,35 +42,36 @@ class TokenMeans:
 
 @dataclass
 class StepMetrics:
-    """Collects what the loop measures in one step. Tensors stay on the device until `row`: adding waits for nothing."""
+    """Collects the metrics of one step. Tensors stay on the device until `row`, so adding does not wait for the GPU."""
 
     step: int
     loss: Tensor | float = 0.0  # summed over the micro-batches of the step
     grad_norm: Tensor = field(default_factory=lambda: torch.zeros(()))  # before clipping, of the last optimizer step
     learning_rate: float = 0.0  # of the last optimizer step
-    more: dict[str, float] = field(default_factory=dict)  # columns of one script: PPO's value loss
+    more: dict[str, float] = field(default_factory=dict)  # columns of one script, such as PPO's value loss
     means: TokenMeans = field(default_factory=TokenMeans)
     times: dict[str, float] = field(default_factory=dict)  # seconds
     start: float = field(default_factory=time.perf_counter)
 
     def lap(self, name: str) -> None:
-        """Record the seconds since the last lap under this name."""
+        """Store the seconds since the previous lap under this name."""
         self.times[name] = time.perf_counter() - self.start - sum(self.times.values())
 
     def add_tokens(self, mask: Tensor, **values: Tensor) -> None:
-        """Means over the tokens of `mask`, (b, C); each value is (b, C)."""
+        """Add values, (b, C) each, to the means over the tokens of `mask`, (b, C)."""
         self.means.add(mask, values)
 
     def add_micro_batch(
         self, loss: Tensor, mask: Tensor, entropies: Tensor, clipped: tuple[Tensor, Tensor], logp_difference: Tensor
     ) -> None:
-        """Add what one forward and backward pass measured.
+        """Add the metrics of one forward and backward pass.
 
         Args:
-            loss: (), the micro-batch's part of the loss.
+            loss: scalar, the micro-batch's part of the loss.
             mask, entropies: (b, C).
-            clipped: where the clip acts, low and high, (b, C) each.
-            logp_difference: (b, C) log-probs of the sampler minus those of the scorer: rounding, unless there is a bug.
+            clipped: (low, high), the tokens clipped at each side, (b, C) each.
+            logp_difference: (b, C) log-probs of the sampler minus log-probs of the scorer. Only rounding, unless
+                there is a bug.
         """
         self.loss = self.loss + loss.detach()
         low, high = clipped
@@ -79,16 +80,16 @@ class StepMetrics:
         self.means.add(mask, values | {name: logp_difference.abs()}, maxima=[name])
 
     def is_finite(self) -> bool:
-        """Whether losses and gradient norms are finite so far; a NaN or inf in one of the terms shows in the sum."""
+        """Whether all losses and gradient norms so far are finite. One NaN or inf makes the sum NaN or inf."""
         terms = [self.loss, self.grad_norm, *self.more.values()]
         return bool(torch.as_tensor(sum(terms)).isfinite())
 
     def checked_numbers(self) -> dict[str, float]:
-        """The numbers behind `is_finite`, by name."""
+        """The numbers that `is_finite` checks, by name."""
         return {"loss": float(self.loss), "gradient norm": float(self.grad_norm), **self.more}
 
     def row(self, batch: Batch, counts: dict[str, int]) -> dict[str, float]:
-        """The row of metrics.jsonl. `counts`: totals of the run, this step included."""
+        """The row of metrics.jsonl. `counts`: totals of the run, including this step."""
         config, rollout, scores = batch.config, batch.rollout, batch.scores
         row: dict[str, float] = {
             "step": self.step,
@@ -97,7 +98,7 @@ class StepMetrics:
             **scores.metrics(),
             **metrics_by_dataset(batch.row_samples, scores),
         }
-        if config.advantage_baseline != "critic":  # PPO compares no siblings
+        if config.advantage_baseline != "critic":  # PPO does not compare completions of one prompt
             row["frac_reward_zero_std"] = batch.zero_variance_groups.float().mean().item()
         return row | {
             **outcome_shares(scores, rollout.is_truncated),
@@ -112,7 +113,7 @@ class StepMetrics:
 
 
 def metrics_by_dataset(samples: Sequence[Sample], scores: Scores) -> dict[str, float]:
-    """Mean reward and share of correct answers of each data set of a mixture; empty where there is only one."""
+    """Mean reward and fraction of correct answers for each dataset of a mixture. Empty if there is no mixture."""
     names = [sample.get(SOURCE) for sample in samples]
     row = {}
     for name in dict.fromkeys(name for name in names if name is not None):

@@ -1,7 +1,7 @@
-"""metrics.jsonl -> pictures: training_curves.png of one run, or several runs laid over each other.
+"""Plots from metrics.jsonl: training_curves.png of one run, or a comparison of several runs.
 
 python -m grpo.run.plots checkpoints                          redraws checkpoints/training_curves.png
-python -m grpo.run.plots run_a run_b --output comparison.png  one colour a run
+python -m grpo.run.plots run_a run_b --output comparison.png  one colour per run
 """
 
 import argparse
@@ -18,17 +18,17 @@ from grpo.files import read_jsonl
 
 Rows = Sequence[dict[str, Any]]
 
-# Okabe and Ito's colours can be told apart with every common colour blindness (jfly.uni-koeln.de/color).
+# The colours of Okabe and Ito are distinguishable with every common colour blindness (jfly.uni-koeln.de/color).
 BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, BLACK = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000",
 )  # fmt: skip
 CYCLE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK)
 
-STYLES = ("-", "--", ":", "-.")  # the second cue where colours repeat
+STYLES = ("-", "--", ":", "-.")  # distinguish runs when colours repeat
 
 
 def draw_curves(rows: Rows, path: Path) -> None:
-    """The picture of one run, drawn anew from its rows."""
+    """Draw the training curves of one run from its rows."""
     figure, axes = _grid()
     reward, length, divergence, loss, signal, answers = axes
 
@@ -44,7 +44,7 @@ def draw_curves(rows: Rows, path: Path) -> None:
     _name(divergence, "KL and entropy", "nats a token")
     _line(divergence, rows, "kl", VERMILLION, "KL to the reference")
     _line(divergence, rows, "entropy", BLUE, "entropy")
-    divergence.set_ylim(bottom=min(0, divergence.get_ylim()[0]))  # k1 may be negative
+    divergence.set_ylim(bottom=min(0, divergence.get_ylim()[0]))  # the k1 estimate may be negative
 
     _name(loss, "Loss and gradient norm", "loss")
     _line(loss, rows, "loss", BLUE, "loss")
@@ -53,7 +53,7 @@ def draw_curves(rows: Rows, path: Path) -> None:
     _line(norm, rows, "grad_norm", ORANGE, "gradient norm, right axis")
     norm.set_ylim(bottom=0)
 
-    if any("value_loss" in row for row in rows):  # no groups are compared: a critic (examples/train_ppo.py)
+    if any("value_loss" in row for row in rows):  # PPO has a critic and no groups (examples/train_ppo.py)
         _name(signal, "The critic", "value loss, share of variance")
         _line(signal, rows, "value_loss", BLUE, "value loss")
         _line(signal, rows, "value/explained_variance", VERMILLION, "explained variance")
@@ -84,7 +84,7 @@ def draw_curves(rows: Rows, path: Path) -> None:
 
 
 def draw_comparison(runs: Mapping[str, Rows], path: Path) -> None:
-    """Several runs in one picture; `runs`: name -> rows."""
+    """Draw several runs in one figure. `runs`: name -> rows."""
     figure, axes = _grid()
     panels = [
         ("Reward of the samples", "reward", "reward"),
@@ -107,7 +107,7 @@ def draw_comparison(runs: Mapping[str, Rows], path: Path) -> None:
 
 
 def _grid() -> tuple[Figure, list[Axes]]:
-    """2 x 3 empty panels, at a size that stays legible at the width of a README."""
+    """2 x 3 empty panels, at a size that is legible at the width of a README."""
     figure = Figure(figsize=(11, 7), dpi=100)
     figure.subplots_adjust(left=0.06, right=0.985, top=0.955, bottom=0.13, wspace=0.36, hspace=0.5)
     axes = list(figure.subplots(2, 3).flat)
@@ -145,7 +145,7 @@ def _accuracy(axis: Axes, rows: Rows, colour: str, label: str, **style: Any) -> 
 
 
 def _legend(axis: Axes, *others: Axes) -> None:
-    """Below the panel, where it hides nothing; `others` share the panel."""
+    """Draw a legend below the panel, where it covers nothing. `others`: further axes of the same panel."""
     parts = [part.get_legend_handles_labels() for part in (axis, *others)]
     handles = [handle for part in parts for handle in part[0]]
     labels = [label for part in parts for label in part[1]]
@@ -156,7 +156,7 @@ def _legend(axis: Axes, *others: Axes) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    unfinished = path.with_name(f".{path.name}.unfinished")  # somebody may be looking at the old one
+    unfinished = path.with_name(f".{path.name}.unfinished")  # a viewer may have the old file open
     try:
         figure.savefig(unfinished, format="png")
         unfinished.replace(path)

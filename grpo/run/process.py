@@ -1,4 +1,4 @@
-"""What a run wants of its process: a lock on its folder, signals that ask before they kill, and by what it was made."""
+"""Process-level support for a run: folder lock, graceful Ctrl-C, and provenance (command, commit, versions)."""
 
 import errno
 import os
@@ -20,12 +20,12 @@ from grpo.errors import InputError
 
 try:
     import fcntl
-except ImportError:  # Windows: two runs in one folder go unnoticed there
+except ImportError:  # Windows has no fcntl, so two runs in one folder are not detected
     fcntl = None  # type: ignore[assignment]
 
 
 def acquire_lock(folder: Path) -> IO[str] | None:
-    """An exclusive lock that the system releases when its process ends, however it ends; None where there is none."""
+    """Take an exclusive lock, which the system releases when the process ends. None if locks are not supported."""
     if fcntl is None:
         return None
     path = folder / ".lock"
@@ -39,7 +39,7 @@ def acquire_lock(folder: Path) -> IO[str] | None:
             lock.close()
             raise InputError(f"output_dir: {folder} is in use by another run (process {holder})") from error
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # some file systems of clusters have no locks
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # some cluster file systems have no locks
                 raise
             lock.close()
             return None
@@ -48,20 +48,20 @@ def acquire_lock(folder: Path) -> IO[str] | None:
             lock.write(str(os.getpid()))
             lock.flush()
             return lock
-        lock.close()  # deleted in between: this would be a lock on nothing
+        lock.close()  # the file was deleted before it was locked, so try again
 
 
 @contextmanager
 def signals_ask(request_stop: Callable[[], bool]) -> Iterator[None]:
-    """SIGINT and SIGTERM call `request_stop`; where that returns False they raise KeyboardInterrupt."""
-    if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
+    """Make SIGINT and SIGTERM call `request_stop`. If it returns False, KeyboardInterrupt is raised."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
         yield
         return
 
     def ask(signal_number: int, frame: FrameType | None) -> None:
         if not request_stop():
             raise KeyboardInterrupt
-        # Not print: a handler may interrupt a write to the same stream, which Python refuses to nest.
+        # print would fail if the signal interrupts a write to the same stream, so os.write is used.
         os.write(2, b"\nstopping: this step will be finished and saved; Ctrl-C again stops at once\n")
 
     previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -73,7 +73,7 @@ def signals_ask(request_stop: Callable[[], bool]) -> Iterator[None]:
 
 
 def origin() -> dict[str, Any]:
-    """By what this run is made: command, commit, versions."""
+    """Provenance of a run: command, commit, versions."""
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "commit": _commit(),
@@ -86,7 +86,7 @@ def origin() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of this project's checkout; None outside of one."""
+    """The git commit of this project. None if it is not a git checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

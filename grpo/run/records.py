@@ -1,4 +1,4 @@
-"""What a run writes down of its steps: the rows of metrics.jsonl and samples.jsonl, a batch that failed."""
+"""Records of the training steps: the lines of samples.jsonl and high_scoring.jsonl, and a failed batch."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -20,9 +20,9 @@ from grpo.rollout import Rollout
 def sample_rows(
     step: int, samples: Sequence[Sample], rollout: Rollout, scores: Scores, advantages: Tensor
 ) -> list[dict[str, Any]]:
-    """The lines of samples.jsonl for one step; `samples` are repeated per completion, `advantages` (B, 1) or (B, C).
+    """The lines of samples.jsonl for one step; `samples`: one per completion. `advantages`: (B, 1) or (B, C).
 
-    Where tokens have advantages of their own, a completion's is their mean.
+    If every token has its own advantage, the mean over the completion is recorded.
     """
     rewards = {name: values.tolist() for name, values in scores.by_name.items()}
     combined, is_truncated = scores.combined.tolist(), rollout.is_truncated.tolist()
@@ -46,7 +46,7 @@ def sample_rows(
 
 
 def high_scoring(samples: Sequence[dict[str, Any]], threshold: float) -> list[dict[str, Any]]:
-    """Of the lines of samples.jsonl those with a reward above the threshold, without what is of this run alone."""
+    """The lines of samples.jsonl with a reward above the threshold, without the columns that only concern this run."""
     keys = ("step", "prompt", "completion", "answer", "reward", "rewards")
     return [{key: sample[key] for key in keys} for sample in samples if sample["reward"] > threshold]
 
@@ -54,9 +54,10 @@ def high_scoring(samples: Sequence[dict[str, Any]], threshold: float) -> list[di
 def leave_failed_batch(
     folder: Path, rows: Sequence[dict[str, Any]], rollout: Rollout, advantages: Tensor, numbers: dict[str, float]
 ) -> NotFiniteError:
-    """The error for a loss or gradient that is not a number; `numbers` are the step's. The batch is left in `folder`.
+    """Save the batch of a step whose loss or gradient is NaN or inf to `folder`, and return the error to raise.
 
-    failed-N.jsonl is to look at, with the lines of samples.jsonl; failed-N.safetensors is to compute with.
+    failed-N.jsonl has the same columns as samples.jsonl, for reading. failed-N.safetensors has the tensors, for
+    debugging. `numbers`: loss and gradient norms of the step, by name.
     """
     step = rows[0]["step"]
     path = folder / f"failed-{step:06d}.jsonl"
@@ -64,7 +65,7 @@ def leave_failed_batch(
     append_jsonl(path, rows)
     tensors = {name: value for name, value in vars(rollout).items() if isinstance(value, Tensor)}
     tensors = {name: value.contiguous().clone() for name, value in {**tensors, "advantages": advantages}.items()}
-    with suppress(OSError, SafetensorError):  # a full disk must not hide what happened
+    with suppress(OSError, SafetensorError):  # a full disk must not hide the original error
         save_file(tensors, path.with_suffix(".safetensors"))
     shown = ", ".join(f"{name} {value:.3g}" for name, value in numbers.items())
     return NotFiniteError(f"step {step}: {shown}; the batch lies in {path}")

@@ -1,7 +1,7 @@
-"""One run, as the loop sees it: four verbs. `steps`, `check_finite`, `record`, `finish`.
+"""One run, as used by the training loop: `steps`, `check_finite`, `record` and `finish`.
 
-Behind them: the evaluation of the base model, resuming, the progress bar, Ctrl-C, records, evaluations, best/,
-checkpoints, pictures, and saving after an error. The files are in grpo/run/folder.py.
+These four methods handle the evaluation of the base model, resuming, the progress bar, Ctrl-C, records, evaluations,
+best/, checkpoints, plots, and saving after an error. grpo/run/folder.py lists the files.
 """
 
 from collections.abc import Iterator
@@ -30,10 +30,10 @@ class Run:
     """A run in progress."""
 
     folder: RunFolder
-    setup: Setup | None = None  # from the first step on
+    setup: Setup | None = None  # set when training starts
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0))  # tokens and completions so far
-    evaluation: Evaluation | None = None  # the newest one, if the weights are still those it was made with
-    whole_step: int | None = None  # the weights are those after this step; None: an update is under way
+    evaluation: Evaluation | None = None  # of the current weights; None if they were not evaluated
+    whole_step: int | None = None  # step whose weights the policy has; None: in the middle of an update
 
     def steps(self, setup: Setup) -> Iterator[int]:
         """Yield the remaining steps: from 1, or from the one after the checkpoint that the run resumes from."""
@@ -48,17 +48,17 @@ class Run:
             progress.set_postfix(self.folder.status())
 
     def check_finite(self, metrics: StepMetrics, batch: Batch, advantages: Tensor) -> None:
-        """A NaN or inf in loss or gradient ends the run here, before it reaches the weights."""
+        """Stop the run if the loss or the gradient is NaN or inf, before the optimizer step changes the weights."""
         if not metrics.is_finite():
             rows = sample_rows(metrics.step, batch.row_samples, batch.rollout, batch.scores, advantages)
             raise leave_failed_batch(self.folder.path, rows, batch.rollout, advantages, metrics.checked_numbers())
         self.whole_step = None
 
     def record(self, batch: Batch, advantages: Tensor, metrics: StepMetrics) -> None:
-        """A row of metrics.jsonl, the lines of samples.jsonl; if they are due, an evaluation and a checkpoint.
+        """Write the step to metrics.jsonl and samples.jsonl. Evaluate and save a checkpoint if they are due.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C asked for it. The step is saved.
+            KeyboardInterrupt: Ctrl-C was pressed. The step has been saved.
         """
         assert self.setup is not None
         step, config = metrics.step, self.setup.config
@@ -91,14 +91,14 @@ class Run:
         self.folder.finish(self.evaluation or self.setup.evaluate(), self.setup.eval_set)
 
     def rescue(self) -> None:
-        """After an error: save the newest whole step, unless it is the base model or the weights are being updated."""
+        """After an error, save a checkpoint of the last complete step. Not for step 0 or in the middle of an update."""
         step, self.whole_step = self.whole_step, None
         if step is not None:
-            with suppress(RunError):  # the first error is the one to be told
+            with suppress(RunError):  # report the first error, not this one
                 self._save(step)
 
     def _begin(self, setup: Setup) -> int:
-        """Step 0: the base model is evaluated, and the folder made."""
+        """Step 0: evaluate the base model and start the run folder. Returns the first step."""
         self.evaluation = setup.evaluate().having(setup.config.eval_metric)
         self.folder.begin(base_sha256=weights_sha256(setup.policy), examples=pick_examples(self.evaluation))
         self.folder.append({"step": 0} | self.evaluation.metrics())
@@ -106,14 +106,15 @@ class Run:
         return 1
 
     def _resume(self, setup: Setup) -> int:
-        """Everything as it was after the newest checkpoint."""
+        """Restore the run as it was after the newest checkpoint. Returns the next step."""
         checkpoint = self.folder.checkpoint
         assert checkpoint is not None
         base_sha256 = self.folder.facts["base_sha256"]
         state = load_checkpoint(checkpoint, setup.policy, setup.optimizer, setup.extra_modules, base_sha256)
         self.folder.resume(state)
         step, self.counts = state["step"], {name: state[name] for name in COUNTS}
-        if self._is_due(step) and "eval/reward" not in self.folder.rows[-1]:  # it failed then, or it was no last step
+        if self._is_due(step) and "eval/reward" not in self.folder.rows[-1]:
+            # The evaluation failed, or this was not the last step of the interrupted run.
             self.evaluation = setup.evaluate()
             self.folder.amend(self.evaluation.metrics())
             self._report(step, self.evaluation)
@@ -128,7 +129,7 @@ class Run:
         self.folder.report(step, evaluation, self.setup.policy, self.setup.tokenizer)
 
     def _save(self, step: int) -> None:
-        """A checkpoint; none for step 0, which is the base model."""
+        """Save a checkpoint. Step 0 is the untrained base model, so it is not saved."""
         assert self.setup is not None
         if step > 0:
             save_checkpoint(
@@ -145,11 +146,11 @@ class Run:
 
 @contextmanager
 def open_run(config: Config, options: Options = Options(), script: str = "train_grpo.py") -> Iterator[Run]:
-    """Hold `output_dir` for one run of `script`. What fails in it is saved as far as possible, and explained.
+    """Lock `output_dir` for one run of `script`. After an error, the last complete step is saved if possible.
 
     Raises:
-        InputError: the folder cannot be written, is in use, holds something else, or an unfinished run.
-        RunError: the run failed; the message says how to go on.
+        InputError: the folder cannot be written, is in use, holds other files, or holds an unfinished run.
+        RunError: the run failed. The message says how to continue.
     """
     with open_folder(config, options, script) as folder:
         run = Run(folder)

@@ -1,6 +1,6 @@
-"""Set-up of a run: every input is checked, then data, rewards, models and optimizer are loaded.
+"""Set-up of a run: check all input, then load data, rewards, models and optimizer.
 
-`Setup` holds them, and binds the settings once: a method has the name of the function that it calls.
+`Setup` holds these objects. Its methods have the names of the functions that they call, and pass the settings to them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -44,23 +44,23 @@ from reward_model import load_rewards_of
 
 @dataclass
 class Setup:
-    """What a run works with. Letters: P prompts, B completions, C padded completion length; b of B."""
+    """Settings, models, data and rewards of a run. Letters: P prompts, B completions, C padded length, b of B rows."""
 
     config: Config
     policy: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    reference: PreTrainedModel | None  # None if kl_coeff is 0; with LoRA the policy itself, its adapter off
-    critic: Critic | None  # examples/train_ppo.py only
+    reference: PreTrainedModel | None  # None if kl_coeff is 0; with LoRA the policy itself (adapter disabled)
+    critic: Critic | None  # only in examples/train_ppo.py
     optimizer: torch.optim.AdamW
     train_set: Dataset
     eval_set: Dataset
     rewards: RewardsOf
     autocast: Callable[[], AbstractContextManager]
-    eager: Callable[[], AbstractContextManager]  # without torch.compile, where shapes change with every token
+    eager: Callable[[], AbstractContextManager]  # disables torch.compile while sampling
 
     @property
     def extra_modules(self) -> Mapping[str, nn.Module]:
-        """The models besides the policy that training changes, so that checkpoints must hold them."""
+        """The models that training changes besides the policy. Checkpoints must include them."""
         modules: dict[str, nn.Module] = {} if self.critic is None else {"critic": self.critic}
         if self.reference is not None and self.config.ref_update_every:
             modules["reference"] = self.reference
@@ -69,13 +69,13 @@ class Setup:
     def generate_completions(
         self, samples: Sequence[Sample], step: int, round: int = 0, places: Sequence[int] | None = None
     ) -> Rollout:
-        """A group of completions for each sample, from the policy as it is now.
+        """Sample a group of completions for each sample from the current policy.
 
-        Noise is a function of (seed, step, resampling round, place). `places`: where in the batch the samples are, each
-        in 0 ... P - 1; None = they are the whole batch.
+        The noise is a function of (seed, step, resampling round, place). `places`: positions of the samples in the
+        batch, each in 0 ... P - 1; None = the samples are the whole batch.
         """
         config = self.config
-        numbers = torch.arange(config.batch_size * config.group_size).view(-1, config.group_size)  # (P, G) row numbers
+        numbers = torch.arange(config.batch_size * config.group_size).view(-1, config.group_size)  # (P, G)
         rows = numbers if places is None else numbers[list(places)]
         with self.autocast(), self.eager():
             return generate_completions(
@@ -103,7 +103,7 @@ class Setup:
         )
 
     def sample_groups(self, step: int, round: int, places: Sequence[int]) -> Batch:
-        """Dynamic sampling: [1], [2] and [3] for these places of a step; `round` is 1, 2, ..."""
+        """Dynamic sampling: repeat [1], [2] and [3] for some places of a step. `round` is 1, 2, ..."""
         config = self.config
         drawn = samples_for_step(self.train_set, step=step, batch_size=config.batch_size, seed=config.seed, round=round)
         samples = [drawn[place] for place in places]
@@ -111,7 +111,7 @@ class Setup:
         return Batch(samples, rollout, self.score_completions(samples, rollout), config)
 
     def compute_logprobs(self, model: PreTrainedModel, rollout: Rollout, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """(b, C) log-probs and entropies of these rows, at the temperature they were sampled at."""
+        """(b, C) log-probs and entropies of these rows, at the sampling temperature."""
         with self.autocast():
             return compute_logprobs(
                 model,
@@ -123,31 +123,31 @@ class Setup:
             )
 
     def old_logps(self, rollout: Rollout, plan: Sequence[Sequence[Tensor]]) -> Tensor:
-        """(B, C) log-probs under the policy before its first optimizer step, in the micro-batches of the update."""
+        """(B, C) log-probs under the policy before the first optimizer step, with the update's micro-batches."""
         return self._fixed_logps(self.policy, rollout, plan)
 
     def ref_logps(self, rollout: Rollout, plan: Sequence[Sequence[Tensor]]) -> Tensor:
-        """(B, C) log-probs under the frozen reference, in the micro-batches of the update."""
+        """(B, C) log-probs under the frozen reference, with the update's micro-batches."""
         assert self.reference is not None
         with adapter_off(self.reference):
             return self._fixed_logps(self.reference, rollout, plan)
 
     @torch.no_grad()
     def _fixed_logps(self, model: PreTrainedModel, rollout: Rollout, plan: Sequence[Sequence[Tensor]]) -> Tensor:
-        """(B, C) without gradient; NaN for rows that are in no micro-batch."""
+        """(B, C) log-probs without gradient. Rows that are in no micro-batch are NaN."""
         micro_batches = list(chain.from_iterable(plan))
         parts = [self.compute_logprobs(model, rollout, rows)[0] for rows in micro_batches]
         table = parts[0].new_full(rollout.completion_ids.shape, torch.nan)
         return table.index_copy(0, torch.cat(micro_batches), torch.cat(parts))
 
     def update_reference(self, step: int) -> None:
-        """Every `ref_update_every` steps the reference becomes the current policy (the paper's outer loop)."""
+        """Copy the policy to the reference every `ref_update_every` steps (the outer loop of the paper)."""
         every = self.config.ref_update_every
         if self.reference is not None and every and step % every == 0:
             self.reference.load_state_dict(self.policy.state_dict())
 
     def evaluate(self) -> Evaluation:
-        """Greedy answers to the held-out problems."""
+        """Evaluate greedy answers to the held-out problems."""
         batch_rows = self.config.batch_size * self.config.group_size
         with self.autocast(), self.eager():
             return evaluate_greedy(
@@ -161,10 +161,10 @@ class Setup:
 
 
 def set_up(folder: RunFolder) -> Setup | None:
-    """Check every input, then load. None if there is nothing to train: after --dry_run and --preflight.
+    """Check all input, then load everything. Returns None for --dry_run and --preflight, which do not train.
 
     Raises:
-        InputError: wrong input. Nothing has been computed or written.
+        InputError: wrong input. Nothing has been trained or saved.
     """
     config = folder.config
     warn(config)
@@ -205,7 +205,7 @@ def set_up(folder: RunFolder) -> Setup | None:
 
 
 def _look_at_first_groups(setup: Setup, *, only_look: bool) -> bool:
-    """The pre-flight: sample the first step's prompts from the base, and say what there is to learn from."""
+    """The pre-flight: sample the first step's prompts from the base model, and print a report of the rewards."""
     config = setup.config
     samples = samples_for_step(setup.train_set, step=1, batch_size=config.batch_size, seed=config.seed)
     rollout = setup.generate_completions(samples, step=0)
