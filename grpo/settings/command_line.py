@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from grpo.algorithms import ALGORITHMS, CRITIC_SCRIPT, plain_table
-from grpo.errors import InputError, did_you_mean, exit_with
+from grpo.errors import InputError, exit_with
 from grpo.settings.config import TYPES, Config, Options, documented_sections, load_config, resumed_config
+from grpo.settings.synonyms import suggestion
 
 
 class SettingsParser(argparse.ArgumentParser):
@@ -68,9 +69,11 @@ class SettingsParser(argparse.ArgumentParser):
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         if unknown:
             flag = unknown[0].partition("=")[0]
+            if not flag.startswith("-"):
+                self.error(f"{unknown[0]}: not a flag. Put a value with spaces in quotes: --rewards '[math, format]'")
             names = [option.lstrip("-") for option in self._option_string_actions]
-            nearest = did_you_mean(flag.lstrip("-"), names, prefix="--")
-            self.error(f"{flag}: not a setting{nearest}; --help_all lists them all")
+            hint = suggestion(flag.lstrip("-"), names, prefix="--")
+            self.error(f"{flag}: not a setting{hint or '; --help_all lists every setting'}")
         return known, [f"{key}={getattr(known, key)}" for key in TYPES if getattr(known, key) is not None]
 
 

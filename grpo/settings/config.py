@@ -20,9 +20,10 @@ from typing import Any, Literal, NamedTuple
 import yaml
 
 from grpo.algorithms import ALGORITHMS, CLIP_KEYS, CRITIC_SCRIPT, ROW_KEYS, filled
-from grpo.errors import InputError, did_you_mean, unreadable
+from grpo.errors import InputError, unreadable
 from grpo.settings.rules import CRITIC_KEYS, MAY_BE_INFINITE, MAY_CHANGE_ON_RESUME, RULES, as_yaml
 from grpo.settings.sources import sources_of
+from grpo.settings.synonyms import suggestion
 
 DEFAULTS_FILE = Path(__file__).resolve().parents[2] / "config.yaml"
 
@@ -421,7 +422,7 @@ def _known(settings: dict[str, Any], where: str) -> dict[str, Any]:
     for key in settings:
         if key not in TYPES:
             name = key if isinstance(key, str) else _shown(key)
-            raise InputError(f"{where}: {name}: not a setting{did_you_mean(name, TYPES)}")
+            raise InputError(f"{where}: {name}: not a setting{suggestion(name, TYPES)}")
     return settings
 
 

@@ -22,6 +22,7 @@ from grpo.settings.config import (
     load_config,
     warnings_about,
 )
+from grpo.settings.synonyms import DIFFERENCES, SYNONYMS, suggestion
 
 ROOT = Path(__file__).resolve().parents[2]
 FIRST_HALF = [key for section in documented_sections() if not section.is_advanced for key in section.settings]
@@ -197,7 +198,7 @@ def test_files_named_in_config_yaml_exist() -> None:
     ("override", "message"),
     [
         ("group_sise=4", "group_sise: not a setting; did you mean group_size?"),
-        ("lr=1", "lr: not a setting"),
+        ("lr=1", "lr: not a setting; did you mean learning_rate?"),
         ("group_size=many", "group_size: got 'many', expected a whole number"),
         ("group_size=2.5", "group_size: got 2.5, expected a whole number"),
         ("group_size=true", "group_size: got True, expected a whole number"),
@@ -280,12 +281,58 @@ def test_a_wrong_flag_ends_with_status_2_and_one_line(capsys: pytest.CaptureFixt
     for arguments, message in [
         (["--learning_rat", "1"], "error: --learning_rat: not a setting; did you mean --learning_rate?"),
         (["--config", "missing.yaml"], "error: missing.yaml: cannot be read: No such file or directory"),
-        (["surplus"], "error: surplus: not a setting"),
+        (["surplus"], "error: surplus: not a flag. Put a value with spaces in quotes: --rewards '[math, format]'"),
     ]:
         with pytest.raises(SystemExit) as raised:
             parse_command_line("", arguments)
         assert raised.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_synonym_leads_to_real_settings_and_is_none_itself() -> None:
+    for name, keys in SYNONYMS.items():
+        assert name not in TYPES
+        assert keys
+        assert set(keys) <= set(TYPES), name
+        assert name == name.replace("-", "_").lower()
+    assert set(DIFFERENCES) <= set(SYNONYMS)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("beta", "kl_coeff?"),
+        ("num_generations", "group_size?"),
+        ("steps", "num_train_steps?"),
+        ("max_steps", "num_train_steps?"),
+        ("max_new_tokens", "max_completion_length?"),
+        ("loss_type", "{}loss_aggregation or {}algorithm? loss_aggregation averages"),
+        ("lr", "learning_rate?"),
+        ("epsilon", "clip_range?"),
+        ("reward_funcs", "rewards?"),
+        ("gradient_accumulation_steps", "{}micro_batch_size or {}num_minibatches? Gradients are always accumulated"),
+        ("num-train-steps", "num_train_steps?"),
+        ("Max-Steps", "num_train_steps?"),
+    ],
+)
+def test_names_from_elsewhere_are_answered_with_ours_in_flags_and_files(
+    name: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = message if message.startswith("{}") else "{}" + message
+    with pytest.raises(SystemExit):
+        parse_command_line("", [f"--{name}", "5"])
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: --{name}: not a setting; did you mean {message.format('--', '--')}")
+    assert said.count("\n") == 1
+    (tmp_path / "mine.yaml").write_text(f"{name}: 5\n")
+    with pytest.raises(InputError) as raised:
+        load_config(tmp_path / "mine.yaml")
+    assert f"mine.yaml: {name}: not a setting; did you mean {message.format('', '')}" in str(raised.value)
+
+
+def test_a_synonym_of_a_setting_that_is_not_offered_falls_back_to_the_spelling() -> None:
+    assert suggestion("steps", ["step"]) == "; did you mean step?"
+    assert suggestion("zzz", TYPES) == ""
 
 
 def test_what_is_seldom_meant_is_warned_about() -> None:
