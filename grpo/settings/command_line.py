@@ -10,7 +10,15 @@ from typing import Any
 
 from grpo.algorithms import ALGORITHMS, CRITIC_SCRIPT, plain_table
 from grpo.errors import InputError, exit_with
-from grpo.settings.config import TYPES, Config, Options, documented_sections, load_config, resumed_config
+from grpo.settings.config import (
+    TYPES,
+    Config,
+    Options,
+    check_data_files,
+    documented_sections,
+    load_config,
+    resumed_config,
+)
 from grpo.settings.synonyms import suggestion
 
 
@@ -121,6 +129,7 @@ def parse_command_line(
             config = load_config(known.config, overrides, recorded={"algorithm": "ppo"} if has_critic else None)
         if has_critic != (config.advantage_baseline == "critic"):
             raise InputError(f"algorithm: got {config.algorithm}, {_WRONG_SCRIPT[has_critic]}")
+        check_data_files(config)
         return config, options
     except InputError as error:
         exit_with(error)

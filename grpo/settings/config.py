@@ -8,6 +8,7 @@ flag answer at once.
 
 import json
 import math
+import os
 import re
 import sys
 import types
@@ -268,13 +269,14 @@ def read_run_json(folder: Path) -> dict[str, Any]:
 
 def _asked_for(path: str | Path | None, overrides: Iterable[str]) -> dict[str, Any]:
     """The settings in a settings file and in the overrides. An unknown key raises InputError."""
-    settings = _known(_read_yaml(Path(path)), where=str(path)) if path is not None else {}
+    settings = _known(_read_yaml(Path(path).expanduser()), where=str(path)) if path is not None else {}
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator:
             raise InputError(f"override {override!r}: expected key=value")
         # An unquoted value of a text setting is not parsed as YAML: a folder may be named 2024 or "a #1".
         is_text = TYPES.get(key) is str or (str in typing.get_args(TYPES.get(key)) and text not in ("", "null", "~"))
+        is_text = is_text or (key == "stop_strings" and not text.startswith("[") and text not in ("", "null", "~"))
         is_plain_text = is_text and not text.startswith(("'", '"'))
         value = text if is_plain_text else _parse_yaml(text, where=key)
         if not text.strip() and not is_plain_text and key in TYPES:  # for example an empty shell variable
@@ -444,13 +446,43 @@ def _checked(key: str, value: Any) -> Any:
         value = float(value)
     if value == ".inf" and key in MAY_BE_INFINITE:  # run.json holds ".inf" because JSON has no infinity
         value = math.inf
+    if key in MAY_BE_ONE and isinstance(value, MAY_BE_ONE[key]) and value:
+        value = [value]
     if type(value) is not expected or (expected is float and not math.isfinite(value) and key not in MAY_BE_INFINITE):
         raise InputError(f"{key}: got {_shown(value)}, expected {_TYPE_NAMES[expected]}")
     if key in RULES and not RULES[key][0](value):
         raise InputError(f"{key}: got {_shown(value)}, allowed: {RULES[key][1]}")
     if expected is int and value >= 2**63:
         raise InputError(f"{key}: got {_shown(value)}, allowed: < 2**63")
+    return _located(key, value)
+
+
+def _located(key: str, value: Any) -> Any:
+    """The value with ~ expanded in paths. A default data file that is not in the current folder is the project's."""
+    if key == "datasets" and value is not None:
+        return [_entry_with_home(entry) if isinstance(entry, dict) else entry for entry in value]
+    if key in ("train_file", "eval_file", "output_dir"):
+        value = os.path.expanduser(value)
+    if key in ("train_file", "eval_file") and not Path(value).exists() and value == _read_yaml(DEFAULTS_FILE)[key]:
+        beside = DEFAULTS_FILE.parent / value
+        return str(beside) if beside.is_file() else value
     return value
+
+
+def _entry_with_home(entry: dict[str, Any]) -> dict[str, Any]:
+    paths = {key: entry[key] for key in ("path", "eval_path") if isinstance(entry.get(key), str)}
+    return entry | {key: os.path.expanduser(path) for key, path in paths.items()}
+
+
+def check_data_files(config: Config) -> None:
+    """Raise an InputError if a data file of the config does not exist. A Hub dataset is not looked up."""
+    for source in sources_of(vars(config)):
+        for key, path in (("train_file", source.path), ("eval_file", source.eval_path)):
+            if path is None or Path(path).suffix not in DATA_SUFFIXES or os.path.lexists(path):
+                continue
+            start = "" if Path(path).is_absolute() else f" Relative paths start at the current folder, {Path.cwd()}."
+            where = key if config.datasets is None else "datasets"
+            raise InputError(f'{where}: no file named "{path}".{start or " Check the path."}')
 
 
 def _shown(value: Any) -> str:
@@ -460,6 +492,11 @@ def _shown(value: Any) -> str:
     except (ValueError, RecursionError):  # thousands of digits, thousands of nested brackets
         return f"{type(value).__name__} too long to be shown"
 
+
+# A single value of these types is taken as a list of one.
+MAY_BE_ONE: dict[str, tuple[type, ...]] = {"rewards": (str, dict), "stop_strings": (str,)}
+
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 _TYPE_NAMES = {
     int: "a whole number",
@@ -533,7 +570,7 @@ def _check_data_and_model(settings: dict[str, Any]) -> None:
     sources_of(settings)
     defaults = _read_yaml(DEFAULTS_FILE)
     for key in ("train_file", "eval_file"):
-        if settings["datasets"] is not None and settings[key] != defaults[key]:
+        if settings["datasets"] is not None and settings[key] != _located(key, defaults[key]):
             raise InputError(f"{key}: got {settings[key]} with datasets, which take its place; allowed: one of the two")
     if settings["total_rows"] is not None and settings["datasets"] is None:
         raise InputError(f"total_rows: got {settings['total_rows']} without datasets, allowed there: null")

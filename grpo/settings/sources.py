@@ -72,9 +72,11 @@ def _source(entry: Any, number: int, common: dict[str, Any]) -> Source:
                 raise InputError(f"{where}: {key}: got {value!r}, expected a number")
             if not (0 < value < math.inf):
                 raise InputError(f"{where}: {key}: got {value!r}, allowed: > 0")
-        if key == "rewards" and not (isinstance(value, list) and value):
+        if key == "rewards" and not (isinstance(value, list | str) and value):
             raise InputError(f"{where}: rewards: got {value!r}, expected a list, such as [math]")
     own = {key: value for key, value in entry.items() if key not in ("weight", "percentage")}
+    if isinstance(own.get("rewards"), str):
+        own["rewards"] = [own["rewards"]]
     weight = float(entry["weight"] if "weight" in entry else entry.get("percentage", 1.0))
     return Source(**({"eval_path": None, "name": Path(entry["path"]).stem} | common | own), weight=weight)
 

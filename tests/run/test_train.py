@@ -332,7 +332,7 @@ def test_compiled_are_the_trunks_of_policy_and_reference_and_never_in_the_sample
     ("flag", "status", "message"),
     [
         ("--group_sise=3", 2, "error: --group_sise: not a setting; did you mean --group_size?"),
-        ("--train_file=missing.jsonl", 2, "error: missing.jsonl: cannot be read: No such file or directory"),
+        ("--train_file=missing.jsonl", 2, 'error: train_file: no file named "missing.jsonl". Relative paths start at'),
         ("--rewards=[tests.toy_rewards:raises]", 1, "error: reward tests.toy_rewards:raises raised KeyError: 'oops'"),
         ("--learning_rate=1e30", 1, "gradient norm nan; the batch lies in"),
     ],

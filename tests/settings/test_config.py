@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -22,6 +23,7 @@ from grpo.settings.config import (
     load_config,
     warnings_about,
 )
+from grpo.settings.sources import sources_of
 from grpo.settings.synonyms import DIFFERENCES, SYNONYMS, suggestion
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -227,7 +229,6 @@ def test_files_named_in_config_yaml_exist() -> None:
         ("gae_lambda=1.1", "gae_lambda: got 1.1, allowed: in [0, 1]"),
         ("advantage_baseline=none", "got group, allowed with advantage_baseline none: batch | tokens | none"),
         ("num_minibatches=3", "num_minibatches: got 3, must divide batch_size 16"),
-        ("rewards=math", "rewards: got 'math', expected a list"),
         ("rewards=[]", "rewards: got [], allowed: a list of at least one reward"),
         ("rewards=[math", "rewards, line 1: not YAML: expected"),
         ("mask_truncated_completions=1", "mask_truncated_completions: got 1, expected true or false"),
@@ -287,6 +288,81 @@ def test_a_wrong_flag_ends_with_status_2_and_one_line(capsys: pytest.CaptureFixt
             parse_command_line("", arguments)
         assert raised.value.code == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("rewards=math", "rewards", ["math"]),
+        ("rewards={name: math, weight: 2}", "rewards", [{"name": "math", "weight": 2}]),
+        ("rewards=my.module:fn", "rewards", ["my.module:fn"]),
+        ("stop_strings=Q:", "stop_strings", ["Q:"]),
+        ("stop_strings=5", "stop_strings", ["5"]),
+        ("stop_strings='a b'", "stop_strings", ["a b"]),
+        ('stop_strings="\\n"', "stop_strings", ["\n"]),
+        ("stop_strings=[a, b]", "stop_strings", ["a", "b"]),
+    ],
+)
+def test_a_single_value_is_a_list_of_one(override: str, key: str, value: list[Any]) -> None:
+    assert getattr(load_config(None, [override]), key) == value
+
+
+def test_a_single_value_in_a_settings_file_is_a_list_of_one(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text('rewards: math\nstop_strings: "Q:"\n')
+    config = load_config(tmp_path / "mine.yaml")
+    assert (config.rewards, config.stop_strings) == (["math"], ["Q:"])
+    entries = "datasets=[{path: a.jsonl, eval_path: b.jsonl, rewards: gsm8k}]"
+    assert sources_of(vars(load_config(None, [entries])))[0].rewards == ["gsm8k"]
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("seed: 5\ntrain_file: ~/a.jsonl\n")
+    config = load_config("~/mine.yaml", ["output_dir=~/runs/a", "eval_file=~/b.jsonl"])
+    home = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl", "runs/a")]
+    assert [config.train_file, config.eval_file, config.output_dir] == home
+    assert config.seed == 5
+    config = load_config(None, ["datasets=[{path: ~/a.jsonl, eval_path: ~/b.jsonl, weight: 2}]"])
+    assert config.datasets == [{"path": home[0], "eval_path": home[1], "weight": 2}]
+    assert load_config(None, ["output_dir=a~b"]).output_dir == "a~b"
+
+
+def test_default_data_is_found_beside_the_project_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = load_config()
+    assert (here.train_file, here.eval_file) == ("data/math_tasks_train.jsonl", "data/math_tasks_eval.jsonl")
+    monkeypatch.chdir(tmp_path)
+    there = load_config()
+    assert there.train_file == str(ROOT / "data/math_tasks_train.jsonl")
+    assert there.eval_file == str(ROOT / "data/math_tasks_eval.jsonl")
+    assert load_config(recorded=dataclasses.asdict(here)) == there  # a run that was started elsewhere
+    assert load_config(recorded=dataclasses.asdict(there)) == there
+    load_config(None, ["datasets=[{path: a.jsonl, eval_path: b.jsonl}]"])  # the defaults do not contradict it
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/math_tasks_train.jsonl").write_text("")
+    assert load_config().train_file == "data/math_tasks_train.jsonl"  # the current folder comes first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--train_file=no/such.jsonl"], 'train_file: no file named "no/such.jsonl". Relative paths start at the cur'),
+        (["--eval_file=/no/such.csv"], 'eval_file: no file named "/no/such.csv". Check the path.'),
+        (["--datasets=[{path: a.json, eval_path: b.json}]"], 'datasets: no file named "a.json". Relative paths start'),
+    ],
+)
+def test_a_missing_data_file_says_where_relative_paths_start(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as raised:
+        parse_command_line("", arguments)
+    assert raised.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {message}")
+    assert (str(tmp_path) in said) == ("Relative" in message)
 
 
 def test_a_synonym_leads_to_real_settings_and_is_none_itself() -> None:
