@@ -19,6 +19,7 @@ from grpo.settings.config import (
     load_config,
     resumed_config,
 )
+from grpo.settings.rules import one_of
 from grpo.settings.synonyms import suggestion
 
 
@@ -64,7 +65,7 @@ class SettingsParser(argparse.ArgumentParser):
         """Let the help of these settings say that only one value is allowed."""
         for action in self._actions:
             if (choice := choices.get(action.dest)) is not None:
-                action.help = f"{choice}: nothing else is allowed here"
+                action.help = f"only {choice} works with this script"
 
     def error(self, message: str) -> typing.NoReturn:
         exit_with(InputError(message))
@@ -122,13 +123,13 @@ def parse_command_line(
     chosen = [f"--{name}" for name, is_chosen in dataclasses.asdict(options).items() if is_chosen]
     try:
         if len(chosen) > 1:
-            raise InputError(f"got {' and '.join(chosen)}, allowed: one of them")
+            raise InputError(f"{' and '.join(chosen)} cannot be combined. Use one of them.")
         if options.resume:
             config = resumed_config(known.config, overrides)
         else:
             config = load_config(known.config, overrides, recorded={"algorithm": "ppo"} if has_critic else None)
         if has_critic != (config.advantage_baseline == "critic"):
-            raise InputError(f"algorithm: got {config.algorithm}, {_WRONG_SCRIPT[has_critic]}")
+            raise InputError(f'algorithm: "{config.algorithm}" {_WRONG_SCRIPT[has_critic]}')
         check_data_files(config)
         return config, options
     except InputError as error:
@@ -136,7 +137,8 @@ def parse_command_line(
 
 
 _WRONG_SCRIPT = {  # has_critic -> the end of the error message about an algorithm of the other script
-    False: f"which learns a critic: python {CRITIC_SCRIPT}; allowed here: "
-    + " | ".join(name for name, row in ALGORITHMS.items() if row["advantage_baseline"] != "critic"),
-    True: "which has no critic: python train_grpo.py; allowed here: ppo",
+    False: f"trains a critic, which this script does not. Run python {CRITIC_SCRIPT}, or use "
+    + one_of(name for name, row in ALGORITHMS.items() if row["advantage_baseline"] != "critic")
+    + ".",
+    True: "has no critic, which this script trains. Run python train_grpo.py, or use ppo.",
 }

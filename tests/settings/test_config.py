@@ -170,7 +170,7 @@ def test_precedence_is_defaults_then_file_then_flags(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("text", "number"), [("1e-5", 1e-5), ("1E3", 1000.0), ("-2e+1", -20.0), ("1.5e-3", 1.5e-3)])
 def test_scientific_notation_is_a_number(text: str, number: float) -> None:
     if number < 0:
-        with pytest.raises(InputError, match=r"learning_rate: got -20.0, allowed: >= 0"):
+        with pytest.raises(InputError, match=r"learning_rate: -20.0 is negative. Use 0 or more."):
             load_config(None, [f"learning_rate={text}"])
     else:
         assert load_config(None, [f"learning_rate={text}"]).learning_rate == number
@@ -201,54 +201,76 @@ def test_files_named_in_config_yaml_exist() -> None:
     [
         ("group_sise=4", "group_sise: not a setting; did you mean group_size?"),
         ("lr=1", "lr: not a setting; did you mean learning_rate?"),
-        ("group_size=many", "group_size: got 'many', expected a whole number"),
-        ("group_size=2.5", "group_size: got 2.5, expected a whole number"),
-        ("group_size=true", "group_size: got True, expected a whole number"),
-        ("group_size=", "group_size: got nothing; null is written out"),
-        ("group_size=null", "group_size: got null, expected a whole number"),
-        ("group_size=0", "group_size: got 0, allowed: >= 1"),
-        ("group_size=1", "group_size: got 1, allowed with advantage_baseline group: >= 2"),
-        ("micro_batch_tokens=0", "micro_batch_tokens: got 0, allowed: >= 1"),
-        ("shared_prefix=sometimes", "shared_prefix: got 'sometimes', allowed: auto | always | never"),
-        ("compile=1", "compile: got 1, expected true or false"),
-        ("batch_size=0", "batch_size: got 0, allowed: >= 1"),
-        ("temperature=0", "temperature: got 0.0, allowed: > 0"),
-        ("top_p=0", r"top_p: got 0.0, allowed: in (0, 1]"),
-        ("top_p=1.1", r"top_p: got 1.1, allowed: in (0, 1]"),
-        ("top_k=-1", "top_k: got -1, allowed: >= 0"),
-        ("seed=-1", "seed: got -1, allowed: 0 ... 2**63 - 1"),
-        ("base_seed=9223372036854775808", "base_seed: got 9223372036854775808, allowed: 0 ... 2**63 - 1"),
-        ("clip_range=1", r"clip_range: got 1.0, allowed: in (0, 1)"),
-        ("kl_coeff=-1", "kl_coeff: got -1.0, allowed: >= 0"),
-        ("learning_rate=.inf", "learning_rate: got inf, expected a number"),
-        ("kl_coeff=.nan", "kl_coeff: got nan, expected a number"),
-        ("kl_estimator=k4", "kl_estimator: got 'k4', allowed: k1 | k2 | k3 | k3_corrected"),
-        ("loss_aggregation=mean", "loss_aggregation: got 'mean', allowed: sequence | token | constant"),
-        ("gamma=0.99", "gamma: got 0.99, allowed with advantage_baseline group: 1.0"),
-        ("gamma=0", "gamma: got 0.0, allowed: in (0, 1]"),
-        ("gae_lambda=1.1", "gae_lambda: got 1.1, allowed: in [0, 1]"),
-        ("advantage_baseline=none", "got group, allowed with advantage_baseline none: batch | tokens | none"),
-        ("num_minibatches=3", "num_minibatches: got 3, must divide batch_size 16"),
-        ("rewards=[]", "rewards: got [], allowed: a list of at least one reward"),
-        ("rewards=[math", "rewards, line 1: not YAML: expected"),
-        ("mask_truncated_completions=1", "mask_truncated_completions: got 1, expected true or false"),
-        ("eval_metric=eval/mean_length", "eval_metric: got 'eval/mean_length', allowed: eval/accuracy | eval/reward"),
-        ("output_dir=", "output_dir: got '', allowed: a folder"),
-        (f"output_dir={'a' * 300}", "allowed: a folder"),
-        ("train_file=a\0", r"train_file: got 'a\x00', allowed: a name that a file can have"),
-        (r'model_name="\ud800"', r"model_name: got '\ud800', allowed: a name that a file can have"),
-        (f"group_size=0x{'f' * 5000}", "group_size: got int too long to be shown, allowed: < 2**63"),
+        ("group_size=many", 'group_size: "many" is not a whole number. Use one such as 8.'),
+        ("group_size=2.5", "group_size: 2.5 is not a whole number."),
+        ("group_size=true", "group_size: true is not a whole number."),
+        ("group_size=", "group_size: the value is empty. Give one"),
+        ("group_size=null", "group_size: null is not a whole number."),
+        ("group_size=0", "group_size: 0 is too small. Use 1 or more."),
+        (
+            "group_size=1",
+            'group_size: 1 is too small for advantage_baseline "group", which compares completions of one prompt. Us',
+        ),
+        ("micro_batch_tokens=0", "micro_batch_tokens: 0 is too small. Use 1 or more."),
+        ("shared_prefix=sometimes", 'shared_prefix: "sometimes" is not a valid choice. Use auto, always or never.'),
+        ("compile=1", "compile: 1 is not true or false. Use one of the two."),
+        ("batch_size=0", "batch_size: 0 is too small. Use 1 or more."),
+        ("temperature=0", "temperature: 0.0 makes all completions of a prompt the same"),
+        ("top_p=0", "top_p: 0.0 is out of range. Use a number above 0 and up to 1"),
+        ("top_p=1.1", "top_p: 1.1 is out of range. Use a number above 0 and up to 1"),
+        ("top_k=-1", "top_k: -1 is negative. Use 1 or more, or 0 to switch it off."),
+        ("seed=-1", "seed: -1 is no valid seed. Use a whole number from 0 to 2**63 - 1."),
+        ("base_seed=9223372036854775808", "base_seed: 9223372036854775808 is no valid seed. Use a whole number from 0"),
+        ("clip_range=1", "clip_range: 1.0 is out of range. Use a number between 0 and 1, or .inf"),
+        ("kl_coeff=-1", "kl_coeff: -1.0 is negative. Use 0 or more."),
+        ("learning_rate=.inf", "learning_rate: inf is not finite. Use a number such as 0.1."),
+        ("kl_coeff=.nan", "kl_coeff: nan is not finite."),
+        ("kl_estimator=k4", 'kl_estimator: "k4" is not a valid choice. Use k1, k2, k3 or k3_corrected.'),
+        ("loss_aggregation=mean", 'loss_aggregation: "mean" is not a valid choice. Use sequence, token or constant.'),
+        ("gamma=0.99", 'gamma: 0.99 has no effect with advantage_baseline "group", which has no critic. Leave it out'),
+        ("gamma=0", "gamma: 0.0 is out of range. Use a number above 0 and up to 1."),
+        ("gae_lambda=1.1", "gae_lambda: 1.1 is not a fraction. Use a number from 0 to 1."),
+        (
+            "advantage_baseline=none",
+            '"group" does not work with advantage_baseline "none", which does not compare within groups. Use batch',
+        ),
+        ("num_minibatches=3", "num_minibatches: 3 does not divide batch_size 16. Change one of them."),
+        ("rewards=[]", "rewards: [] is not a usable list. Use a list of at least one reward"),
+        (
+            "rewards=5",
+            "rewards: 5 is not a list. Use one such as [a, b]. On the command line: --rewards '[math, format]'",
+        ),
+        (
+            "rewards=math,format",
+            """"math,format" is not one name. Use a list, in brackets. On the command line: --rew""",
+        ),
+        ("rewards=math format", """On the command line: --rewards '[math, format]'"""),
+        ("stop_strings=[5]", """Use texts in quotes, such as ["Q:"]. On the command line: --stop_strings '["Q:\""""),
+        ("rewards=[math", "rewards, line 1: not valid YAML: expected"),
+        ("mask_truncated_completions=1", "mask_truncated_completions: 1 is not true or false. Use one of the two."),
+        (
+            "eval_metric=eval/mean_length",
+            'eval_metric: "eval/mean_length" is not a valid choice. Use eval/accuracy or eval/reward.',
+        ),
+        ("output_dir=", 'output_dir: "" is not a valid folder name.'),
+        (f"output_dir={'a' * 300}", "is not a valid folder name. Use a folder that exists or can be created."),
+        ("train_file=a\0", r'train_file: "a\x00" is not a valid file name.'),
+        (r'model_name="\ud800"', r'model_name: "\ud800" is not a valid file name.'),
+        (
+            f"group_size=0x{'f' * 5000}",
+            "group_size: this int, which is too long to show, is too large. Use a number below 2**63.",
+        ),
         (
             "rewards=[2024-01-01]",
-            "rewards: got [datetime.date(2024, 1, 1)], allowed: a list of at least one reward, no",
+            "rewards: [datetime.date(2024, 1, 1)] is not a usable list. Use a list of at least one reward, without",
         ),
-        ("rewards=&a [*a]", "rewards, line 1: not YAML: *a: aliases are not allowed"),
-        ("seed=!!bool x", "seed: not YAML: 'x'"),
+        ("rewards=&a [*a]", "rewards, line 1: not valid YAML: *a: aliases are not supported. Write the value out"),
+        ("seed=!!bool x", "seed: not valid YAML: 'x'"),
         ("a\nb=1", r"command line: a\nb: not a setting"),
-        ("group_size", "override 'group_size': expected key=value"),
+        ("group_size", 'override "group_size" has no value. Write key=value.'),
     ],
 )
-def test_wrong_input_names_key_got_and_allowed(override: str, message: str) -> None:
+def test_wrong_input_says_what_is_wrong_and_what_to_do(override: str, message: str) -> None:
     with pytest.raises(InputError) as raised:
         load_config(None, [override])
     assert message in str(raised.value)
@@ -264,10 +286,13 @@ def test_a_group_of_one_is_allowed_without_siblings_to_compare() -> None:
     ("content", "message"),
     [
         ("group_sise: 4", "mine.yaml: group_sise: not a setting; did you mean group_size?"),
-        ("- 1", "mine.yaml: got list, expected lines of key: value"),
-        ("a: [", "mine.yaml, line 1: not YAML: expected"),
+        ("- 1", "mine.yaml: a list instead of settings. Write one setting per line: key: value"),
+        ("a: [", "mine.yaml, line 1: not valid YAML: expected"),
         ("1: 2", "mine.yaml: 1: not a setting"),
-        ("seed: 1\ngroup_size: 4\nseed: 2", "mine.yaml, line 3: not YAML: seed stands twice"),
+        (
+            "seed: 1\ngroup_size: 4\nseed: 2",
+            "mine.yaml, line 3: not valid YAML: seed is set twice. Delete one of the lines",
+        ),
     ],
 )
 def test_a_bad_file_is_named(tmp_path: Path, content: str, message: str) -> None:
@@ -418,10 +443,13 @@ def test_what_is_seldom_meant_is_warned_about() -> None:
         ("top_p=0.9", "top_p 0.9"),
         ("temperature=0.7", "temperature 0.7"),
         ("kl_estimator=k1", "expected gradient is 0"),
+        ("learning_rate=5", "learning_rate 5 is very high"),
+        ("num_train_steps=0", "num_train_steps 0: nothing is trained"),
     ]:
         (warning,) = warnings_about(load_config(None, [override]))
         assert word in warning
-    assert warnings_about(load_config(None, ["kl_estimator=k1", "kl_coeff=0"])) == []
+    for overrides in (["kl_estimator=k1", "kl_coeff=0"], ["learning_rate=0.1"], ["num_train_epochs=1"]):
+        assert warnings_about(load_config(None, overrides)) == []
     (warning,) = warnings_about(load_config(None, ["ref_update_every=2", "kl_coeff=0"]))
     assert "no reference to update" in warning
     for max_length, warned in ((35, False), (36, True)):  # 28 tokens at most; nothing is punished up to max_length - 8
