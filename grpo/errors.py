@@ -1,6 +1,6 @@
-"""Errors are for people: one line that says what was found and what is allowed, and an exit status that tells why.
+"""Errors are for people: one line that says what is wrong and what to do, and an exit status that says who failed.
 
-0 done, 1 the run failed, 2 wrong input, 130 stopped by Ctrl-C. A traceback is a bug of ours.
+0: done. 1: the run failed. 2: wrong input. 130: stopped by Ctrl-C. A traceback is a bug in this project.
 """
 
 import contextlib
@@ -15,22 +15,22 @@ from typing import NoReturn
 
 
 class OneLineError(Exception):
-    """Its message is one line for people: where it quotes a text of several, their ends are written as backslash n."""
+    """An error whose message is one line. Line breaks in a quoted text are written as backslash n."""
 
     def __init__(self, message: str) -> None:
         super().__init__("\\n".join(message.splitlines()))
 
 
 class InputError(OneLineError, ValueError):
-    """Something the user gave is wrong; the exit status is 2."""
+    """Wrong input from the user. The exit status is 2."""
 
 
 class RunError(OneLineError, RuntimeError):
-    """The run itself failed; the exit status is 1."""
+    """The run itself failed. The exit status is 1."""
 
 
 class NotFiniteError(RunError):
-    """A loss or gradient that is no number: the same settings would lead there again."""
+    """A loss or gradient is NaN or infinite. Running again with the same settings gives the same result."""
 
 
 def unreadable(path: str | Path, error: OSError | UnicodeDecodeError) -> InputError:
@@ -39,7 +39,7 @@ def unreadable(path: str | Path, error: OSError | UnicodeDecodeError) -> InputEr
 
 
 def did_you_mean(name: str, names: Iterable[str], *, prefix: str = "") -> str:
-    """The end of an error message about an unknown name: the nearest known one, or nothing."""
+    """The end of an error message about an unknown name: the known name with the nearest spelling, or nothing."""
     found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
     return f"; did you mean {prefix}{found[0]}?" if found else ""
 
@@ -51,9 +51,9 @@ def missing_package(package: str, what: str) -> InputError:
 
 @contextlib.contextmanager
 def errors_explained() -> Iterator[None]:
-    """What is not a bug of ours ends in one line: wrong input with status 2, a failed run with 1, Ctrl-C with 130."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # it was off during the imports
-    for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show must not end the run
+    """End the process with one line, not a traceback: status 2 for wrong input, 1 for a failed run, 130 for Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the default action was set during the imports
+    for stream in (sys.stdout, sys.stderr):  # a character that the terminal cannot show must not end the run
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -63,19 +63,19 @@ def errors_explained() -> Iterator[None]:
         exit_with(error)
     except RunError as error:
         sys.exit(f"error: {error}")  # status 1
-    except BrokenPipeError as error:  # all others that there may be are dealt with where they are
+    except BrokenPipeError as error:  # standard output was closed; other pipes are handled where they are used
         sys.exit(f"error: {_not_printed(error)}")
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or "interrupted", file=sys.stderr)
         sys.exit(130)
     finally:
         with contextlib.suppress(RunError):
-            _flush()  # what comes too late for a message of its own must not change the exit status
+            _flush()  # an error at this point must not change the exit status
 
 
 def _flush() -> None:
-    """Print what is still to be printed; where that fails it is dropped, or Python would fail at it once more."""
-    if sys.stdout is None:  # closed when this was started
+    """Flush standard output. If that fails, the rest is dropped, because Python would try again at exit."""
+    if sys.stdout is None:  # it was closed when the process started
         return
     try:
         sys.stdout.flush()
@@ -89,6 +89,6 @@ def _not_printed(error: OSError) -> str:
 
 
 def exit_with(error: InputError) -> NoReturn:
-    """One line for people, exit status 2."""
+    """Print the error as one line and end the process with status 2."""
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)

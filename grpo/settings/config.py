@@ -205,7 +205,7 @@ def _template(chat_template: str) -> str:
     """The chat template, read from its file if it is one: a later change of the file does not affect the run."""
     if chat_template in ("auto", "none") or "{" in chat_template:
         return chat_template
-    path = Path(chat_template).expanduser()
+    path = Path(os.path.expanduser(chat_template))
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -275,7 +275,12 @@ def read_run_json(folder: Path) -> dict[str, Any]:
 
 def _asked_for(path: str | Path | None, overrides: Iterable[str]) -> dict[str, Any]:
     """The settings in a settings file and in the overrides. An unknown key raises InputError."""
-    settings = _known(_read_yaml(Path(path).expanduser()), where=str(path)) if path is not None else {}
+    settings: dict[str, Any] = {}
+    if path is not None:
+        file = os.path.expanduser(path)
+        if not os.path.lexists(file):
+            raise InputError(f"--config: {_no_file(file)}")
+        settings = _known(_read_yaml(Path(file)), where=str(path))
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator:
@@ -494,7 +499,7 @@ def _located(key: str, value: Any) -> Any:
         return [_entry_with_home(entry) if isinstance(entry, dict) else entry for entry in value]
     if key in ("train_file", "eval_file", "output_dir"):
         value = os.path.expanduser(value)
-    if key in ("train_file", "eval_file") and not Path(value).exists() and value == _read_yaml(DEFAULTS_FILE)[key]:
+    if key in ("train_file", "eval_file") and not os.path.exists(value) and value == _read_yaml(DEFAULTS_FILE)[key]:
         beside = DEFAULTS_FILE.parent / value
         return str(beside) if beside.is_file() else value
     return value
@@ -511,9 +516,14 @@ def check_data_files(config: Config) -> None:
         for key, path in (("train_file", source.path), ("eval_file", source.eval_path)):
             if path is None or Path(path).suffix not in DATA_SUFFIXES or os.path.lexists(path):
                 continue
-            start = "" if Path(path).is_absolute() else f" Relative paths start at the current folder, {Path.cwd()}."
-            where = key if config.datasets is None else "datasets"
-            raise InputError(f'{where}: no file named "{path}".{start or " Check the path."}')
+            raise InputError(f"{key if config.datasets is None else 'datasets'}: {_no_file(path)}")
+
+
+def _no_file(path: str | Path) -> str:
+    """What to say about a path at which there is no file."""
+    is_absolute = Path(path).is_absolute()
+    advice = "Check the path." if is_absolute else f"Relative paths start at the current folder, {os.getcwd()}."
+    return f"no file named {shown(str(path))}. {advice}"
 
 
 # A single value of these types is taken as a list of one.

@@ -306,7 +306,10 @@ def test_a_bad_file_is_named(tmp_path: Path, content: str, message: str) -> None
 def test_a_wrong_flag_ends_with_status_2_and_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in [
         (["--learning_rat", "1"], "error: --learning_rat: not a setting; did you mean --learning_rate?"),
-        (["--config", "missing.yaml"], "error: missing.yaml: cannot be read: No such file or directory"),
+        (
+            ["--config", "missing.yaml"],
+            'error: --config: no file named "missing.yaml". Relative paths start at the current folder, /',
+        ),
         (["surplus"], "error: surplus: not a flag. Put a value with spaces in quotes: --rewards '[math, format]'"),
     ]:
         with pytest.raises(SystemExit) as raised:
