@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import functools
+import re
 import signal
 import typing
 from collections.abc import Sequence
@@ -68,6 +69,10 @@ class SettingsParser(argparse.ArgumentParser):
                 action.help = f"only {choice} works with this script"
 
     def error(self, message: str) -> typing.NoReturn:
+        missing = re.fullmatch(r"argument (--\w+): expected one argument", message)
+        if missing:
+            flag = missing[1]
+            message = f"{flag}: the value is missing. Write {flag} VALUE, or {flag}=VALUE if VALUE starts with -."
         exit_with(InputError(message))
 
     def parse(self, arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:

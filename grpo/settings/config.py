@@ -482,10 +482,7 @@ def _checked(key: str, value: Any) -> Any:
     if key in MAY_BE_ONE and isinstance(value, MAY_BE_ONE[key]) and value:
         value = [value]
     if type(value) is not expected or (expected is float and not math.isfinite(value) and key not in MAY_BE_INFINITE):
-        kind = (
-            "finite. Use a number such as 0.1." if type(value) is float and expected is float else _TYPE_NAMES[expected]
-        )
-        raise InputError(f"{key}: {shown(value)} is not {kind}{_quoting(key)}")
+        raise InputError(_wrong_type(key, value, expected))
     if key in RULES and not RULES[key][0](value):
         raise InputError(f"{key}: {shown(value)} {RULES[key][1]}{_quoting(key)}")
     if expected is int and value >= 2**63:
@@ -531,13 +528,22 @@ MAY_BE_ONE: dict[str, tuple[type, ...]] = {"rewards": (str, dict), "stop_strings
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
-_TYPE_NAMES = {  # the end of an error message about a value of another type
-    int: "a whole number. Use one such as 8.",
-    float: "a number. Use one such as 0.1.",
-    str: "a text. Put it in quotes.",
-    bool: "true or false. Use one of the two.",
-    list: "a list. Use one such as [a, b].",
-}
+_TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", list: "a list"}
+
+
+def _wrong_type(key: str, value: Any, expected: type) -> str:
+    """The error message about a value of another type than `expected`."""
+    kind = "finite" if type(value) is float and expected is float else _TYPE_NAMES[expected]
+    example = _read_yaml(DEFAULTS_FILE)[key] or ALGORITHMS["grpo"].get(key)
+    if expected is str:
+        advice = "Put it in quotes."
+    elif expected is bool:
+        advice = "Use one of the two."
+    elif expected is list:
+        advice = f"Use one such as [{_EXAMPLES.get(key, '…')}]."
+    else:
+        advice = f"Use a number such as {0.5 if example is None else example}."
+    return f"{key}: {shown(value)} is not {kind}. {advice}{_quoting(key)}"
 
 
 def _quoting(key: str) -> str:

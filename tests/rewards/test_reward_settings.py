@@ -120,7 +120,7 @@ def test_combine_reaches_training_and_evaluation(run_training: Callable[..., Run
             "reward_clip out.",
         ),
         (["reward_scaling=clip", "reward_clip=0"], "reward_clip: 0.0 is not positive. Use a number above 0."),
-        (["save_threshold=high"], 'save_threshold: "high" is not a number. Use one such as 0.1.'),
+        (["save_threshold=high"], 'save_threshold: "high" is not a number. Use a number such as 0.5.'),
     ],
 )
 def test_wrong_settings_are_named(changes: list[str], message: str) -> None:

@@ -201,7 +201,7 @@ def test_files_named_in_config_yaml_exist() -> None:
     [
         ("group_sise=4", "group_sise: not a setting; did you mean group_size?"),
         ("lr=1", "lr: not a setting; did you mean learning_rate?"),
-        ("group_size=many", 'group_size: "many" is not a whole number. Use one such as 8.'),
+        ("group_size=many", 'group_size: "many" is not a whole number. Use a number such as 16.'),
         ("group_size=2.5", "group_size: 2.5 is not a whole number."),
         ("group_size=true", "group_size: true is not a whole number."),
         ("group_size=", "group_size: the value is empty. Give one"),
@@ -223,8 +223,8 @@ def test_files_named_in_config_yaml_exist() -> None:
         ("base_seed=9223372036854775808", "base_seed: 9223372036854775808 is no valid seed. Use a whole number from 0"),
         ("clip_range=1", "clip_range: 1.0 is out of range. Use a number between 0 and 1, or .inf"),
         ("kl_coeff=-1", "kl_coeff: -1.0 is negative. Use 0 or more."),
-        ("learning_rate=.inf", "learning_rate: inf is not finite. Use a number such as 0.1."),
-        ("kl_coeff=.nan", "kl_coeff: nan is not finite."),
+        ("learning_rate=.inf", "learning_rate: inf is not finite. Use a number such as 0.0005."),
+        ("kl_coeff=.nan", "kl_coeff: nan is not finite. Use a number such as 0.005."),
         ("kl_estimator=k4", 'kl_estimator: "k4" is not a valid choice. Use k1, k2, k3 or k3_corrected.'),
         ("loss_aggregation=mean", 'loss_aggregation: "mean" is not a valid choice. Use sequence, token or constant.'),
         ("gamma=0.99", 'gamma: 0.99 has no effect with advantage_baseline "group", which has no critic. Leave it out'),
@@ -238,7 +238,7 @@ def test_files_named_in_config_yaml_exist() -> None:
         ("rewards=[]", "rewards: [] is not a usable list. Use a list of at least one reward"),
         (
             "rewards=5",
-            "rewards: 5 is not a list. Use one such as [a, b]. On the command line: --rewards '[math, format]'",
+            "rewards: 5 is not a list. Use one such as [math, format]. On the command line: --rewards '[math, format]'",
         ),
         (
             "rewards=math,format",
@@ -310,6 +310,7 @@ def test_a_wrong_flag_ends_with_status_2_and_one_line(capsys: pytest.CaptureFixt
             ["--config", "missing.yaml"],
             'error: --config: no file named "missing.yaml". Relative paths start at the current folder, /',
         ),
+        (["--clip_range", "-.inf"], "error: --clip_range: the value is missing. Write --clip_range VALUE, or --clip_"),
         (["surplus"], "error: surplus: not a flag. Put a value with spaces in quotes: --rewards '[math, format]'"),
     ]:
         with pytest.raises(SystemExit) as raised:
