@@ -3,14 +3,25 @@
 import argparse
 import dataclasses
 import functools
+import re
 import signal
 import typing
 from collections.abc import Sequence
 from typing import Any
 
 from grpo.algorithms import ALGORITHMS, CRITIC_SCRIPT, plain_table
-from grpo.errors import InputError, did_you_mean, exit_with
-from grpo.settings.config import TYPES, Config, Options, documented_sections, load_config, resumed_config
+from grpo.errors import InputError, exit_with
+from grpo.settings.config import (
+    TYPES,
+    Config,
+    Options,
+    check_data_files,
+    documented_sections,
+    load_config,
+    resumed_config,
+)
+from grpo.settings.rules import one_of
+from grpo.settings.synonyms import suggestion
 
 
 class SettingsParser(argparse.ArgumentParser):
@@ -55,9 +66,13 @@ class SettingsParser(argparse.ArgumentParser):
         """Let the help of these settings say that only one value is allowed."""
         for action in self._actions:
             if (choice := choices.get(action.dest)) is not None:
-                action.help = f"{choice}: nothing else is allowed here"
+                action.help = f"only {choice} works with this script"
 
     def error(self, message: str) -> typing.NoReturn:
+        missing = re.fullmatch(r"argument (--\w+): expected one argument", message)
+        if missing:
+            flag = missing[1]
+            message = f"{flag}: the value is missing. Write {flag} VALUE, or {flag}=VALUE if VALUE starts with -."
         exit_with(InputError(message))
 
     def parse(self, arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
@@ -68,9 +83,11 @@ class SettingsParser(argparse.ArgumentParser):
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         if unknown:
             flag = unknown[0].partition("=")[0]
+            if not flag.startswith("-"):
+                self.error(f"{unknown[0]}: not a flag. Put a value with spaces in quotes: --rewards '[math, format]'")
             names = [option.lstrip("-") for option in self._option_string_actions]
-            nearest = did_you_mean(flag.lstrip("-"), names, prefix="--")
-            self.error(f"{flag}: not a setting{nearest}; --help_all lists them all")
+            hint = suggestion(flag.lstrip("-"), names, prefix="--")
+            self.error(f"{flag}: not a setting{hint or '; --help_all lists every setting'}")
         return known, [f"{key}={getattr(known, key)}" for key in TYPES if getattr(known, key) is not None]
 
 
@@ -111,20 +128,22 @@ def parse_command_line(
     chosen = [f"--{name}" for name, is_chosen in dataclasses.asdict(options).items() if is_chosen]
     try:
         if len(chosen) > 1:
-            raise InputError(f"got {' and '.join(chosen)}, allowed: one of them")
+            raise InputError(f"{' and '.join(chosen)} cannot be combined. Use one of them.")
         if options.resume:
             config = resumed_config(known.config, overrides)
         else:
             config = load_config(known.config, overrides, recorded={"algorithm": "ppo"} if has_critic else None)
         if has_critic != (config.advantage_baseline == "critic"):
-            raise InputError(f"algorithm: got {config.algorithm}, {_WRONG_SCRIPT[has_critic]}")
+            raise InputError(f'algorithm: "{config.algorithm}" {_WRONG_SCRIPT[has_critic]}')
+        check_data_files(config)
         return config, options
     except InputError as error:
         exit_with(error)
 
 
 _WRONG_SCRIPT = {  # has_critic -> the end of the error message about an algorithm of the other script
-    False: f"which learns a critic: python {CRITIC_SCRIPT}; allowed here: "
-    + " | ".join(name for name, row in ALGORITHMS.items() if row["advantage_baseline"] != "critic"),
-    True: "which has no critic: python train_grpo.py; allowed here: ppo",
+    False: f"trains a critic, which this script does not. Run python {CRITIC_SCRIPT}, or use "
+    + one_of(name for name, row in ALGORITHMS.items() if row["advantage_baseline"] != "critic")
+    + ".",
+    True: "has no critic, which this script trains. Run python train_grpo.py, or use ppo.",
 }

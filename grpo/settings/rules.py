@@ -4,7 +4,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from grpo.errors import InputError
@@ -34,24 +34,31 @@ def _is_json(value: Any) -> bool:
         return False
 
 
-# What a value of the declared type must satisfy: (test, its description in error messages).
+# What a value of the declared type must satisfy: (test, the rest of the error message after "key: value ").
 Rule = tuple[Callable[[Any], bool], str]
 
-_AT_LEAST_0: Rule = (lambda value: value >= 0, ">= 0")
+_AT_LEAST_0: Rule = (lambda value: value >= 0, "is negative. Use 0 or more.")
 
-_AT_LEAST_1: Rule = (lambda value: value >= 1, ">= 1")
+_AT_LEAST_1: Rule = (lambda value: value >= 1, "is too small. Use 1 or more.")
 
-_POSITIVE: Rule = (lambda value: value > 0, "> 0")
+_POSITIVE: Rule = (lambda value: value > 0, "is not positive. Use a number above 0.")
 
-_SEED: Rule = (lambda value: 0 <= value < 2**63, "0 ... 2**63 - 1")
+_FRACTION: Rule = (lambda value: 0 <= value <= 1, "is not a fraction. Use a number from 0 to 1.")
 
-_FILE_NAME: Rule = (_is_file_name, "a name that a file can have")
+_POSITIVE_FRACTION: Rule = (lambda value: 0 < value <= 1, "is out of range. Use a number above 0 and up to 1.")
 
-_BETA: Rule = (lambda value: 0 <= value < 1, "in [0, 1)")
+_SEED: Rule = (lambda value: 0 <= value < 2**63, "is no valid seed. Use a whole number from 0 to 2**63 - 1.")
+
+_FILE_NAME: Rule = (_is_file_name, "is not a valid file name. Check its length and its characters.")
+
+_BETA: Rule = (lambda value: 0 <= value < 1, "is out of range. Use a number from 0 to below 1, such as 0.9.")
 
 
 def _some(what: str) -> Rule:
-    return lambda value: len(value) > 0 and _is_json(value), f"a list of at least one {what}, no date or .inf in it"
+    return (
+        lambda value: len(value) > 0 and _is_json(value),
+        f"is not a usable list. Use a list of at least one {what}, without dates and .inf.",
+    )
 
 
 RULES: dict[str, Rule] = {
@@ -60,34 +67,40 @@ RULES: dict[str, Rule] = {
     "base_steps": _AT_LEAST_0,
     "train_file": _FILE_NAME,
     "eval_file": _FILE_NAME,
-    "datasets": _some("data set"),
+    "datasets": _some("dataset"),
     "total_rows": _AT_LEAST_1,
-    "single_turn_ratio": (lambda value: 0 <= value <= 1, "in [0, 1]"),
+    "single_turn_ratio": _FRACTION,
     "rewards": _some("reward"),
     "reward_clip": _POSITIVE,
     "lora_rank": _AT_LEAST_0,
     "lora_alpha": _POSITIVE,
     "stop_strings": (
         lambda value: all(isinstance(item, str) and item for item in value),
-        "a list of texts that are not empty",
+        'has an item that is empty or not a text. Use texts in quotes, such as ["Q:"].',
     ),
     "num_train_epochs": _POSITIVE,
     "max_prompt_length": _AT_LEAST_1,
     "batch_size": _AT_LEAST_1,
     "group_size": _AT_LEAST_1,
     "max_completion_length": _AT_LEAST_1,
-    "temperature": (lambda value: value > 0, "> 0 (greedy samples are all alike: nothing to compare in a group)"),
-    "top_p": (lambda value: 0 < value <= 1, "in (0, 1]"),
-    "top_k": _AT_LEAST_0,
-    "clip_range": (lambda value: 0 < value < 1 or value == math.inf, "in (0, 1), or .inf for no clip"),
-    "clip_range_high": _POSITIVE,
-    "dual_clip": (lambda value: value > 1, "> 1"),
+    "temperature": (
+        lambda value: value > 0,
+        "makes all completions of a prompt the same, so there is nothing to compare. Use a number above 0, such as 1.",
+    ),
+    "top_p": (lambda value: 0 < value <= 1, "is out of range. Use a number above 0 and up to 1 (1 switches it off)."),
+    "top_k": (lambda value: value >= 0, "is negative. Use 1 or more, or 0 to switch it off."),
+    "clip_range": (
+        lambda value: 0 < value < 1 or value == math.inf,
+        "is out of range. Use a number between 0 and 1, or .inf for no lower clip.",
+    ),
+    "clip_range_high": (lambda value: value > 0, "is not positive. Use a number above 0, or .inf for no upper clip."),
+    "dual_clip": (lambda value: value > 1, "is too small. Use a number above 1, usually 3, or null for no dual clip."),
     "kl_coeff": _AT_LEAST_0,
     "ref_update_every": _AT_LEAST_0,
     "entropy_coeff": _AT_LEAST_0,
     "max_resample_rounds": _AT_LEAST_0,
-    "gamma": (lambda value: 0 < value <= 1, "in (0, 1]"),
-    "gae_lambda": (lambda value: 0 <= value <= 1, "in [0, 1]"),
+    "gamma": _POSITIVE_FRACTION,
+    "gae_lambda": _FRACTION,
     "value_clip_range": _POSITIVE,
     "critic_learning_rate": _POSITIVE,
     "num_train_steps": _AT_LEAST_0,
@@ -105,7 +118,10 @@ RULES: dict[str, Rule] = {
     "eval_every": _AT_LEAST_1,
     "save_every": _AT_LEAST_1,
     "keep_checkpoints": _AT_LEAST_1,
-    "output_dir": (lambda value: value != "" and _is_file_name(value), "a folder"),
+    "output_dir": (
+        lambda value: value != "" and _is_file_name(value),
+        "is not a valid folder name. Use a folder that exists or can be created.",
+    ),
 }
 
 # The settings that --resume may change. With another value of any other setting it would not be the same run.
@@ -135,8 +151,7 @@ def check_critic(settings: Mapping[str, Any]) -> None:
     }
     for key, values in allowed.items():
         if settings[key] not in values:
-            choices = " | ".join(map(as_yaml, values))
-            raise InputError(f"{key}: got {as_yaml(settings[key])}, allowed with a critic: {choices}")
+            raise InputError(f"{key}: {shown(settings[key])} does not work with a critic. Use {one_of(values)}.")
 
 
 def as_yaml(value: Any) -> str:
@@ -146,3 +161,27 @@ def as_yaml(value: Any) -> str:
     ('null', 'false', '0.5')
     """
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def shown(value: Any) -> str:
+    """A value as error messages quote it: texts in double quotes, the others as config.yaml writes them.
+
+    >>> print(shown("group"), shown(None), shown(True), shown(0.5))
+    "group" null true 0.5
+    """
+    if isinstance(value, str):
+        return '"' + repr(value + '"')[1:-1]  # the appended quote makes repr choose single quotes around it
+    try:
+        return as_yaml(value)
+    except (ValueError, RecursionError):  # thousands of digits, thousands of nested brackets
+        return f"this {type(value).__name__}, which is too long to show,"
+
+
+def one_of(values: Iterable[Any]) -> str:
+    """The allowed values as error messages list them.
+
+    >>> one_of(["k1", "k2", None])
+    'k1, k2 or null'
+    """
+    *others, last = map(as_yaml, values)
+    return f"{', '.join(others)} or {last}" if others else last

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.errors import InputError, did_you_mean
+from grpo.settings.rules import one_of, shown
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,13 @@ def sources_of(settings: Mapping[str, Any]) -> list[Source]:
     names = [source.name for source in sources]
     for name in names:
         if names.count(name) > 1:
-            raise InputError(f"datasets: {name} stands there {names.count(name)} times; give each a name of its own")
+            raise InputError(
+                f'datasets: the name "{name}" is used {names.count(name)} times. Give each dataset a unique name.'
+            )
     if all(source.eval_path is None for source in sources):
-        raise InputError("datasets: none has an eval_path: nothing is held out to evaluate on")
+        raise InputError(
+            "datasets: no entry has an eval_path, so there is nothing to evaluate on. Add one to an entry."
+        )
     _check_shares(settings["datasets"], settings["total_rows"])
     return sources
 
@@ -58,23 +63,27 @@ def sources_of(settings: Mapping[str, Any]) -> list[Source]:
 def _source(entry: Any, number: int, common: dict[str, Any]) -> Source:
     where = f"datasets, entry {number}"
     if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
-        raise InputError(f"{where}: got {entry!r}, expected {{path: …, eval_path: …, weight: …}}")
+        raise InputError(f"{where}: {shown(entry)} has no path. Write {{path: …, eval_path: …, weight: …}}.")
     for key, value in entry.items():
         if key not in ENTRY_KEYS:
             hint = did_you_mean(str(key), ENTRY_KEYS)
-            raise InputError(f"{where}: {key}: not a key of a data set, allowed: {', '.join(ENTRY_KEYS)}{hint}")
+            raise InputError(f"{where}: {key}: not a key of a dataset{hint or f'. Use {one_of(ENTRY_KEYS)}.'}")
         if key in TEXTS and not isinstance(value, str):
-            raise InputError(f"{where}: {key}: got {value!r}, expected a text")
+            raise InputError(f"{where}: {key}: {shown(value)} is not a text. Put it in quotes.")
         if key == "name" and not re.fullmatch(r"[\w.-]+", value):
-            raise InputError(f"{where}: name: got {value!r}, allowed: letters, digits, _ . -")
+            raise InputError(
+                f"{where}: name: {shown(value)} has other characters than letters, digits, _ . and -. Rename it."
+            )
         if key in ("weight", "percentage"):
             if isinstance(value, bool) or not isinstance(value, int | float):
-                raise InputError(f"{where}: {key}: got {value!r}, expected a number")
+                raise InputError(f"{where}: {key}: {shown(value)} is not a number. Use one above 0, such as 2.")
             if not (0 < value < math.inf):
-                raise InputError(f"{where}: {key}: got {value!r}, allowed: > 0")
-        if key == "rewards" and not (isinstance(value, list) and value):
-            raise InputError(f"{where}: rewards: got {value!r}, expected a list, such as [math]")
+                raise InputError(f"{where}: {key}: {shown(value)} is out of range. Use a finite number above 0.")
+        if key == "rewards" and not (isinstance(value, list | str) and value):
+            raise InputError(f"{where}: rewards: {shown(value)} is not a list of rewards. Use a list such as [math].")
     own = {key: value for key, value in entry.items() if key not in ("weight", "percentage")}
+    if isinstance(own.get("rewards"), str):
+        own["rewards"] = [own["rewards"]]
     weight = float(entry["weight"] if "weight" in entry else entry.get("percentage", 1.0))
     return Source(**({"eval_path": None, "name": Path(entry["path"]).stem} | common | own), weight=weight)
 
@@ -85,9 +94,13 @@ def _check_shares(entries: list[dict[str, Any]], total_rows: int | None) -> None
     if counts[1] == 0:
         return
     if counts[1] < len(entries) or counts[0] > 0:
-        raise InputError("datasets: percentage: expected for every data set or for none, and no weight beside it")
+        raise InputError(
+            "datasets: an entry has no percentage, or also a weight. Use percentages in all entries, or weights in all."
+        )
     if total_rows is None:
-        raise InputError("total_rows: got null, but datasets have a percentage of it; expected a whole number")
+        raise InputError(
+            "total_rows: null, but datasets have a percentage, which is a share of total_rows. Set total_rows."
+        )
     total = sum(entry["percentage"] for entry in entries)
     if not math.isclose(total, 100, abs_tol=1e-6):
-        raise InputError(f"datasets: the percentages add up to {total:g}, expected 100")
+        raise InputError(f"datasets: the percentages add up to {total:g}. Change them to add up to 100.")

@@ -99,7 +99,9 @@ def test_the_setting_may_be_a_file_or_the_template_itself(tmp_path: Path) -> Non
         assert PromptFormat(tokenizer, config.chat_template).text("1+1") == "(u)1+1/(a)"
         tokenizer.save_pretrained(tmp_path / "saved")
         assert type(tokenizer).from_pretrained(tmp_path / "saved").chat_template == CHATML
-    with pytest.raises(InputError, match=r"chat_template: nowhere\.jinja: cannot be read: .*allowed: auto \| none \|"):
+    with pytest.raises(
+        InputError, match=r"chat_template: nowhere\.jinja: cannot be read: .*Use auto, none, a Jinja file"
+    ):
         load_config(None, ["chat_template=nowhere.jinja"])
 
 

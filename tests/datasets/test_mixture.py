@@ -117,26 +117,30 @@ A, B = {"path": "a.jsonl", "eval_path": "a.jsonl"}, {"path": "b.jsonl"}
 @pytest.mark.parametrize(
     ("entries", "changes", "message"),
     [
-        ([A | {"weight": 0}], {}, r"datasets, entry 1: weight: got 0, allowed: > 0"),
-        ([A, B | {"weight": -1}], {}, r"datasets, entry 2: weight: got -1, allowed: > 0"),
-        ([A | {"weight": "much"}], {}, r"datasets, entry 1: weight: got 'much', expected a number"),
+        ([A | {"weight": 0}], {}, r"datasets, entry 1: weight: 0 is out of range. Use a finite number above 0"),
+        ([A, B | {"weight": -1}], {}, r"datasets, entry 2: weight: -1 is out of range"),
+        ([A | {"weight": "much"}], {}, r'datasets, entry 1: weight: "much" is not a number'),
         (
             [A | {"weigth": 1}],
             {},
-            r"datasets, entry 1: weigth: not a key of a data set, allowed: .*; did you mean weight\?",
+            r"datasets, entry 1: weigth: not a key of a dataset; did you mean weight\?",
         ),
-        ([A | {"name": "a/b"}], {}, r"datasets, entry 1: name: got 'a/b', allowed: letters"),
-        ([A, A], {}, r"datasets: a stands there 2 times; give each a name of its own"),
-        ([B], {}, r"datasets: none has an eval_path: nothing is held out"),
-        ([{"eval_path": "x"}], {}, r"datasets, entry 1: got .* expected \{path: "),
-        ([A | {"rewards": []}], {}, r"datasets, entry 1: rewards: got \[\], expected a list"),
-        ([A | {"percentage": 60}, B], {"total_rows": 9}, r"percentage: expected for every data set or for none"),
+        ([A | {"name": "a/b"}], {}, r'datasets, entry 1: name: "a/b" has other characters than letters'),
+        ([A, A], {}, r'datasets: the name "a" is used 2 times. Give each dataset a unique name'),
+        ([B], {}, r"datasets: no entry has an eval_path, so there is nothing to evaluate on"),
+        ([{"eval_path": "x"}], {}, r"datasets, entry 1: .* has no path. Write \{path: "),
+        ([A | {"rewards": []}], {}, r"datasets, entry 1: rewards: \[\] is not a list of rewards"),
+        (
+            [A | {"percentage": 60}, B],
+            {"total_rows": 9},
+            r"datasets: an entry has no percentage, or also a weight",
+        ),
         (
             [A | {"percentage": 60}, B | {"percentage": 30}],
             {"total_rows": 9},
-            r"percentages add up to 90, expected 100",
+            r"percentages add up to 90. Change them",
         ),
-        ([A | {"percentage": 100}], {}, r"total_rows: got null, but datasets have a percentage of it"),
+        ([A | {"percentage": 100}], {}, r"total_rows: null, but datasets have a percentage"),
     ],
 )
 def test_entries_that_are_wrong_are_named(entries: list[Any], changes: dict[str, Any], message: str) -> None:
@@ -146,12 +150,12 @@ def test_entries_that_are_wrong_are_named(entries: list[Any], changes: dict[str,
 
 @pytest.mark.parametrize("key", ["train_file", "eval_file"])
 def test_a_file_beside_datasets_is_refused(key: str) -> None:
-    with pytest.raises(InputError, match=f"{key}: got x.jsonl with datasets, which take its place"):
+    with pytest.raises(InputError, match=f'{key}: "x.jsonl" has no effect, because datasets replaces it'):
         sources(A, B, **{key: "x.jsonl"})
 
 
 def test_total_rows_without_datasets_is_refused() -> None:
-    with pytest.raises(InputError, match="total_rows: got 5 without datasets, allowed there: null"):
+    with pytest.raises(InputError, match="total_rows: 5 has no effect without datasets"):
         load_config(None, ["total_rows=5"])
 
 
@@ -249,7 +253,7 @@ def test_a_share_of_less_than_a_row_is_refused(mixed: dict[str, Any], tmp_path: 
 
 
 def test_epochs_and_steps_are_alternatives(mixed: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="num_train_epochs: got with num_train_steps too, allowed: one of them"):
+    with pytest.raises(InputError, match=r"num_train_epochs and num_train_steps are both set\. Set only one of them"):
         load_config(None, ["num_train_epochs=1", "num_train_steps=5"])
     (tmp_path / "steps.yaml").write_text("num_train_steps: 5\n")
     (tmp_path / "epochs.yaml").write_text("num_train_epochs: 2\n")  # a flag beats either

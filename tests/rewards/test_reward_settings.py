@@ -111,12 +111,16 @@ def test_combine_reaches_training_and_evaluation(run_training: Callable[..., Run
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["combine=max"], "combine: got 'max', allowed: sum | mean | product"),
-        (["reward_scaling=norm"], "reward_scaling: got 'norm', allowed: identity | standardize | clip"),
-        (["reward_scaling=clip"], "reward_clip: got null with reward_scaling clip, allowed there: a number > 0"),
-        (["reward_clip=1"], "reward_clip: got 1.0 with reward_scaling identity, allowed there: null"),
-        (["reward_scaling=clip", "reward_clip=0"], "reward_clip: got 0.0, allowed: > 0"),
-        (["save_threshold=high"], "save_threshold: got 'high', expected a number"),
+        (["combine=max"], 'combine: "max" is not a valid choice. Use sum, mean or product.'),
+        (["reward_scaling=norm"], 'reward_scaling: "norm" is not a valid choice. Use identity, standardize or clip.'),
+        (["reward_scaling=clip"], 'reward_clip: needed for reward_scaling "clip". Use a number above 0.'),
+        (
+            ["reward_clip=1"],
+            'reward_clip: 1.0 has no effect with reward_scaling "identity". Use reward_scaling clip, or leave '
+            "reward_clip out.",
+        ),
+        (["reward_scaling=clip", "reward_clip=0"], "reward_clip: 0.0 is not positive. Use a number above 0."),
+        (["save_threshold=high"], 'save_threshold: "high" is not a number. Use a number such as 0.5.'),
     ],
 )
 def test_wrong_settings_are_named(changes: list[str], message: str) -> None:
@@ -127,10 +131,12 @@ def test_wrong_settings_are_named(changes: list[str], message: str) -> None:
 
 def test_what_is_seldom_meant_is_said() -> None:
     said = warnings_about(load_config(overrides=["reward_scaling=standardize"]))
-    assert any("advantage_scale group divides it out again" in text for text in said)
+    assert any("advantage_scale group divides by the standard deviation anyway" in text for text in said)
     assert not warnings_about(load_config(overrides=["reward_scaling=standardize", "advantage_scale=none"]))
     said = warnings_about(load_config(overrides=["rewards=[math, {name: length, target: 99, slope: 1}]"]))
-    assert any("its target of 99 tokens is out of reach: max_completion_length cuts off at 28" in text for text in said)
+    assert any(
+        "its target of 99 tokens cannot be reached, because max_completion_length is 28" in text for text in said
+    )
 
 
 # The best

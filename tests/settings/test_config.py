@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -22,6 +23,8 @@ from grpo.settings.config import (
     load_config,
     warnings_about,
 )
+from grpo.settings.sources import sources_of
+from grpo.settings.synonyms import DIFFERENCES, SYNONYMS, suggestion
 
 ROOT = Path(__file__).resolve().parents[2]
 FIRST_HALF = [key for section in documented_sections() if not section.is_advanced for key in section.settings]
@@ -167,7 +170,7 @@ def test_precedence_is_defaults_then_file_then_flags(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("text", "number"), [("1e-5", 1e-5), ("1E3", 1000.0), ("-2e+1", -20.0), ("1.5e-3", 1.5e-3)])
 def test_scientific_notation_is_a_number(text: str, number: float) -> None:
     if number < 0:
-        with pytest.raises(InputError, match=r"learning_rate: got -20.0, allowed: >= 0"):
+        with pytest.raises(InputError, match=r"learning_rate: -20.0 is negative. Use 0 or more."):
             load_config(None, [f"learning_rate={text}"])
     else:
         assert load_config(None, [f"learning_rate={text}"]).learning_rate == number
@@ -197,56 +200,77 @@ def test_files_named_in_config_yaml_exist() -> None:
     ("override", "message"),
     [
         ("group_sise=4", "group_sise: not a setting; did you mean group_size?"),
-        ("lr=1", "lr: not a setting"),
-        ("group_size=many", "group_size: got 'many', expected a whole number"),
-        ("group_size=2.5", "group_size: got 2.5, expected a whole number"),
-        ("group_size=true", "group_size: got True, expected a whole number"),
-        ("group_size=", "group_size: got nothing; null is written out"),
-        ("group_size=null", "group_size: got null, expected a whole number"),
-        ("group_size=0", "group_size: got 0, allowed: >= 1"),
-        ("group_size=1", "group_size: got 1, allowed with advantage_baseline group: >= 2"),
-        ("micro_batch_tokens=0", "micro_batch_tokens: got 0, allowed: >= 1"),
-        ("shared_prefix=sometimes", "shared_prefix: got 'sometimes', allowed: auto | always | never"),
-        ("compile=1", "compile: got 1, expected true or false"),
-        ("batch_size=0", "batch_size: got 0, allowed: >= 1"),
-        ("temperature=0", "temperature: got 0.0, allowed: > 0"),
-        ("top_p=0", r"top_p: got 0.0, allowed: in (0, 1]"),
-        ("top_p=1.1", r"top_p: got 1.1, allowed: in (0, 1]"),
-        ("top_k=-1", "top_k: got -1, allowed: >= 0"),
-        ("seed=-1", "seed: got -1, allowed: 0 ... 2**63 - 1"),
-        ("base_seed=9223372036854775808", "base_seed: got 9223372036854775808, allowed: 0 ... 2**63 - 1"),
-        ("clip_range=1", r"clip_range: got 1.0, allowed: in (0, 1)"),
-        ("kl_coeff=-1", "kl_coeff: got -1.0, allowed: >= 0"),
-        ("learning_rate=.inf", "learning_rate: got inf, expected a number"),
-        ("kl_coeff=.nan", "kl_coeff: got nan, expected a number"),
-        ("kl_estimator=k4", "kl_estimator: got 'k4', allowed: k1 | k2 | k3 | k3_corrected"),
-        ("loss_aggregation=mean", "loss_aggregation: got 'mean', allowed: sequence | token | constant"),
-        ("gamma=0.99", "gamma: got 0.99, allowed with advantage_baseline group: 1.0"),
-        ("gamma=0", "gamma: got 0.0, allowed: in (0, 1]"),
-        ("gae_lambda=1.1", "gae_lambda: got 1.1, allowed: in [0, 1]"),
-        ("advantage_baseline=none", "got group, allowed with advantage_baseline none: batch | tokens | none"),
-        ("num_minibatches=3", "num_minibatches: got 3, must divide batch_size 16"),
-        ("rewards=math", "rewards: got 'math', expected a list"),
-        ("rewards=[]", "rewards: got [], allowed: a list of at least one reward"),
-        ("rewards=[math", "rewards, line 1: not YAML: expected"),
-        ("mask_truncated_completions=1", "mask_truncated_completions: got 1, expected true or false"),
-        ("eval_metric=eval/mean_length", "eval_metric: got 'eval/mean_length', allowed: eval/accuracy | eval/reward"),
-        ("output_dir=", "output_dir: got '', allowed: a folder"),
-        (f"output_dir={'a' * 300}", "allowed: a folder"),
-        ("train_file=a\0", r"train_file: got 'a\x00', allowed: a name that a file can have"),
-        (r'model_name="\ud800"', r"model_name: got '\ud800', allowed: a name that a file can have"),
-        (f"group_size=0x{'f' * 5000}", "group_size: got int too long to be shown, allowed: < 2**63"),
+        ("lr=1", "lr: not a setting; did you mean learning_rate?"),
+        ("group_size=many", 'group_size: "many" is not a whole number. Use a number such as 16.'),
+        ("group_size=2.5", "group_size: 2.5 is not a whole number."),
+        ("group_size=true", "group_size: true is not a whole number."),
+        ("group_size=", "group_size: the value is empty. Give one"),
+        ("group_size=null", "group_size: null is not a whole number."),
+        ("group_size=0", "group_size: 0 is too small. Use 1 or more."),
+        (
+            "group_size=1",
+            'group_size: 1 is too small for advantage_baseline "group", which compares completions of one prompt. Us',
+        ),
+        ("micro_batch_tokens=0", "micro_batch_tokens: 0 is too small. Use 1 or more."),
+        ("shared_prefix=sometimes", 'shared_prefix: "sometimes" is not a valid choice. Use auto, always or never.'),
+        ("compile=1", "compile: 1 is not true or false. Use one of the two."),
+        ("batch_size=0", "batch_size: 0 is too small. Use 1 or more."),
+        ("temperature=0", "temperature: 0.0 makes all completions of a prompt the same"),
+        ("top_p=0", "top_p: 0.0 is out of range. Use a number above 0 and up to 1"),
+        ("top_p=1.1", "top_p: 1.1 is out of range. Use a number above 0 and up to 1"),
+        ("top_k=-1", "top_k: -1 is negative. Use 1 or more, or 0 to switch it off."),
+        ("seed=-1", "seed: -1 is no valid seed. Use a whole number from 0 to 2**63 - 1."),
+        ("base_seed=9223372036854775808", "base_seed: 9223372036854775808 is no valid seed. Use a whole number from 0"),
+        ("clip_range=1", "clip_range: 1.0 is out of range. Use a number between 0 and 1, or .inf"),
+        ("kl_coeff=-1", "kl_coeff: -1.0 is negative. Use 0 or more."),
+        ("learning_rate=.inf", "learning_rate: inf is not finite. Use a number such as 0.0005."),
+        ("kl_coeff=.nan", "kl_coeff: nan is not finite. Use a number such as 0.005."),
+        ("kl_estimator=k4", 'kl_estimator: "k4" is not a valid choice. Use k1, k2, k3 or k3_corrected.'),
+        ("loss_aggregation=mean", 'loss_aggregation: "mean" is not a valid choice. Use sequence, token or constant.'),
+        ("gamma=0.99", 'gamma: 0.99 has no effect with advantage_baseline "group", which has no critic. Leave it out'),
+        ("gamma=0", "gamma: 0.0 is out of range. Use a number above 0 and up to 1."),
+        ("gae_lambda=1.1", "gae_lambda: 1.1 is not a fraction. Use a number from 0 to 1."),
+        (
+            "advantage_baseline=none",
+            '"group" does not work with advantage_baseline "none", which does not compare within groups. Use batch',
+        ),
+        ("num_minibatches=3", "num_minibatches: 3 does not divide batch_size 16. Change one of them."),
+        ("rewards=[]", "rewards: [] is not a usable list. Use a list of at least one reward"),
+        (
+            "rewards=5",
+            "rewards: 5 is not a list. Use one such as [math, format]. On the command line: --rewards '[math, format]'",
+        ),
+        (
+            "rewards=math,format",
+            """"math,format" is not one name. Use a list, in brackets. On the command line: --rew""",
+        ),
+        ("rewards=math format", """On the command line: --rewards '[math, format]'"""),
+        ("stop_strings=[5]", """Use texts in quotes, such as ["Q:"]. On the command line: --stop_strings '["Q:\""""),
+        ("rewards=[math", "rewards, line 1: not valid YAML: expected"),
+        ("mask_truncated_completions=1", "mask_truncated_completions: 1 is not true or false. Use one of the two."),
+        (
+            "eval_metric=eval/mean_length",
+            'eval_metric: "eval/mean_length" is not a valid choice. Use eval/accuracy or eval/reward.',
+        ),
+        ("output_dir=", 'output_dir: "" is not a valid folder name.'),
+        (f"output_dir={'a' * 300}", "is not a valid folder name. Use a folder that exists or can be created."),
+        ("train_file=a\0", r'train_file: "a\x00" is not a valid file name.'),
+        (r'model_name="\ud800"', r'model_name: "\ud800" is not a valid file name.'),
+        (
+            f"group_size=0x{'f' * 5000}",
+            "group_size: this int, which is too long to show, is too large. Use a number below 2**63.",
+        ),
         (
             "rewards=[2024-01-01]",
-            "rewards: got [datetime.date(2024, 1, 1)], allowed: a list of at least one reward, no",
+            "rewards: [datetime.date(2024, 1, 1)] is not a usable list. Use a list of at least one reward, without",
         ),
-        ("rewards=&a [*a]", "rewards, line 1: not YAML: *a: aliases are not allowed"),
-        ("seed=!!bool x", "seed: not YAML: 'x'"),
+        ("rewards=&a [*a]", "rewards, line 1: not valid YAML: *a: aliases are not supported. Write the value out"),
+        ("seed=!!bool x", "seed: not valid YAML: 'x'"),
         ("a\nb=1", r"command line: a\nb: not a setting"),
-        ("group_size", "override 'group_size': expected key=value"),
+        ("group_size", 'override "group_size" has no value. Write key=value.'),
     ],
 )
-def test_wrong_input_names_key_got_and_allowed(override: str, message: str) -> None:
+def test_wrong_input_says_what_is_wrong_and_what_to_do(override: str, message: str) -> None:
     with pytest.raises(InputError) as raised:
         load_config(None, [override])
     assert message in str(raised.value)
@@ -262,10 +286,13 @@ def test_a_group_of_one_is_allowed_without_siblings_to_compare() -> None:
     ("content", "message"),
     [
         ("group_sise: 4", "mine.yaml: group_sise: not a setting; did you mean group_size?"),
-        ("- 1", "mine.yaml: got list, expected lines of key: value"),
-        ("a: [", "mine.yaml, line 1: not YAML: expected"),
+        ("- 1", "mine.yaml: a list instead of settings. Write one setting per line: key: value"),
+        ("a: [", "mine.yaml, line 1: not valid YAML: expected"),
         ("1: 2", "mine.yaml: 1: not a setting"),
-        ("seed: 1\ngroup_size: 4\nseed: 2", "mine.yaml, line 3: not YAML: seed stands twice"),
+        (
+            "seed: 1\ngroup_size: 4\nseed: 2",
+            "mine.yaml, line 3: not valid YAML: seed is set twice. Delete one of the lines",
+        ),
     ],
 )
 def test_a_bad_file_is_named(tmp_path: Path, content: str, message: str) -> None:
@@ -279,13 +306,138 @@ def test_a_bad_file_is_named(tmp_path: Path, content: str, message: str) -> None
 def test_a_wrong_flag_ends_with_status_2_and_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in [
         (["--learning_rat", "1"], "error: --learning_rat: not a setting; did you mean --learning_rate?"),
-        (["--config", "missing.yaml"], "error: missing.yaml: cannot be read: No such file or directory"),
-        (["surplus"], "error: surplus: not a setting"),
+        (
+            ["--config", "missing.yaml"],
+            'error: --config: no file named "missing.yaml". Relative paths start at the current folder, /',
+        ),
+        (["--clip_range", "-.inf"], "error: --clip_range: the value is missing. Write --clip_range VALUE, or --clip_"),
+        (["surplus"], "error: surplus: not a flag. Put a value with spaces in quotes: --rewards '[math, format]'"),
     ]:
         with pytest.raises(SystemExit) as raised:
             parse_command_line("", arguments)
         assert raised.value.code == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("rewards=math", "rewards", ["math"]),
+        ("rewards={name: math, weight: 2}", "rewards", [{"name": "math", "weight": 2}]),
+        ("rewards=my.module:fn", "rewards", ["my.module:fn"]),
+        ("stop_strings=Q:", "stop_strings", ["Q:"]),
+        ("stop_strings=5", "stop_strings", ["5"]),
+        ("stop_strings='a b'", "stop_strings", ["a b"]),
+        ('stop_strings="\\n"', "stop_strings", ["\n"]),
+        ("stop_strings=[a, b]", "stop_strings", ["a", "b"]),
+    ],
+)
+def test_a_single_value_is_a_list_of_one(override: str, key: str, value: list[Any]) -> None:
+    assert getattr(load_config(None, [override]), key) == value
+
+
+def test_a_single_value_in_a_settings_file_is_a_list_of_one(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text('rewards: math\nstop_strings: "Q:"\n')
+    config = load_config(tmp_path / "mine.yaml")
+    assert (config.rewards, config.stop_strings) == (["math"], ["Q:"])
+    entries = "datasets=[{path: a.jsonl, eval_path: b.jsonl, rewards: gsm8k}]"
+    assert sources_of(vars(load_config(None, [entries])))[0].rewards == ["gsm8k"]
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("seed: 5\ntrain_file: ~/a.jsonl\n")
+    config = load_config("~/mine.yaml", ["output_dir=~/runs/a", "eval_file=~/b.jsonl"])
+    home = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl", "runs/a")]
+    assert [config.train_file, config.eval_file, config.output_dir] == home
+    assert config.seed == 5
+    config = load_config(None, ["datasets=[{path: ~/a.jsonl, eval_path: ~/b.jsonl, weight: 2}]"])
+    assert config.datasets == [{"path": home[0], "eval_path": home[1], "weight": 2}]
+    assert load_config(None, ["output_dir=a~b"]).output_dir == "a~b"
+
+
+def test_default_data_is_found_beside_the_project_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = load_config()
+    assert (here.train_file, here.eval_file) == ("data/math_tasks_train.jsonl", "data/math_tasks_eval.jsonl")
+    monkeypatch.chdir(tmp_path)
+    there = load_config()
+    assert there.train_file == str(ROOT / "data/math_tasks_train.jsonl")
+    assert there.eval_file == str(ROOT / "data/math_tasks_eval.jsonl")
+    assert load_config(recorded=dataclasses.asdict(here)) == there  # a run that was started elsewhere
+    assert load_config(recorded=dataclasses.asdict(there)) == there
+    load_config(None, ["datasets=[{path: a.jsonl, eval_path: b.jsonl}]"])  # the defaults do not contradict it
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/math_tasks_train.jsonl").write_text("")
+    assert load_config().train_file == "data/math_tasks_train.jsonl"  # the current folder comes first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--train_file=no/such.jsonl"], 'train_file: no file named "no/such.jsonl". Relative paths start at the cur'),
+        (["--eval_file=/no/such.csv"], 'eval_file: no file named "/no/such.csv". Check the path.'),
+        (["--datasets=[{path: a.json, eval_path: b.json}]"], 'datasets: no file named "a.json". Relative paths start'),
+    ],
+)
+def test_a_missing_data_file_says_where_relative_paths_start(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as raised:
+        parse_command_line("", arguments)
+    assert raised.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {message}")
+    assert (str(tmp_path) in said) == ("Relative" in message)
+
+
+def test_a_synonym_leads_to_real_settings_and_is_none_itself() -> None:
+    for name, keys in SYNONYMS.items():
+        assert name not in TYPES
+        assert keys
+        assert set(keys) <= set(TYPES), name
+        assert name == name.replace("-", "_").lower()
+    assert set(DIFFERENCES) <= set(SYNONYMS)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("beta", "kl_coeff?"),
+        ("num_generations", "group_size?"),
+        ("steps", "num_train_steps?"),
+        ("max_steps", "num_train_steps?"),
+        ("max_new_tokens", "max_completion_length?"),
+        ("loss_type", "{}loss_aggregation or {}algorithm? loss_aggregation averages"),
+        ("lr", "learning_rate?"),
+        ("epsilon", "clip_range?"),
+        ("reward_funcs", "rewards?"),
+        ("gradient_accumulation_steps", "{}micro_batch_size or {}num_minibatches? Gradients are always accumulated"),
+        ("num-train-steps", "num_train_steps?"),
+        ("Max-Steps", "num_train_steps?"),
+    ],
+)
+def test_names_from_elsewhere_are_answered_with_ours_in_flags_and_files(
+    name: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = message if message.startswith("{}") else "{}" + message
+    with pytest.raises(SystemExit):
+        parse_command_line("", [f"--{name}", "5"])
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: --{name}: not a setting; did you mean {message.format('--', '--')}")
+    assert said.count("\n") == 1
+    (tmp_path / "mine.yaml").write_text(f"{name}: 5\n")
+    with pytest.raises(InputError) as raised:
+        load_config(tmp_path / "mine.yaml")
+    assert f"mine.yaml: {name}: not a setting; did you mean {message.format('', '')}" in str(raised.value)
+
+
+def test_a_synonym_of_a_setting_that_is_not_offered_falls_back_to_the_spelling() -> None:
+    assert suggestion("steps", ["step"]) == "; did you mean step?"
+    assert suggestion("zzz", TYPES) == ""
 
 
 def test_what_is_seldom_meant_is_warned_about() -> None:
@@ -295,10 +447,13 @@ def test_what_is_seldom_meant_is_warned_about() -> None:
         ("top_p=0.9", "top_p 0.9"),
         ("temperature=0.7", "temperature 0.7"),
         ("kl_estimator=k1", "expected gradient is 0"),
+        ("learning_rate=5", "learning_rate 5 is very high"),
+        ("num_train_steps=0", "num_train_steps 0: nothing is trained"),
     ]:
         (warning,) = warnings_about(load_config(None, [override]))
         assert word in warning
-    assert warnings_about(load_config(None, ["kl_estimator=k1", "kl_coeff=0"])) == []
+    for overrides in (["kl_estimator=k1", "kl_coeff=0"], ["learning_rate=0.1"], ["num_train_epochs=1"]):
+        assert warnings_about(load_config(None, overrides)) == []
     (warning,) = warnings_about(load_config(None, ["ref_update_every=2", "kl_coeff=0"]))
     assert "no reference to update" in warning
     for max_length, warned in ((35, False), (36, True)):  # 28 tokens at most; nothing is punished up to max_length - 8
