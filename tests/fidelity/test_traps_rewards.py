@@ -141,7 +141,7 @@ def test_group_of_one_does_nothing_silently() -> None:
 
 def test_group_of_one_is_refused_before_any_compute() -> None:
     for baseline, scale in (("group", "group"), ("leave_one_out", "none")):
-        with pytest.raises(InputError, match="group_size: got 1"):
+        with pytest.raises(InputError, match="group_size: 1 is too small"):
             load_config(overrides=["group_size=1", f"advantage_baseline={baseline}", f"advantage_scale={scale}"])
     assert load_config(overrides=["group_size=1", "advantage_baseline=batch", "advantage_scale=none"]).group_size == 1
 
