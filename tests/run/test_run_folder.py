@@ -10,11 +10,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import grpo.run.path
+import grpo.run.folder
 import pytest
 import torch
 import transformers
-from grpo.run.path import RunFolder, open_folder
+from grpo.run.folder import RunFolder, open_folder
 from transformers import AutoModelForCausalLM
 
 import grpo.run.plots
@@ -173,7 +173,7 @@ def test_a_finished_run_is_moved_aside_under_the_time_it_began(
 def test_runs_within_one_second_all_survive(
     small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grpo.run.path, "_now", lambda: "2024-01-02T03:04:05")
+    monkeypatch.setattr(grpo.run.folder, "_now", lambda: "2024-01-02T03:04:05")
     for seed in (1, 2, 3):
         start(small, tmp_path / "run", seed=seed)
     seeds = {path.name: facts_of(path)["settings"]["seed"] for path in tmp_path.iterdir()}
@@ -530,7 +530,7 @@ def test_an_overwrite_that_is_killed_leaves_a_run_that_can_be_named(
     small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start(small, tmp_path / "run")
-    monkeypatch.setattr(grpo.run.path, "write_atomically", lambda path, text: (_ for _ in ()).throw(SystemExit))
+    monkeypatch.setattr(grpo.run.folder, "write_atomically", lambda path, text: (_ for _ in ()).throw(SystemExit))
     with pytest.raises(SystemExit):
         start(small, tmp_path / "run", overwrite=True)
     monkeypatch.undo()
