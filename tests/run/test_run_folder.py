@@ -10,18 +10,18 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import grpo.run.folder
 import pytest
 import torch
 import transformers
-from grpo.run.folder import RunFolder, open_folder
 from transformers import AutoModelForCausalLM
 
+import grpo.run.folder
 import grpo.run.plots
 import grpo.run.process
 import train_grpo
 from grpo.errors import InputError, RunError
 from grpo.models.saving import weights_sha256
+from grpo.run.folder import RunFolder, open_folder
 from grpo.settings.config import Config, Options, load_config, resumed_config
 from tests.conftest import loop_function, patch_loop
 from tests.run import test_train as helpers
